@@ -1,0 +1,16 @@
+//! Everything that computes: tensor formats, the [`Backend`] trait, the f32
+//! [`reference`] oracle, the numerical [`contract`] and the CPU kernels that
+//! reproduce it bit for bit.
+//!
+//! This crate knows no model names, opens no files and has no policy.
+
+pub mod backend;
+pub mod format;
+pub mod matrix;
+
+pub use backend::{
+    AttentionCall, Backend, Choice, ExpertCall, ExpertWeights, GatedActivation, KvCells, KvView,
+    Linear, Routes,
+};
+pub use format::{ActivationKind, Format};
+pub use matrix::{Matrix, ShapeError};
