@@ -5,6 +5,8 @@
 //! This crate knows no model names, opens no files and has no policy.
 
 pub mod backend;
+pub mod block;
+pub mod dequant;
 pub mod format;
 pub mod matrix;
 
@@ -12,5 +14,6 @@ pub use backend::{
     AttentionCall, Backend, Choice, ExpertCall, ExpertWeights, GatedActivation, KvCells, KvView,
     Linear, Routes,
 };
+pub use dequant::dequantize_row;
 pub use format::{ActivationKind, Format};
 pub use matrix::{Matrix, ShapeError};
