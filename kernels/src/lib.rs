@@ -9,6 +9,8 @@ pub mod block;
 pub mod dequant;
 pub mod format;
 pub mod matrix;
+#[doc(hidden)]
+pub mod testing;
 
 pub use backend::{
     AttentionCall, Backend, Choice, ExpertCall, ExpertWeights, GatedActivation, KvCells, KvView,
