@@ -112,6 +112,6 @@ mod tests {
     fn errors_carry_the_byte_offset() {
         let text = b"{\n \"a\": 1,\n \"b\": x}";
         let error = parse::<serde_json::Value>(Path::new("c"), 100, "config", text).unwrap_err();
-        assert!(error.to_string().starts_with("c at byte 118: config: found "), "{error}");
+        assert!(error.to_string().starts_with("c at byte 117: config: found "), "{error}");
     }
 }
