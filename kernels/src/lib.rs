@@ -9,6 +9,8 @@ pub mod block;
 pub mod dequant;
 pub mod format;
 pub mod matrix;
+pub mod ops;
+pub mod reference;
 #[doc(hidden)]
 pub mod testing;
 
@@ -19,3 +21,4 @@ pub use backend::{
 pub use dequant::dequantize_row;
 pub use format::{ActivationKind, Format};
 pub use matrix::{Matrix, ShapeError};
+pub use reference::Reference;
