@@ -1,0 +1,210 @@
+import contextlib
+import io
+import json
+import os
+import stat
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import compare
+
+# Captured from `llama-bench -o json`, keys that nothing reads left out.
+LLAMA_BENCH = """\
+[
+  {
+    "build_commit": "1652066",
+    "build_number": 1,
+    "cpu_info": "AMD EPYC",
+    "model_filename": "mini-q4km.gguf",
+    "model_type": "qwen3moe ?B Q4_K - Medium",
+    "n_threads": 2,
+    "repack": true,
+    "n_prompt": 512,
+    "n_gen": 0,
+    "n_depth": 0,
+    "test_time": "2026-11-22T03:22:37Z",
+    "avg_ns": 3997152764,
+    "stddev_ns": 0,
+    "avg_ts": 128.091176,
+    "stddev_ts": 0.000000,
+    "samples_ns": [ 3997152764 ],
+    "samples_ts": [ 128.091 ]
+  },
+  {
+    "build_commit": "1652066",
+    "build_number": 1,
+    "cpu_info": "AMD EPYC",
+    "model_filename": "mini-q4km.gguf",
+    "model_type": "qwen3moe ?B Q4_K - Medium",
+    "n_threads": 2,
+    "repack": true,
+    "n_prompt": 0,
+    "n_gen": 32,
+    "n_depth": 0,
+    "test_time": "2026-11-22T03:22:45Z",
+    "avg_ns": 1029058873,
+    "stddev_ns": 0,
+    "avg_ts": 31.096374,
+    "stddev_ts": 0.000000,
+    "samples_ns": [ 1029058873 ],
+    "samples_ts": [ 31.0964 ]
+  }
+]
+"""
+MEMBW = "threads 2 buffer 2048 MiB huge 0: median 26.31 GB/s best 29.29 worst 17.91\n"
+PREGATE = json.dumps({
+    "model": "mini-q4km.gguf", "backend": "cpu avx512", "threads": 2, "n_prompt": 512, "n_gen": 64,
+    "prompt_tok_s": [300.5], "decode_tok_s": [100.0], "bytes_per_token": 153719808,
+    "read_bandwidth_gb_s": 26.0, "decode_bandwidth_share": 0.59,
+})
+
+
+def record(samples, bandwidth=(20.0,), **changes):
+    """A record as run_model makes it, from (family, engine, round, prompt, decode)."""
+    runs = [
+        {"family": family, "engine": engine, "round": number, "load": (1.0, 1.0, 1.0), "reported": {},
+         compare.PROMPT: [prompt], compare.DECODE: [decode]}
+        for family, engine, number, prompt, decode in samples
+    ]
+    return {"label": "mini", "path": "mini.gguf", "ik_path": "mini.gguf", "runs": runs, "failures": [],
+            "bandwidth_gb_s": [{"gb_s": gb_s} for gb_s in bandwidth], **changes}
+
+
+class Parsing(unittest.TestCase):
+    def test_llama_bench(self):
+        found = compare.parse_llama_bench(LLAMA_BENCH)
+        self.assertEqual(found[compare.PROMPT], [128.091])
+        self.assertEqual(found[compare.DECODE], [31.0964])
+        self.assertEqual(found["reported"]["build_commit"], "1652066")
+
+    def test_lines_around_the_json_are_skipped(self):
+        noisy = "[load] 3 tensors\nggml: note [1]\n" + LLAMA_BENCH + "\ndone [x]\n"
+        self.assertEqual(compare.parse_llama_bench(noisy), compare.parse_llama_bench(LLAMA_BENCH))
+
+    def test_pregate(self):
+        found = compare.parse_pregate(PREGATE + "\n")
+        self.assertEqual((found[compare.PROMPT], found[compare.DECODE]), ([300.5], [100.0]))
+        self.assertEqual(found["reported"]["bytes_per_token"], 153719808)
+
+    def test_bandwidth_is_the_median(self):
+        self.assertEqual(compare.parse_membw(MEMBW), 26.31)
+
+    def test_what_is_no_result_is_a_failure(self):
+        prompt_only = json.dumps(json.loads(LLAMA_BENCH)[:1])
+        for parse, text in (
+            (compare.parse_llama_bench, ""),
+            (compare.parse_llama_bench, "error: no model\n"),
+            (compare.parse_llama_bench, prompt_only),
+            (compare.parse_llama_bench, '[{"n_prompt": 512}]'),
+            (compare.parse_pregate, LLAMA_BENCH.replace("[", "").replace("]", "")),
+            (compare.parse_pregate, PREGATE.replace("100.0", "0.0")),
+            (compare.parse_membw, "threads 2"),
+        ):
+            with self.subTest(parse=parse.__name__, text=text[:30]), self.assertRaises(compare.Failure):
+                parse(text)
+
+    def test_model_argument(self):
+        self.assertEqual(compare.Model.parse("a=x.gguf"), compare.Model("a", "x.gguf", "x.gguf"))
+        self.assertEqual(compare.Model.parse("a=x.gguf,ik=y.gguf"), compare.Model("a", "x.gguf", "y.gguf"))
+        for wrong in ("x.gguf", "=x.gguf", "a=", "a=x,y", "a=x,ik="):
+            with self.subTest(wrong), self.assertRaises(compare.argparse.ArgumentTypeError):
+                compare.Model.parse(wrong)
+
+
+class Figures(unittest.TestCase):
+    samples = [
+        (compare.PREGATE, "pregate", 0, 300, 60),
+        (compare.LLAMA, "llama.cpp repack=0", 0, 200, 30),
+        (compare.LLAMA, "llama.cpp repack=1", 0, 150, 40),
+        (compare.IK, "ik_llama.cpp rtr=0", 0, 400, 50),
+        (compare.PREGATE, "pregate", 1, 100, 20),
+        (compare.LLAMA, "llama.cpp repack=0", 1, 100, 10),
+        (compare.LLAMA, "llama.cpp repack=1", 1, 75, 16),
+        (compare.IK, "ik_llama.cpp rtr=0", 1, 200, 25),
+        (compare.PREGATE, "pregate", 2, 310, 58),
+        (compare.LLAMA, "llama.cpp repack=0", 2, 190, 31),
+        (compare.LLAMA, "llama.cpp repack=1", 2, 155, 38),
+    ]
+
+    def test_medians(self):
+        rows = compare.medians(record(self.samples))
+        self.assertEqual(rows["pregate"][compare.PROMPT], 300)
+        self.assertEqual(rows["pregate"][compare.DECODE], 58)
+        self.assertEqual(rows["ik_llama.cpp rtr=0"][compare.PROMPT], 300)  # of two: their mean
+
+    def test_the_best_setting_is_chosen_per_metric(self):
+        rows = compare.medians(record(self.samples))
+        self.assertEqual(compare.best_of(rows, compare.LLAMA, compare.PROMPT), "llama.cpp repack=0")
+        self.assertEqual(compare.best_of(rows, compare.LLAMA, compare.DECODE), "llama.cpp repack=1")
+        self.assertIsNone(compare.best_of(rows, "other", compare.DECODE))
+
+    def test_round_ratios_leave_out_rounds_that_one_engine_missed(self):
+        ratios = compare.round_ratios(record(self.samples), "pregate", "ik_llama.cpp rtr=0", compare.DECODE)
+        self.assertEqual(ratios, [1.2, 0.8])
+
+    def test_table(self):
+        made = record(self.samples)
+        made["runs"][0]["reported"] = {"bytes_per_token": 200_000_000}
+        text = compare.table(made)
+        self.assertIn(
+            "| pregate | 300.0 | 1.58 (1.00–1.63) | 1.00 (0.50–0.75) | 58.0 | 1.53 (1.25–1.53) | 1.55 (0.80–1.20) "
+            "| 11.6 | 58% |", text)
+        self.assertIn("| llama.cpp repack=1 | 150.0 | 0.79 (0.75–0.82) |", text)
+        self.assertIn("not a figure to quote", text)
+        widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+        self.assertEqual(len(widths), 1)
+
+    def test_what_is_not_known_is_a_dash(self):
+        text = compare.table(record(self.samples[:1], bandwidth=()))
+        self.assertIn("| pregate | 300.0 | – | – | 60.0 | – | – | – | – |", text)
+
+
+class Running(unittest.TestCase):
+    def test_rounds_interleave_the_engines_and_keep_failures(self):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            calls = folder / "calls"
+
+            def program(name, output, status=0):
+                path = folder / name
+                (folder / f"{name}.out").write_text(output)
+                log = f'echo "{name} $OMP_PROC_BIND $*" >>{calls}'
+                path.write_text(f"#!/bin/sh\n{log}\ncat {path}.out\nexit {status}\n")
+                path.chmod(path.stat().st_mode | stat.S_IXUSR)
+                return str(path)
+
+            model = folder / "m.gguf"
+            model.touch()
+            argv = ["--pregate", program("ours", PREGATE), "--llama-bench", program("llama", LLAMA_BENCH),
+                    "--ik-llama-bench", program("ik", "", status=3), "--membw", program("membw", MEMBW),
+                    "--ik-setting", "best: -rtr 1", "--model", f"m={model}", "-r", "2",
+                    "--out", str(folder / "raw.json")]
+            printed = io.StringIO()
+            with (
+                mock.patch.dict(os.environ),
+                contextlib.redirect_stdout(printed),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                os.environ.pop("OMP_PROC_BIND", None)
+                status = compare.main(argv)
+
+            names = [line.split()[0] for line in calls.read_text().splitlines()]
+            self.assertEqual(names, ["membw", "ours", "llama", "llama", "ik", "membw"] * 2)
+            lines = calls.read_text().splitlines()
+            self.assertEqual(lines[1], f"ours  bench --model {model} -p 512 -n 64 -t 2 -r 1 --json")
+            self.assertEqual(lines[2], f"llama true -m {model} -p 512 -n 64 -t 2 -r 1 --repack 0 -o json")
+            self.assertEqual(lines[4], f"ik true -m {model} -p 512 -n 64 -t 2 -r 1 -rtr 1 -o json")
+
+            self.assertEqual(status, 1)
+            raw = json.loads((folder / "raw.json").read_text())
+            self.assertEqual(len(raw["models"][0]["runs"]), 6)
+            self.assertEqual(len(raw["models"][0]["failures"]), 2)
+            self.assertIn("exit status 3", raw["models"][0]["failures"][0]["error"])
+            self.assertIn("**ik_llama.cpp best failed**: 2 runs.", printed.getvalue())
+            self.assertIn("| pregate | 300.5 | 2.35 (2.35–2.35) |", printed.getvalue())
+
+
+if __name__ == "__main__":
+    unittest.main()
