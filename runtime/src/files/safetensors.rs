@@ -44,6 +44,7 @@ pub fn parse(
     let data_len = bytes.len() as u64 - data_offset;
     let Entries(mut entries) = json::parse(file, 8, "header", text)?;
     entries.sort_unstable_by_key(|(_, entry)| entry.data_offsets);
+    tensors.reserve(entries.len());
     let mut expected = 0;
     for (name, entry) in entries {
         let tensor = check(file, number, data_len, expected, name, entry)?;
@@ -100,9 +101,9 @@ fn check(
     name: String,
     entry: Entry,
 ) -> Result<TensorInfo> {
-    let field = format!("tensor {name}");
-    let invalid =
-        |found: String, allowed: String| Err(Error::invalid(file, None, &field, found, allowed));
+    let invalid = |found: String, allowed: String| {
+        Err(Error::invalid(file, None, format!("tensor {name}"), found, allowed))
+    };
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
         return invalid(
             format!("a name of {} bytes", name.len()),

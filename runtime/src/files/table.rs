@@ -16,6 +16,12 @@ impl TensorTable {
         Self::default()
     }
 
+    /// Makes room for `count` more.
+    pub(super) fn reserve(&mut self, count: usize) {
+        self.list.reserve(count);
+        self.index.reserve(count);
+    }
+
     /// Refuses a name that is there already; `file` and `offset` say where
     /// this tensor is described.
     pub fn insert(&mut self, file: &Path, offset: Option<u64>, tensor: TensorInfo) -> Result<()> {
