@@ -6,6 +6,8 @@
 
 pub mod backend;
 pub mod block;
+pub mod contract;
+pub mod cpu;
 pub mod dequant;
 pub mod format;
 pub mod matrix;
@@ -18,6 +20,7 @@ pub use backend::{
     AttentionCall, Backend, Choice, ExpertCall, ExpertWeights, GatedActivation, KvCells, KvView,
     Linear, Routes,
 };
+pub use cpu::{Cpu, CpuOptions, Isa};
 pub use dequant::dequantize_row;
 pub use format::{ActivationKind, Format};
 pub use matrix::{Matrix, ShapeError};
