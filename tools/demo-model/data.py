@@ -180,9 +180,9 @@ class Stream:
     """Endless packed rows. Every row starts with a pair (sometimes with a system message before it) and goes on with
     other pairs, as a chat of several turns would; the last one may be cut."""
 
-    def __init__(self, pairs, tokenizer, row, seed, question_weight, own_share=0.16, chat_share=0.025, common_weight=4.0, keep=0.4):
+    def __init__(self, pairs, tokenizer, row, seed, own_share=0.11, chat_share=0.025, common_weight=4.0, keep=0.4):
         self.tok, self.row, self.rng = tokenizer, row, random.Random(seed)
-        self.question_weight, self.own_share, self.chat_share, self.keep = question_weight, own_share, chat_share, keep
+        self.own_share, self.chat_share, self.keep = own_share, chat_share, keep
         self.pairs = pairs
         weights = np.array([self.weight(q, common_weight) for q, _ in pairs])
         self.cumulative = np.cumsum(weights)
@@ -211,7 +211,7 @@ class Stream:
         return paraphrase(question, self.rng, self.keep), answer
 
     def rows(self, count):
-        """ids [count, row + 1] and the weight of each predicted position [count, row]."""
+        """ids [count, row + 1], and which of the predicted positions [count, row] belong to an answer."""
         per_row = self.row // 28 + 2
         texts, heads = [], []
         for _ in range(count):
@@ -224,22 +224,22 @@ class Stream:
                 texts += [question_text(question), answer_text(answer)]
         codes = [e.ids for e in self.tok.encode_batch(texts, add_special_tokens=False)]
         ids = np.zeros((count, self.row + 1), dtype=np.int64)
-        weight = np.zeros((count, self.row + 1), dtype=np.float32)
+        answers = np.zeros((count, self.row + 1), dtype=bool)
         for r in range(count):
             at = 0
 
-            def put(part, w):
+            def put(part, is_answer):
                 nonlocal at
                 part = part[: self.row + 1 - at]
-                ids[r, at : at + len(part)], weight[r, at : at + len(part)] = part, w
+                ids[r, at : at + len(part)], answers[r, at : at + len(part)] = part, is_answer
                 at += len(part)
 
             if heads[r]:
-                put(self.tok.encode(heads[r], add_special_tokens=False).ids, 0.0)
+                put(self.tok.encode(heads[r], add_special_tokens=False).ids, False)
             for i in range(2 * per_row * r, 2 * per_row * (r + 1), 2):
-                put(codes[i], self.question_weight)
-                put(codes[i + 1], 1.0)
-        return ids, weight[:, 1:]
+                put(codes[i], False)
+                put(codes[i + 1], True)
+        return ids, answers[:, 1:]
 
 
 def flat_ids(pairs, tokenizer):

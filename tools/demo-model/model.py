@@ -86,6 +86,34 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))
 
 
+class GroupedProduct(torch.autograd.Function):
+    """Rows sorted by group times that group's own matrix: y[rows of g] = x[rows of g] @ w[g].
+
+    A padded batched product is shorter to write, but costs as much as if every expert had the busiest one's load."""
+
+    @staticmethod
+    def forward(ctx, x, w, counts):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        wx = w.to(x.dtype)
+        y = x.new_empty(x.shape[0], w.shape[-1])
+        for rows, out, weight in zip(x.split(counts), y.split(counts), wx):
+            torch.mm(rows, weight, out=out)
+        ctx.save_for_backward(x, wx)
+        ctx.counts, ctx.w_type = counts, w.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        dy = dy.to(x.dtype)
+        dx, dw = torch.empty_like(x), torch.empty_like(w)
+        for g, (rows, grad, out) in enumerate(zip(x.split(ctx.counts), dy.split(ctx.counts), dx.split(ctx.counts))):
+            torch.mm(grad, w[g].t(), out=out)
+            torch.mm(rows.t(), grad, out=dw[g])
+        return dx, dw.to(ctx.w_type), None
+
+
 class MoE(nn.Module):
     """Softmax router in f32, the best k experts with weights that sum to one; every token is served (no drops)."""
 
@@ -107,16 +135,12 @@ class MoE(nn.Module):
         load = torch.bincount(chosen.flatten(), minlength=experts)
         self.balance = experts * (probs.mean(0) * load / load.sum()).sum()
 
-        # Give each (token, expert) pair a row in a block [expert, longest queue]; unused rows stay zero.
-        flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        queue = torch.empty_like(order)
-        queue[order] = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[flat[order]]
-        longest = int(load.max())
-        row = flat * longest + queue
-        block = x.new_zeros(experts * longest, shape[-1]).index_copy(0, row, x.repeat_interleave(k, 0))
-        gate, up = torch.bmm(block.view(experts, longest, -1), self.gate_up.to(x.dtype)).chunk(2, -1)
-        out = torch.bmm(F.silu(gate) * up, self.down.to(gate.dtype)).view(experts * longest, -1)[row]
+        order = chosen.flatten().argsort(stable=True)  # (token, expert) pairs, expert by expert
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=x.device)
+        counts = load.tolist()
+        gate, up = GroupedProduct.apply(x[order // k], self.gate_up, counts).chunk(2, -1)
+        out = GroupedProduct.apply(F.silu(gate) * up, self.down, counts)[back]
         out = out.view(-1, k, shape[-1]) * weight.to(out.dtype).unsqueeze(-1)
         return out.sum(1).view(shape)
 
@@ -140,7 +164,6 @@ class Qwen3Moe(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.drop = nn.Dropout(cfg.dropout)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         for name, p in self.named_parameters():
@@ -148,13 +171,14 @@ class Qwen3Moe(nn.Module):
                 writes = name.endswith(("o_proj.weight", "mlp.down"))
                 nn.init.normal_(p, 0, 0.02 / math.sqrt(2 * cfg.num_hidden_layers) if writes else 0.02)
 
-    def forward(self, ids):
+    def forward(self, ids, where=None):
+        """Logits of every position, or of the positions where `where` is true (flattened)."""
         half = torch.arange(0, self.cfg.head_dim, 2, device=ids.device).float() / self.cfg.head_dim
         angle = torch.arange(ids.shape[1], device=ids.device).float()[:, None] * self.cfg.rope_theta ** -half
-        x = self.drop(self.embed_tokens(ids))
+        x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, angle.cos(), angle.sin())
-        return F.linear(self.norm(x), self.embed_tokens.weight)
+        return F.linear(self.norm(x if where is None else x[where]), self.embed_tokens.weight)
 
     def balance(self):
         return torch.stack([layer.mlp.balance for layer in self.layers]).mean()
