@@ -27,11 +27,17 @@ pub struct Choice {
 
 /// The router's answer for a chunk of tokens: for each token a list of any
 /// length, in router order.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Routes {
     /// `[tokens + 1]`: token `t` owns `choices[starts[t]..starts[t + 1]]`.
     starts: Vec<usize>,
     choices: Vec<Choice>,
+}
+
+impl Default for Routes {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Routes {

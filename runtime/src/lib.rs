@@ -2,5 +2,12 @@
 
 pub mod error;
 pub mod files;
+pub mod forward;
+pub mod model;
+pub mod session;
 
 pub use error::{Error, Result};
+pub use forward::cache::KvFormat;
+pub use model::description::ModelDescription;
+pub use model::{LoadOptions, LoadProgress, Model};
+pub use session::{Cancel, Run, Session, SessionOptions};

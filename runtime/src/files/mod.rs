@@ -157,6 +157,11 @@ impl ModelFiles {
         self.tensors.get(name)
     }
 
+    /// Index of a tensor into [`ModelFiles::tensors`].
+    pub fn tensor_index(&self, name: &str) -> Option<usize> {
+        self.tensors.index(name)
+    }
+
     /// The mapped bytes of one of [`ModelFiles::tensors`]; nothing for a
     /// tensor of another model whose range is not in these files.
     pub fn bytes(&self, tensor: &TensorInfo) -> &[u8] {

@@ -43,7 +43,12 @@ impl TensorTable {
         &self.list
     }
 
+    /// Index into [`TensorTable::all`].
+    pub fn index(&self, name: &str) -> Option<usize> {
+        self.index.get(name).copied()
+    }
+
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        self.index.get(name).and_then(|&number| self.list.get(number))
+        self.list.get(self.index(name)?)
     }
 }

@@ -1,0 +1,215 @@
+//! The forward pass: token ids in, logits out, layer after layer. It reads
+//! the model's description and knows no architecture by name.
+
+mod attention;
+pub mod cache;
+mod delta_net;
+mod feed_forward;
+mod latent;
+mod rows;
+
+use crate::error::{Error, Result};
+use crate::files::ModelFiles;
+use crate::model::description::{ModelDescription, NormKind};
+use crate::model::rope::Rope;
+use crate::model::weights::{MixerWeights, ModelWeights, Norm, Projection};
+use cache::{Cache, LayerCache};
+use pregate_kernels::{Backend, Linear, dequantize_row, ops};
+use pregate_predictor::Observer;
+use rows::{add_scaled, buffer, for_each_row};
+
+/// What a pass computes with.
+#[derive(Clone, Copy)]
+pub struct Engine<'a> {
+    pub files: &'a ModelFiles,
+    pub description: &'a ModelDescription,
+    pub weights: &'a ModelWeights,
+    pub backend: &'a dyn Backend,
+}
+
+/// Buffers that live as long as a session, so that decoding allocates
+/// nothing large.
+#[derive(Default)]
+pub struct Scratch {
+    /// Residual stream, `[tokens, hidden]`
+    x: Vec<f32>,
+    /// Normalised input of a block, `[tokens, hidden]`
+    normed: Vec<f32>,
+    /// What a block adds, `[tokens, hidden]`
+    delta: Vec<f32>,
+    logits: Vec<f32>,
+    /// `[cos, sin]` per rope, position and pair
+    rope_tables: Vec<Vec<[f32; 2]>>,
+    mixer: [Vec<f32>; 6],
+    feed_forward: feed_forward::Scratch,
+}
+
+impl Scratch {
+    /// The logits of the last pass that wanted any.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+}
+
+/// The tokens of one pass and where they stand.
+#[derive(Clone, Copy)]
+struct Chunk {
+    tokens: usize,
+    first_position: usize,
+}
+
+/// Runs `ids` at positions `first_position ..` and leaves the logits of the
+/// last `wanted` of them in the answer, `[wanted, vocab]`.
+///
+/// The caller guarantees that the positions fit the cache and that every id
+/// is below the vocabulary's size.
+pub fn forward<'s>(
+    engine: Engine<'_>,
+    ropes: &[Rope],
+    cache: &mut Cache,
+    scratch: &'s mut Scratch,
+    ids: &[u32],
+    first_position: usize,
+    wanted: usize,
+    observer: &mut dyn Observer,
+) -> Result<&'s [f32]> {
+    let Engine { files, description, weights, backend } = engine;
+    let hidden = description.hidden;
+    let chunk = Chunk { tokens: ids.len(), first_position };
+    scratch.rope_tables.resize_with(ropes.len(), Vec::new);
+    for (rope, table) in ropes.iter().zip(&mut scratch.rope_tables) {
+        rope.fill(first_position, chunk.tokens, table);
+    }
+
+    let x = buffer(&mut scratch.x, chunk.tokens * hidden);
+    embed(engine, ids, x);
+    let normed = buffer(&mut scratch.normed, chunk.tokens * hidden);
+    let delta = buffer(&mut scratch.delta, chunk.tokens * hidden);
+    for (index, layer) in weights.layers.iter().enumerate() {
+        norm_rows(engine, &layer.mixer_norm, x, normed);
+        let mixing = Mixing {
+            engine,
+            chunk,
+            ropes,
+            tables: &scratch.rope_tables,
+            buffers: &mut scratch.mixer,
+        };
+        match (&layer.mixer, &mut cache.layers[index], &description.layers[index].mixer) {
+            (MixerWeights::Attention(w), LayerCache::Attention { keys, values }, mixer) => {
+                attention::run(mixing, mixer, w, keys, values, normed, delta);
+            }
+            (MixerWeights::Latent(w), LayerCache::Latent { rows }, mixer) => {
+                latent::run(mixing, mixer, w, rows, normed, delta);
+            }
+            (MixerWeights::DeltaNet(w), LayerCache::DeltaNet(state), mixer) => {
+                delta_net::run(mixing, mixer, w, state, normed, delta);
+            }
+            _ => unreachable!("cache and weights are made from one description"),
+        }
+        add_scaled(x, delta, description.residual_scale);
+
+        norm_rows(engine, &layer.feed_forward_norm, x, normed);
+        feed_forward::run(
+            engine,
+            chunk,
+            index,
+            &layer.feed_forward,
+            &mut scratch.feed_forward,
+            normed,
+            delta,
+            observer,
+        );
+        add_scaled(x, delta, description.residual_scale);
+    }
+
+    if wanted == 0 {
+        return Ok(&[]);
+    }
+    let from = (chunk.tokens - wanted) * hidden;
+    norm_rows(engine, &weights.final_norm, &x[from..], &mut normed[from..]);
+    let logits = buffer(&mut scratch.logits, wanted * description.vocab);
+    project(files, backend, &[&weights.head], &normed[from..], wanted, &mut [&mut *logits]);
+    if description.logit_scale != 1.0 {
+        logits.iter_mut().for_each(|logit| *logit *= description.logit_scale);
+    }
+    check_finite(logits, description.vocab, first_position + chunk.tokens - wanted)?;
+    Ok(logits)
+}
+
+/// What the mixers share.
+struct Mixing<'a> {
+    engine: Engine<'a>,
+    chunk: Chunk,
+    ropes: &'a [Rope],
+    tables: &'a [Vec<[f32; 2]>],
+    buffers: &'a mut [Vec<f32>; 6],
+}
+
+impl Mixing<'_> {
+    /// Rotates the `width`-wide heads of every token; `heads` is
+    /// `[tokens, n * width]`, and of each head the elements from `skip` on
+    /// are rotated.
+    fn rotate(&self, rope: usize, values: &mut [f32], width: usize, skip: usize) {
+        let (rope, table) = (&self.ropes[rope], &self.tables[rope]);
+        let half = rope.half();
+        let per_token = values.len() / self.chunk.tokens;
+        for_each_row(self.engine.backend, values, per_token, |token, row| {
+            let angles = &table[token * half..(token + 1) * half];
+            for head in row.chunks_exact_mut(width) {
+                rope.rotate(angles, &mut head[skip..]);
+            }
+        });
+    }
+}
+
+fn embed(engine: Engine<'_>, ids: &[u32], x: &mut [f32]) {
+    let table = engine.weights.embedding.view(engine.files);
+    let mut scratch = Vec::new();
+    for (id, row) in ids.iter().zip(x.chunks_exact_mut(engine.description.hidden)) {
+        dequantize_row(table.format(), table.row(*id as usize, &mut scratch), row);
+        if engine.description.embedding_scale != 1.0 {
+            row.iter_mut().for_each(|value| *value *= engine.description.embedding_scale);
+        }
+    }
+}
+
+fn norm_rows(engine: Engine<'_>, norm: &Norm, x: &[f32], out: &mut [f32]) {
+    let width = engine.description.hidden;
+    for_each_row(engine.backend, out, width, |row, out| {
+        let x = &x[row * width..(row + 1) * width];
+        match engine.description.norm {
+            NormKind::Rms { epsilon } => ops::rms_norm(x, &norm.weight, epsilon, out),
+            NormKind::Layer { epsilon } => {
+                ops::layer_norm(x, &norm.weight, norm.bias.as_deref(), epsilon, out);
+            }
+        }
+    });
+}
+
+/// Several projections of one input; `outs[i]` is `[tokens, rows_i]`.
+fn project<const N: usize>(
+    files: &ModelFiles,
+    backend: &dyn Backend,
+    projections: &[&Projection; N],
+    x: &[f32],
+    tokens: usize,
+    outs: &mut [&mut [f32]; N],
+) {
+    let mut outs = outs.iter_mut();
+    let mut jobs: [Linear<'_>; N] = std::array::from_fn(|i| Linear {
+        weight: projections[i].weight.view(files),
+        bias: projections[i].bias.as_deref(),
+        out: outs.next().expect("as many outputs as projections"),
+    });
+    backend.linear(x, tokens, &mut jobs);
+}
+
+fn check_finite(logits: &[f32], vocab: usize, first_position: usize) -> Result<()> {
+    match logits.iter().position(|logit| !logit.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Error::NotFinite {
+            position: first_position + index / vocab,
+            found: if logits[index].is_nan() { "NaN" } else { "infinite" },
+        }),
+    }
+}

@@ -1,0 +1,108 @@
+//! A loaded model: files, description, weights and the device that computes.
+
+mod checks;
+pub mod description;
+mod experts;
+mod from_gguf;
+mod from_hf;
+mod keys;
+mod load;
+pub mod rope;
+pub mod router;
+mod tensors;
+pub mod weights;
+
+use crate::error::Result;
+use crate::files::{Container, ModelFiles};
+use crate::forward::Engine;
+use description::ModelDescription;
+use pregate_kernels::Backend;
+use std::{path::Path, sync::Arc};
+use weights::ModelWeights;
+
+/// What a model is loaded onto.
+#[derive(Clone)]
+pub struct LoadOptions {
+    pub backend: Arc<dyn Backend>,
+}
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    pub layers_done: usize,
+    pub layers: usize,
+}
+
+/// A model ready to run. Cloning is cheap: clones share everything.
+#[derive(Clone)]
+pub struct Model {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    files: ModelFiles,
+    description: ModelDescription,
+    weights: ModelWeights,
+    backend: Arc<dyn Backend>,
+}
+
+impl Model {
+    /// Maps the files at `path` (a GGUF file or a folder) and checks every
+    /// tensor that the architecture needs. Weights stay in the files.
+    pub fn load(
+        path: &Path,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
+        let files = ModelFiles::open(path)?;
+        let description = describe(&files)?;
+        let layers = description.layers.len();
+        let weights = load::load_weights(&files, &description, &mut |layers_done| {
+            progress(LoadProgress { layers_done, layers });
+        })?;
+        let shared = Shared { files, description, weights, backend: options.backend };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    pub fn description(&self) -> &ModelDescription {
+        &self.shared.description
+    }
+
+    pub fn files(&self) -> &ModelFiles {
+        &self.shared.files
+    }
+
+    pub fn weights(&self) -> &ModelWeights {
+        &self.shared.weights
+    }
+
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.shared.backend
+    }
+
+    /// Weight bytes that one decoded token reads, with average experts.
+    pub fn bytes_per_token(&self) -> u64 {
+        let description = self.description();
+        self.weights().bytes_per_token(|layer| match &description.layers[layer].feed_forward {
+            description::FeedForward::Moe(moe) => moe.top_k,
+            description::FeedForward::Dense { .. } => 0,
+        })
+    }
+
+    pub(crate) fn engine(&self) -> Engine<'_> {
+        Engine {
+            files: self.files(),
+            description: self.description(),
+            weights: self.weights(),
+            backend: self.backend(),
+        }
+    }
+}
+
+/// The description alone: what `pregate inspect` shows without loading.
+pub fn describe(files: &ModelFiles) -> Result<ModelDescription> {
+    match files.container() {
+        Container::Gguf(metadata) => from_gguf::describe(files, metadata),
+        Container::HuggingFace { folder, config } => from_hf::describe(folder, config),
+    }
+}

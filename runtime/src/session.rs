@@ -1,0 +1,223 @@
+//! One sequence of tokens on a model: feeding tokens, reading logits.
+
+use crate::error::{Error, Result};
+use crate::forward::cache::{Cache, KvFormat, cache_bytes};
+use crate::forward::{Scratch, forward};
+use crate::model::Model;
+use crate::model::rope::Rope;
+use pregate_predictor::{NoObserver, Observer};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How a session is made.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionOptions {
+    /// Positions to make room for; `None`: the model's limit, at most 8192.
+    pub context: Option<usize>,
+    pub kv: KvFormat,
+    /// Tokens of a prompt that go through the model together. It changes
+    /// memory and speed, never results.
+    pub prefill_chunk: usize,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self { context: None, kv: KvFormat::F16, prefill_chunk: 512 }
+    }
+}
+
+/// What [`SessionOptions::context`] means when it is not given.
+const DEFAULT_CONTEXT: usize = 8192;
+
+/// A flag that ends a computation at the next layer chunk; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What accompanies a run of the model.
+pub struct Run<'a> {
+    pub observer: &'a mut dyn Observer,
+    pub cancel: &'a Cancel,
+    /// Told the tokens done so far after each chunk.
+    pub progress: Option<&'a mut dyn FnMut(usize)>,
+}
+
+/// One sequence. It is `Send`: move it to the thread that generates.
+pub struct Session {
+    model: Model,
+    cache: Cache,
+    ropes: Vec<Rope>,
+    scratch: Scratch,
+    tokens: Vec<u32>,
+    prefill_chunk: usize,
+}
+
+impl Session {
+    /// Makes room for the context; refuses one that the model was not made
+    /// for.
+    pub fn new(model: &Model, options: SessionOptions) -> Result<Self> {
+        let limit = model.description().context_limit;
+        let context = options.context.unwrap_or(limit.min(DEFAULT_CONTEXT));
+        if context == 0 || context > limit {
+            return Err(Error::Request(format!(
+                "a context of {context} tokens; allowed: 1..={limit} for this model"
+            )));
+        }
+        if options.prefill_chunk == 0 {
+            return Err(Error::Request("a prefill chunk of 0 tokens; allowed: 1 and more".into()));
+        }
+        let description = model.description();
+        Ok(Self {
+            cache: Cache::new(description, context, options.kv)?,
+            ropes: description.ropes.iter().map(|rope| Rope::new(rope, context)).collect(),
+            scratch: Scratch::default(),
+            tokens: Vec::new(),
+            prefill_chunk: options.prefill_chunk,
+            model: model.clone(),
+        })
+    }
+
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Tokens fed so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    pub fn position(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub fn context_limit(&self) -> usize {
+        self.cache.capacity
+    }
+
+    /// Bytes that the KV cache takes when the context is full.
+    pub fn cache_bytes(model: &Model, context: usize, kv: KvFormat) -> u64 {
+        cache_bytes(model.description(), context, kv)
+    }
+
+    /// Starts over.
+    pub fn reset(&mut self) {
+        self.tokens.clear();
+        self.cache.reset();
+    }
+
+    /// Keeps the longest common prefix of the sequence and `tokens` and
+    /// answers its length, always less than `tokens.len()` so that there is
+    /// something left to compute. A model with recurrent layers cannot go
+    /// back: it keeps everything or starts over.
+    pub fn keep_prefix(&mut self, tokens: &[u32]) -> usize {
+        let common = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let keep = common.min(tokens.len().saturating_sub(1));
+        if keep == self.tokens.len() {
+            return keep;
+        }
+        if keep == 0 || !self.cache.can_rewind() {
+            self.reset();
+            return 0;
+        }
+        self.tokens.truncate(keep);
+        keep
+    }
+
+    /// Runs `tokens` behind the sequence so far; the answer is the logits of
+    /// the last one, `[vocab]`. On an error or a cancelled run the sequence
+    /// holds the chunks that were done.
+    pub fn feed(&mut self, tokens: &[u32], run: &mut Run<'_>) -> Result<&[f32]> {
+        self.check(tokens)?;
+        let last = tokens.len().div_ceil(self.prefill_chunk) - 1;
+        for (index, chunk) in tokens.chunks(self.prefill_chunk).enumerate() {
+            self.step(chunk, usize::from(index == last), run)?;
+        }
+        Ok(&self.scratch_logits()[..self.model.description().vocab])
+    }
+
+    /// As [`Session::feed`], with the logits of every token,
+    /// `[tokens, vocab]`.
+    pub fn feed_all(&mut self, tokens: &[u32], run: &mut Run<'_>) -> Result<Vec<f32>> {
+        self.check(tokens)?;
+        let mut all = Vec::new();
+        for chunk in tokens.chunks(self.prefill_chunk) {
+            all.extend_from_slice(self.step(chunk, chunk.len(), run)?);
+        }
+        Ok(all)
+    }
+
+    /// [`Session::feed`] without observer, progress or cancelling.
+    pub fn feed_quietly(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        let mut run = Run { observer: &mut NoObserver, cancel: &Cancel::new(), progress: None };
+        self.feed(tokens, &mut run)
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        let vocab = self.model.description().vocab;
+        if tokens.is_empty() {
+            return Err(Error::Request("no tokens to run".to_string()));
+        }
+        if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::Request(format!("token id {id}; allowed: 0..{vocab}")));
+        }
+        let needed = self.tokens.len() + tokens.len();
+        if needed > self.cache.capacity {
+            return Err(Error::ContextFull { needed, limit: self.cache.capacity });
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, chunk: &[u32], wanted: usize, run: &mut Run<'_>) -> Result<&[f32]> {
+        if run.cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let first = self.tokens.len();
+        self.tokens.extend_from_slice(chunk);
+        let logits = forward(
+            self.model.engine(),
+            &self.ropes,
+            &mut self.cache,
+            &mut self.scratch,
+            chunk,
+            first,
+            wanted,
+            run.observer,
+        )?;
+        if let Some(progress) = &mut run.progress {
+            progress(self.tokens.len());
+        }
+        Ok(logits)
+    }
+
+    fn scratch_logits(&self) -> &[f32] {
+        self.scratch.logits()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sessions_and_models_are_send() {
+        fn send<T: Send>() {}
+        fn sync<T: Sync>() {}
+        send::<Session>();
+        send::<Model>();
+        sync::<Model>();
+        send::<Cancel>();
+    }
+}
