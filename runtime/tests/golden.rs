@@ -161,7 +161,8 @@ fn gguf_twins_match() {
     for path in entries("gguf") {
         let file = path.file_name().unwrap().to_string_lossy().into_owned();
         let Some(name) = file.strip_suffix(".f32.gguf") else { continue };
-        let golden = find(&format!("hf/{name}/golden.safetensors")).expect("the twin's golden file");
+        let golden =
+            find(&format!("hf/{name}/golden.safetensors")).expect("the twin's golden file");
         let model = load(&path, Arc::new(Reference));
         let worst = check_case(&model, &Golden::open(&golden), 512, &file);
         println!("{file:32} worst logit {worst:.1e} standard deviations");
@@ -180,9 +181,10 @@ fn quantised_files_match_their_dequantised_goldens() {
         }
         let file = path.file_name().unwrap().to_string_lossy().into_owned();
         if file.contains("IQ3_S") {
-            let error = Model::load(&path, LoadOptions { backend: Arc::new(Reference) }, &mut |_| {})
-                .err()
-                .expect("an unsupported tensor type");
+            let error =
+                Model::load(&path, LoadOptions { backend: Arc::new(Reference) }, &mut |_| {})
+                    .err()
+                    .expect("an unsupported tensor type");
             let text = error.to_string();
             assert!(text.contains("IQ3_S") && text.contains("Q4_K"), "{text}");
             continue;

@@ -339,10 +339,17 @@ impl Reader<'_> {
         };
         let scale =
             |key| Ok::<_, Error>(rope.optional_float(key, bounds::FACTOR)?.unwrap_or(common));
+        let (short_factors, long_factors) = (factors("short_factor")?, factors("long_factor")?);
         Ok(RopeScaling::Long {
             original_context: original,
-            short_factors: factors("short_factor")?,
-            long_factors: factors("long_factor")?,
+            // transformers (5.23) changes Phi-MoE's magnitude beyond the
+            // original context but keeps the short factors; folders are
+            // computed as it computes them.
+            long_factors: match self.architecture {
+                Architecture::PhiMoe => short_factors.clone(),
+                _ => long_factors,
+            },
+            short_factors,
             short_scale: scale("short_mscale")?,
             long_scale: scale("long_mscale")?,
         })

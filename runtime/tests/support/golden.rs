@@ -52,7 +52,12 @@ impl Golden {
                 continue;
             }
             let numbers = |key: &str| -> Vec<usize> {
-                entry[key].as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as usize).collect()
+                entry[key]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|n| n.as_u64().unwrap() as usize)
+                    .collect()
             };
             let (shape, range) = (numbers("shape"), numbers("data_offsets"));
             let words = data[range[0]..range[1]].chunks_exact(4).map(|b| b.try_into().unwrap());
