@@ -45,6 +45,9 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => super::avx2::Avx2::detect().is_some(),
+            #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 => false,
             Isa::Avx512Vnni => false,
             Isa::Neon => false,
@@ -74,7 +77,11 @@ impl Isa {
     /// When it is not available.
     pub(crate) fn kernels(self) -> &'static dyn Kernels {
         assert!(self.is_available(), "{} is not available on this machine", self.name());
-        &scalar::Scalar
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => super::avx2::Avx2::detect().expect("available"),
+            _ => &scalar::Scalar,
+        }
     }
 }
 
@@ -204,6 +211,8 @@ impl<'a> Rows<'a> {
 pub(crate) struct Tile {
     pub tokens: usize,
     pub q: Vec<i8>,
+    /// AVX2: sums of 16 or 32 codes, as in [`Activation`].
+    pub short_sums: Vec<i16>,
     pub sums: Vec<i32>,
     pub pairs: Vec<i32>,
     pub scales: Vec<f32>,

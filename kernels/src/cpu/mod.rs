@@ -6,6 +6,8 @@
 //! the number of tokens in a call; see [`crate::contract`].
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod experts;
 pub(crate) mod kernels;
 mod linear;
