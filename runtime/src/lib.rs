@@ -5,6 +5,7 @@ pub mod files;
 pub mod forward;
 pub mod model;
 pub mod session;
+pub mod text;
 
 pub use error::{Error, Result};
 pub use forward::cache::KvFormat;

@@ -1,0 +1,21 @@
+//! Text in, tokens out, and back: tokenizers from `tokenizer.json` or from
+//! GGUF metadata, chat templates, streamed decoding with stop strings.
+//!
+//! Text of a user never becomes a control token. [`Tokenizer::protect`] breaks
+//! control-token text in a user's string by an invisible mark before a
+//! template sees it, control tokens are looked for while the marks are in
+//! place, and the marks go before anything is split or merged.
+
+mod engine;
+mod gguf_tokenizer;
+mod json_tokenizer;
+mod marks;
+mod pieces;
+mod pretokenizers;
+mod specials;
+mod spm;
+pub mod stream;
+mod tokenizer;
+
+pub use stream::{StopMatcher, StreamDecoder, TextStream};
+pub use tokenizer::{Limits, TextKind, Tokenizer};
