@@ -112,8 +112,8 @@ impl Gguf {
         Self::default()
     }
 
-    /// A file taken apart, to be changed and written again. Integers come
-    /// back as 32 bits where they fit and floats as f32.
+    /// A file taken apart, to be changed and written again. Numbers come back
+    /// as 32 bits where they fit, arrays of integers as 64.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let mut table = TensorTable::new();
         let header = gguf::parse(Path::new("template"), 0, bytes, &mut table).expect("a good file");
@@ -212,7 +212,6 @@ impl Gguf {
 }
 
 fn value_bytes(value: &Value) -> Val {
-    let signed = |&number: &i64| number as i32;
     match value {
         Value::Unsigned(number) => match u32::try_from(*number) {
             Ok(small) => u32(small),
@@ -222,7 +221,8 @@ fn value_bytes(value: &Value) -> Val {
             Ok(small) => i32(small),
             Err(_) => raw(11, number.to_le_bytes()),
         },
-        Value::Float(number) => f32(*number as f32),
+        Value::Float(number) if f64::from(*number as f32) == *number => f32(*number as f32),
+        Value::Float(number) => raw(12, number.to_le_bytes()),
         Value::Bool(flag) => bool(*flag),
         Value::String(text) => string(text),
         Value::Array(Array::Unsigned(list)) => array(
@@ -230,7 +230,11 @@ fn value_bytes(value: &Value) -> Val {
             list.len() as u64,
             list.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>(),
         ),
-        Value::Array(Array::Signed(list)) => i32s(&list.iter().map(signed).collect::<Vec<_>>()),
+        Value::Array(Array::Signed(list)) => array(
+            11,
+            list.len() as u64,
+            list.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>(),
+        ),
         Value::Array(Array::Float(list)) => f32s(list),
         Value::Array(Array::Bool(list)) => bools(list),
         Value::Array(Array::String(list)) => strings(list),
