@@ -24,6 +24,9 @@ pub struct ModelDescription {
     /// Distinct rotary embeddings; layers name one by index.
     pub ropes: Vec<RopeDescription>,
     pub layers: Vec<LayerDescription>,
+    /// Multi-token-prediction layers that the file holds behind its own; they
+    /// are not run.
+    pub extra_layers: usize,
 }
 
 impl ModelDescription {

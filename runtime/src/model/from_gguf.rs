@@ -108,6 +108,7 @@ impl Reader<'_> {
             },
             ropes: vec![rope],
             layers,
+            extra_layers: extra,
         })
     }
 

@@ -98,6 +98,7 @@ impl Reader<'_> {
             logit_scale: (1.0 / scale("logits_scaling")?) as f32,
             ropes: vec![rope],
             layers,
+            extra_layers: keys.optional_size("num_nextn_predict_layers", 0..=1024)?.unwrap_or(0),
             name: self.name.clone(),
         })
     }

@@ -38,7 +38,8 @@ pub fn load_weights(
         )?,
         layers,
     };
-    tensors.check_all_used(description.layers.len())?;
+    let own = description.layers.len();
+    tensors.check_all_used(own..own + description.extra_layers)?;
     Ok(weights)
 }
 

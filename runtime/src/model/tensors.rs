@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::files::{Container, ElementType, ModelFiles, TensorInfo};
 use pregate_kernels::Format;
 use pregate_kernels::dequant::dequantize_row;
-use std::{cell::RefCell, collections::HashSet};
+use std::{cell::RefCell, collections::HashSet, ops::Range};
 
 /// A tensor name in both spellings; an empty one does not exist there.
 #[derive(Clone, Copy, Debug)]
@@ -181,12 +181,11 @@ impl<'a> Tensors<'a> {
 
     /// Tensors that nothing asked for and that are not known to be beside the
     /// language model: computing without them would be silently wrong.
-    pub fn check_all_used(&self, layers: usize) -> Result<()> {
+    pub fn check_all_used(&self, extra_layers: Range<usize>) -> Result<()> {
         let used = self.used.borrow();
-        let unused =
-            self.files.tensors().iter().enumerate().find(|(index, tensor)| {
-                !used.contains(index) && !self.is_beside(&tensor.name, layers)
-            });
+        let unused = self.files.tensors().iter().enumerate().find(|(index, tensor)| {
+            !used.contains(index) && !self.is_beside(&tensor.name, &extra_layers)
+        });
         match unused {
             None => Ok(()),
             Some((_, tensor)) => Err(Error::Unsupported {
@@ -199,14 +198,14 @@ impl<'a> Tensors<'a> {
     }
 
     /// Rotary tables, vision towers and multi-token-prediction layers.
-    fn is_beside(&self, name: &str, layers: usize) -> bool {
+    fn is_beside(&self, name: &str, extra_layers: &Range<usize>) -> bool {
         let layer = match self.is_gguf {
             true => name.strip_prefix("blk."),
             false => name.strip_prefix(self.hf_prefix).and_then(|n| n.strip_prefix("layers.")),
         };
         let extra_layer = layer
             .and_then(|rest| rest.split('.').next()?.parse::<usize>().ok())
-            .is_some_and(|index| index >= layers);
+            .is_some_and(|index| extra_layers.contains(&index));
         extra_layer
             || name.contains("rotary_emb.inv_freq")
             || [
