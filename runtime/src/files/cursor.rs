@@ -104,10 +104,11 @@ impl<'a> Cursor<'a> {
         }
         let bytes = self.take(len, field)?;
         self.charge(1, len, field)?;
-        match std::str::from_utf8(bytes) {
-            Ok(text) => Ok(text.to_string()),
+        // Checks the copy: the mapped bytes may change between check and use.
+        match String::from_utf8(bytes.to_vec()) {
+            Ok(text) => Ok(text),
             Err(error) => Err(self.invalid_at(
-                start.saturating_add(8).saturating_add(error.valid_up_to() as u64),
+                start.saturating_add(8).saturating_add(error.utf8_error().valid_up_to() as u64),
                 field,
                 "bytes that are not UTF-8",
                 "UTF-8",

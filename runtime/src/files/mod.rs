@@ -1,6 +1,25 @@
 //! Model files on disk, memory-mapped: GGUF (single and split) and Hugging
 //! Face folders of safetensors. Every number in them is checked here, before
 //! anything else sees it.
+//!
+//! What is refused although some reader takes it: GGUF data with gaps, in
+//! another order than the headers say, or in big-endian order; a key, tensor
+//! name or JSON field that is there twice; arrays of arrays; bools other than
+//! 0 and 1; text that is not UTF-8; tensors without elements; shards with
+//! different values for one key. What is let through: bytes after the last
+//! tensor of a GGUF file (a note), missing padding at its end, symbolic links
+//! to regular files (Hugging Face's cache is made of them).
+//!
+//! | limit | value |
+//! |---|---|
+//! | GGUF tensors, keys | 65,536 each in a file |
+//! | GGUF key, string, tensor name | 64 KiB, 16 MiB, 256 bytes |
+//! | GGUF keys and values in memory | 256 MiB |
+//! | GGUF dimensions, alignment | 4, a power of two from 8 to 65,536 |
+//! | safetensors header, tensors, name, dimensions | 100 MB, 1,048,576 in a file, 1 KiB, 8 |
+//! | `config.json`, index | 1 MiB, 64 MiB |
+//! | JSON depth | 64 |
+//! | files of a model | 4096 |
 
 mod cursor;
 mod folder;
@@ -196,7 +215,7 @@ impl ModelFiles {
     /// A hash of sizes and headers (names, shapes, offsets and description,
     /// not weights): the same for the same files on any machine, whatever
     /// their paths. FNV-1a with 64 bits, so it tells models apart and proves
-    /// nothing.
+    /// nothing. Reads all headers (10 MB where the vocabulary is large).
     pub fn fingerprint(&self) -> u64 {
         let mut hash = self.description;
         for (file, &data_offset) in self.files.iter().zip(&self.data_offsets) {

@@ -39,10 +39,12 @@ pub fn parse(
     bytes: &[u8],
     tensors: &mut TensorTable,
 ) -> Result<Header> {
-    let text = header_text(file, bytes)?;
+    // A copy, because mapped bytes may change between check and use.
+    let text = header_text(file, bytes)?.to_vec();
     let data_offset = 8 + text.len() as u64;
     let data_len = bytes.len() as u64 - data_offset;
-    let Entries(mut entries) = json::parse(file, 8, "header", text)?;
+    let Entries(mut entries) = json::parse(file, 8, "header", &text)?;
+    drop(text);
     entries.sort_unstable_by_key(|(_, entry)| entry.data_offsets);
     tensors.reserve(entries.len());
     let mut expected = 0;
