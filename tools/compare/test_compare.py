@@ -1,14 +1,19 @@
+import argparse
 import contextlib
 import io
 import json
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import compare
+import engines
+import report
 
 # Captured from `llama-bench -o json`, keys that nothing reads left out.
 LLAMA_BENCH = """\
@@ -64,8 +69,8 @@ PREGATE = json.dumps({
 def record(samples, bandwidth=(20.0,), **changes):
     """A record as run_model makes it, from (family, engine, round, prompt, decode)."""
     runs = [
-        {"family": family, "engine": engine, "round": number, "load": (1.0, 1.0, 1.0), "reported": {},
-         compare.PROMPT: [prompt], compare.DECODE: [decode]}
+        {"family": family, "engine": engine, "round": number, "others_cpu": 0.02, "reported": {},
+         engines.PROMPT: [prompt], engines.DECODE: [decode]}
         for family, engine, number, prompt, decode in samples
     ]
     return {"label": "mini", "path": "mini.gguf", "ik_path": "mini.gguf", "runs": runs, "failures": [],
@@ -74,80 +79,85 @@ def record(samples, bandwidth=(20.0,), **changes):
 
 class Parsing(unittest.TestCase):
     def test_llama_bench(self):
-        found = compare.parse_llama_bench(LLAMA_BENCH)
-        self.assertEqual(found[compare.PROMPT], [128.091])
-        self.assertEqual(found[compare.DECODE], [31.0964])
+        found = engines.parse_llama_bench(LLAMA_BENCH)
+        self.assertEqual(found[engines.PROMPT], [128.091])
+        self.assertEqual(found[engines.DECODE], [31.0964])
         self.assertEqual(found["reported"]["build_commit"], "1652066")
 
     def test_lines_around_the_json_are_skipped(self):
         noisy = "[load] 3 tensors\nggml: note [1]\n" + LLAMA_BENCH + "\ndone [x]\n"
-        self.assertEqual(compare.parse_llama_bench(noisy), compare.parse_llama_bench(LLAMA_BENCH))
+        self.assertEqual(engines.parse_llama_bench(noisy), engines.parse_llama_bench(LLAMA_BENCH))
 
     def test_pregate(self):
-        found = compare.parse_pregate(PREGATE + "\n")
-        self.assertEqual((found[compare.PROMPT], found[compare.DECODE]), ([300.5], [100.0]))
+        found = engines.parse_pregate(PREGATE + "\n")
+        self.assertEqual((found[engines.PROMPT], found[engines.DECODE]), ([300.5], [100.0]))
         self.assertEqual(found["reported"]["bytes_per_token"], 153719808)
 
     def test_bandwidth_is_the_median(self):
-        self.assertEqual(compare.parse_membw(MEMBW), 26.31)
+        self.assertEqual(engines.parse_membw(MEMBW), 26.31)
 
     def test_what_is_no_result_is_a_failure(self):
         prompt_only = json.dumps(json.loads(LLAMA_BENCH)[:1])
         for parse, text in (
-            (compare.parse_llama_bench, ""),
-            (compare.parse_llama_bench, "error: no model\n"),
-            (compare.parse_llama_bench, prompt_only),
-            (compare.parse_llama_bench, '[{"n_prompt": 512}]'),
-            (compare.parse_pregate, LLAMA_BENCH.replace("[", "").replace("]", "")),
-            (compare.parse_pregate, PREGATE.replace("100.0", "0.0")),
-            (compare.parse_membw, "threads 2"),
+            (engines.parse_llama_bench, ""),
+            (engines.parse_llama_bench, "error: no model\n"),
+            (engines.parse_llama_bench, prompt_only),
+            (engines.parse_llama_bench, '[{"n_prompt": 512}]'),
+            (engines.parse_pregate, LLAMA_BENCH.replace("[", "").replace("]", "")),
+            (engines.parse_pregate, PREGATE.replace("100.0", "0.0")),
+            (engines.parse_membw, "threads 2"),
         ):
-            with self.subTest(parse=parse.__name__, text=text[:30]), self.assertRaises(compare.Failure):
+            with self.subTest(parse=parse.__name__, text=text[:30]), self.assertRaises(engines.Failure):
                 parse(text)
 
+    def test_help_can_be_printed(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, self.assertRaises(SystemExit):
+            compare.arguments(["--help"])
+        self.assertIn("--ik-llama-bench", printed.getvalue())
+
     def test_model_argument(self):
-        self.assertEqual(compare.Model.parse("a=x.gguf"), compare.Model("a", "x.gguf", "x.gguf"))
-        self.assertEqual(compare.Model.parse("a=x.gguf,ik=y.gguf"), compare.Model("a", "x.gguf", "y.gguf"))
+        self.assertEqual(engines.Model.parse("a=x.gguf"), engines.Model("a", "x.gguf", "x.gguf"))
+        self.assertEqual(engines.Model.parse("a=x.gguf,ik=y.gguf"), engines.Model("a", "x.gguf", "y.gguf"))
         for wrong in ("x.gguf", "=x.gguf", "a=", "a=x,y", "a=x,ik="):
-            with self.subTest(wrong), self.assertRaises(compare.argparse.ArgumentTypeError):
-                compare.Model.parse(wrong)
+            with self.subTest(wrong), self.assertRaises(argparse.ArgumentTypeError):
+                engines.Model.parse(wrong)
 
 
 class Figures(unittest.TestCase):
     samples = [
-        (compare.PREGATE, "pregate", 0, 300, 60),
-        (compare.LLAMA, "llama.cpp repack=0", 0, 200, 30),
-        (compare.LLAMA, "llama.cpp repack=1", 0, 150, 40),
-        (compare.IK, "ik_llama.cpp rtr=0", 0, 400, 50),
-        (compare.PREGATE, "pregate", 1, 100, 20),
-        (compare.LLAMA, "llama.cpp repack=0", 1, 100, 10),
-        (compare.LLAMA, "llama.cpp repack=1", 1, 75, 16),
-        (compare.IK, "ik_llama.cpp rtr=0", 1, 200, 25),
-        (compare.PREGATE, "pregate", 2, 310, 58),
-        (compare.LLAMA, "llama.cpp repack=0", 2, 190, 31),
-        (compare.LLAMA, "llama.cpp repack=1", 2, 155, 38),
+        (engines.PREGATE, "pregate", 0, 300, 60),
+        (engines.LLAMA, "llama.cpp repack=0", 0, 200, 30),
+        (engines.LLAMA, "llama.cpp repack=1", 0, 150, 40),
+        (engines.IK, "ik_llama.cpp rtr=0", 0, 400, 50),
+        (engines.PREGATE, "pregate", 1, 100, 20),
+        (engines.LLAMA, "llama.cpp repack=0", 1, 100, 10),
+        (engines.LLAMA, "llama.cpp repack=1", 1, 75, 16),
+        (engines.IK, "ik_llama.cpp rtr=0", 1, 200, 25),
+        (engines.PREGATE, "pregate", 2, 310, 58),
+        (engines.LLAMA, "llama.cpp repack=0", 2, 190, 31),
+        (engines.LLAMA, "llama.cpp repack=1", 2, 155, 38),
     ]
 
     def test_medians(self):
-        rows = compare.medians(record(self.samples))
-        self.assertEqual(rows["pregate"][compare.PROMPT], 300)
-        self.assertEqual(rows["pregate"][compare.DECODE], 58)
-        self.assertEqual(rows["ik_llama.cpp rtr=0"][compare.PROMPT], 300)  # of two: their mean
+        rows = report.medians(record(self.samples))
+        self.assertEqual(rows["pregate"][engines.PROMPT], 300)
+        self.assertEqual(rows["pregate"][engines.DECODE], 58)
+        self.assertEqual(rows["ik_llama.cpp rtr=0"][engines.PROMPT], 300)  # of two: their mean
 
     def test_the_best_setting_is_chosen_per_metric(self):
-        rows = compare.medians(record(self.samples))
-        self.assertEqual(compare.best_of(rows, compare.LLAMA, compare.PROMPT), "llama.cpp repack=0")
-        self.assertEqual(compare.best_of(rows, compare.LLAMA, compare.DECODE), "llama.cpp repack=1")
-        self.assertIsNone(compare.best_of(rows, "other", compare.DECODE))
+        rows = report.medians(record(self.samples))
+        self.assertEqual(report.best_of(rows, engines.LLAMA, engines.PROMPT), "llama.cpp repack=0")
+        self.assertEqual(report.best_of(rows, engines.LLAMA, engines.DECODE), "llama.cpp repack=1")
+        self.assertIsNone(report.best_of(rows, "other", engines.DECODE))
 
     def test_round_ratios_leave_out_rounds_that_one_engine_missed(self):
-        ratios = compare.round_ratios(record(self.samples), "pregate", "ik_llama.cpp rtr=0", compare.DECODE)
+        ratios = report.round_ratios(record(self.samples), "pregate", "ik_llama.cpp rtr=0", engines.DECODE)
         self.assertEqual(ratios, [1.2, 0.8])
 
     def test_table(self):
         made = record(self.samples)
         made["runs"][0]["reported"] = {"bytes_per_token": 200_000_000}
-        text = compare.table(made)
+        text = report.table(made)
         self.assertIn(
             "| pregate | 300.0 | 1.58 (1.00–1.63) | 1.00 (0.50–0.75) | 58.0 | 1.53 (1.25–1.53) | 1.55 (0.80–1.20) "
             "| 11.6 | 58% |", text)
@@ -157,11 +167,21 @@ class Figures(unittest.TestCase):
         self.assertEqual(len(widths), 1)
 
     def test_what_is_not_known_is_a_dash(self):
-        text = compare.table(record(self.samples[:1], bandwidth=()))
+        text = report.table(record(self.samples[:1], bandwidth=()))
         self.assertIn("| pregate | 300.0 | – | – | 60.0 | – | – | – | – |", text)
 
 
 class Running(unittest.TestCase):
+    @unittest.skipUnless(Path("/proc/stat").exists(), "counts CPU time as Linux reports it")
+    def test_cpu_time_of_children_is_not_that_of_others(self):
+        with mock.patch.object(compare, "read_text", return_value="cpu  100 0 0 900 0 0 0 0\n"):
+            others = compare.OthersCpu()
+        subprocess.run([sys.executable, "-c", "for i in range(3_000_000): pass"], check=True)
+        with mock.patch.object(compare, "read_text", return_value="cpu  100 0 0 900 0 0 0 0\n"):
+            self.assertEqual(others.share(), 0)
+        with mock.patch.object(compare, "read_text", return_value="cpu  100000 0 0 900 0 0 0 0\n"):
+            self.assertGreater(others.share(), 0)
+
     def test_rounds_interleave_the_engines_and_keep_failures(self):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
