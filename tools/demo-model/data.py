@@ -193,8 +193,10 @@ class Stream:
 
     @staticmethod
     def weight(question, common_weight):
-        match = WHAT_IS.match(question) or WITH_TOOL.match(question)
-        return common_weight if match and is_common(match[match.lastindex]) else 1.0
+        what, match = WHAT_IS.match(question), WITH_TOOL.match(question)
+        if what:
+            return 4 * common_weight if is_common(what[1]) else 1.0
+        return common_weight if match and is_common(match[2]) else 1.0
 
     def pick(self, cumulative):
         return int(np.searchsorted(cumulative, self.rng.random() * cumulative[-1], side="right"))

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -158,6 +159,9 @@ class Trainer:
         self.save()
 
     def train(self):
+        stop = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.append(True))
         mean, last, last_cpu = None, time.monotonic(), time.process_time()
         next_check = self.elapsed + 60 * self.args.check_minutes
         while self.elapsed < 3600 * self.args.hours:
@@ -171,6 +175,10 @@ class Trainer:
                 self.check(mean)
                 next_check = self.elapsed + 60 * self.args.check_minutes
                 last, last_cpu = time.monotonic(), time.process_time()
+            if stop:
+                self.save()
+                print("stopped; the same command goes on from here", flush=True)
+                return
         self.check(mean if mean is not None else math.nan)
 
 
