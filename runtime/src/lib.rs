@@ -4,6 +4,7 @@ pub mod error;
 pub mod files;
 pub mod forward;
 pub mod model;
+pub mod sample;
 pub mod session;
 pub mod text;
 
@@ -11,4 +12,5 @@ pub use error::{Error, Result};
 pub use forward::cache::KvFormat;
 pub use model::description::ModelDescription;
 pub use model::{LoadOptions, LoadProgress, Model};
+pub use sample::{Dry, Sampler, SamplerOptions};
 pub use session::{Cancel, Run, Session, SessionOptions};
