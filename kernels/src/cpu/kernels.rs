@@ -21,6 +21,8 @@
 
 #![allow(dead_code, clippy::too_many_arguments)]
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::pool::Columns;
 use super::scalar;
 use crate::backend::GatedActivation;
@@ -49,6 +51,9 @@ impl Isa {
             Isa::Avx2 => super::avx2::Avx2::detect().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 => false,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => avx512::is_available(),
+            #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx512Vnni => false,
             Isa::Neon => false,
         }
@@ -80,6 +85,8 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => super::avx2::Avx2::detect().expect("available"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => &avx512::Avx512,
             _ => &scalar::Scalar,
         }
     }
@@ -111,7 +118,8 @@ pub(crate) struct Activations {
     pub x: Vec<f32>,
     /// `[tokens, cols]`: int8 in natural order.
     pub q: Vec<i8>,
-    /// `[tokens, cols]`: int8 in the order of [`Layout::order`], else empty.
+    /// `[tokens, cols rounded up to 256]`: int8 in the order of
+    /// [`Layout::order`], else empty.
     pub own: Vec<i8>,
     /// `[tokens, cols / 32]` or `[tokens, cols / 256]`
     pub scales: Vec<f32>,
@@ -155,7 +163,7 @@ impl Activations {
         let count = |wanted: bool, each: usize| if wanted { tokens * each } else { 0 };
         self.x.resize(count(!int8, cols), 0.0);
         self.q.resize(count(int8, cols), 0);
-        self.own.resize(count(layout.order != Order::Natural, cols), 0);
+        self.own.resize(count(layout.order != Order::Natural, cols.next_multiple_of(256)), 0);
         self.scales.resize(count(int8, cols / if per256 { 256 } else { 32 }), 0.0);
         self.sums16.resize(count(per256, cols / 16), 0);
         self.sums32.resize(count(int8, cols / 32), 0);
@@ -170,7 +178,7 @@ impl Activations {
         Activation {
             x: part(&self.x, t, cols),
             q: part(&self.q, t, cols),
-            own: part(&self.own, t, cols),
+            own: part(&self.own, t, cols.next_multiple_of(256)),
             scales: part(&self.scales, t, groups),
             sums16: part(&self.sums16, t, cols / 16),
             sums32: part(&self.sums32, t, cols / 32),

@@ -126,7 +126,7 @@ impl Cpu {
 
     fn quantise(&self, set: &mut Activations, layout: Layout, x: &[f32], cols: usize) {
         let group = if layout.kind == ActivationKind::Int8Per256 { 256 } else { 32 };
-        let mut own = set.own.chunks_mut(cols);
+        let mut own = set.own.chunks_mut(cols.next_multiple_of(256));
         let mut sums16 = set.sums16.chunks_mut(cols / 16);
         let token_parts = set
             .q

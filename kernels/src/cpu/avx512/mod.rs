@@ -1,0 +1,113 @@
+//! AVX-512 with VNNI (Intel since Ice Lake, AMD since Zen 4): decode in
+//! [`decode`], prefill in `batch` over panels of sixteen rows.
+
+// Register arrays are indexed in step, several at a time.
+#![allow(clippy::needless_range_loop)]
+
+mod attention;
+mod decode;
+mod elementwise;
+mod float;
+mod simd;
+
+use super::kernels::{Activation, ActivationMut, Cells, Isa, Kernels, Layout, Order, Rows};
+use crate::backend::GatedActivation;
+use crate::format::Format;
+
+/// Whether this machine has every feature that the `simd!` macro names.
+pub(crate) fn is_available() -> bool {
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+}
+
+/// Handed out by [`Isa::kernels`] only where [`is_available`].
+pub(crate) struct Avx512;
+
+// SAFETY of every call below: `Isa::kernels` asserts that the machine has the
+// features that the callee names, and nothing else makes the trait object.
+impl Kernels for Avx512 {
+    fn isa(&self) -> Isa {
+        Isa::Avx512Vnni
+    }
+
+    fn order(&self, format: Format) -> Order {
+        match format {
+            Format::F32 | Format::F16 | Format::Bf16 | Format::Q8_0 | Format::Q6K => Order::Natural,
+            // The same arrangement, so one copy serves both.
+            Format::Q5K => Order::Own(Format::Q4K),
+            Format::Q3K => Order::Own(Format::Q2K),
+            Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Iq4Nl | Format::Mxfp4 => {
+                Order::Own(Format::Q4_0)
+            }
+            Format::Q4_0 | Format::Q2K | Format::Q4K | Format::Iq4Xs => Order::Own(format),
+        }
+    }
+
+    fn quantise(&self, x: &[f32], group: usize, layout: Layout, out: ActivationMut<'_>) {
+        // SAFETY: see above.
+        unsafe { elementwise::quantise(x, group, layout, out) }
+    }
+
+    fn rows(&self, rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
+        // SAFETY: see above.
+        unsafe { decode::rows(rows, x, out) }
+    }
+
+    fn gate(&self, activation: GatedActivation, gate: &mut [f32], up: &[f32]) {
+        // SAFETY: see above.
+        unsafe { elementwise::gate(activation, gate, up) }
+    }
+
+    fn axpy(&self, w: f32, y: &[f32], out: &mut [f32]) {
+        // SAFETY: see above.
+        unsafe { elementwise::axpy(w, y, out) }
+    }
+
+    fn dequantise(&self, format: Format, row: &[u8], out: &mut [f32]) {
+        // SAFETY: see above.
+        unsafe { float::dequantise(format, row, out) }
+    }
+
+    fn scores(
+        &self,
+        queries: &[f32],
+        width: usize,
+        keys: Cells<'_>,
+        count: usize,
+        scale: f32,
+        out: &mut [f32],
+        out_stride: usize,
+    ) {
+        // SAFETY: see above.
+        unsafe { attention::scores(queries, width, keys, count, scale, out, out_stride) }
+    }
+
+    fn softmax_chunk(&self, scores: &mut [f32], first: usize) -> (f32, f32) {
+        // SAFETY: see above.
+        unsafe { attention::softmax_chunk(scores, first) }
+    }
+
+    fn values(
+        &self,
+        weights: &[f32],
+        weight_stride: usize,
+        ranges: &[(usize, usize)],
+        values: Cells<'_>,
+        width: usize,
+        acc: &mut [f32],
+    ) {
+        // SAFETY: see above.
+        unsafe { attention::values(weights, weight_stride, ranges, values, width, acc) }
+    }
+
+    fn merge(&self, acc: &mut [f32], a: f32, part: &[f32], b: f32) {
+        // SAFETY: see above.
+        unsafe { elementwise::merge(acc, a, part, b) }
+    }
+}
