@@ -55,6 +55,9 @@ impl Isa {
             Isa::Avx512Vnni => avx512::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx512Vnni => false,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => super::neon::Neon::detect().is_some(),
+            #[cfg(not(target_arch = "aarch64"))]
             Isa::Neon => false,
         }
     }
@@ -87,6 +90,8 @@ impl Isa {
             Isa::Avx2 => super::avx2::Avx2::detect().expect("available"),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => &avx512::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => super::neon::Neon::detect().expect("available"),
             _ => &scalar::Scalar,
         }
     }
@@ -219,12 +224,30 @@ impl<'a> Rows<'a> {
 pub(crate) struct Tile {
     pub tokens: usize,
     pub q: Vec<i8>,
-    /// AVX2: sums of 16 or 32 codes, as in [`Activation`].
+    /// AVX2 and NEON: sums of 16 or 32 codes, as in [`Activation`].
     pub short_sums: Vec<i16>,
     pub sums: Vec<i32>,
     pub pairs: Vec<i32>,
     pub scales: Vec<f32>,
     pub x: Vec<f32>,
+}
+
+impl Tile {
+    /// Copies `tokens` of `x` as they are.
+    pub fn gather(&mut self, x: &Activations, tokens: &[u32]) {
+        self.q.clear();
+        self.scales.clear();
+        self.short_sums.clear();
+        self.x.clear();
+        for &t in tokens {
+            let token = x.token(t as usize);
+            let per_32 = token.sums16.is_empty();
+            self.q.extend_from_slice(token.q);
+            self.scales.extend_from_slice(token.scales);
+            self.short_sums.extend_from_slice(if per_32 { token.sums32 } else { token.sums16 });
+            self.x.extend_from_slice(token.x);
+        }
+    }
 }
 
 /// Buffers that a worker keeps between calls.

@@ -13,6 +13,8 @@ mod avx512;
 mod experts;
 pub(crate) mod kernels;
 mod linear;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod pool;
 pub(crate) mod scalar;
 #[cfg(test)]

@@ -70,18 +70,7 @@ impl Kernels for Avx2 {
     }
 
     fn pack(&self, _format: Format, x: &Activations, tokens: &[u32], out: &mut Tile) {
-        out.q.clear();
-        out.scales.clear();
-        out.short_sums.clear();
-        out.x.clear();
-        for &t in tokens {
-            let token = x.token(t as usize);
-            let per_32 = token.sums16.is_empty();
-            out.q.extend_from_slice(token.q);
-            out.scales.extend_from_slice(token.scales);
-            out.short_sums.extend_from_slice(if per_32 { token.sums32 } else { token.sums16 });
-            out.x.extend_from_slice(token.x);
-        }
+        out.gather(x, tokens);
     }
 
     fn batch(
