@@ -3,6 +3,7 @@
 pub mod error;
 pub mod files;
 pub mod forward;
+pub mod generate;
 pub mod model;
 pub mod sample;
 pub mod session;
@@ -10,6 +11,7 @@ pub mod text;
 
 pub use error::{Error, Result};
 pub use forward::cache::KvFormat;
+pub use generate::{Event, Finish, GenerateOptions, Generated};
 pub use model::description::ModelDescription;
 pub use model::{LoadOptions, LoadProgress, Model};
 pub use sample::{Dry, Sampler, SamplerOptions};

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::forward::cache::{Cache, KvFormat, cache_bytes};
-use crate::forward::{Scratch, forward};
+use crate::forward::{Pass, Scratch, forward};
 use crate::model::Model;
 use crate::model::rope::Rope;
 use pregate_predictor::{NoObserver, Observer};
@@ -29,7 +29,7 @@ impl Default for SessionOptions {
 /// What [`SessionOptions::context`] means when it is not given.
 const DEFAULT_CONTEXT: usize = 8192;
 
-/// A flag that ends a computation at the next layer chunk; clones share it.
+/// A flag that ends a computation before its next layer; clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
@@ -145,7 +145,7 @@ impl Session {
         for (index, chunk) in tokens.chunks(self.prefill_chunk).enumerate() {
             self.step(chunk, usize::from(index == last), run)?;
         }
-        Ok(&self.scratch_logits()[..self.model.description().vocab])
+        Ok(&self.scratch.logits()[..self.model.description().vocab])
     }
 
     /// As [`Session::feed`], with the logits of every token,
@@ -181,29 +181,29 @@ impl Session {
     }
 
     fn step(&mut self, chunk: &[u32], wanted: usize, run: &mut Run<'_>) -> Result<&[f32]> {
-        if run.cancel.is_cancelled() {
-            return Err(Error::Cancelled);
-        }
         let first = self.tokens.len();
-        self.tokens.extend_from_slice(chunk);
-        let logits = forward(
+        let done = forward(
             self.model.engine(),
             &self.ropes,
             &mut self.cache,
             &mut self.scratch,
-            chunk,
-            first,
-            wanted,
+            Pass { ids: chunk, first_position: first, wanted },
             run.observer,
-        )?;
+            run.cancel,
+        );
+        if let Err(error) = done {
+            // Cells behind the sequence's end are written again before they
+            // are read; a recurrent state has no way back.
+            if !self.cache.can_rewind() {
+                self.reset();
+            }
+            return Err(error);
+        }
+        self.tokens.extend_from_slice(chunk);
         if let Some(progress) = &mut run.progress {
             progress(self.tokens.len());
         }
-        Ok(logits)
-    }
-
-    fn scratch_logits(&self) -> &[f32] {
-        self.scratch.logits()
+        Ok(&self.scratch.logits()[..wanted * self.model.description().vocab])
     }
 }
 

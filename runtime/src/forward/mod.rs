@@ -13,6 +13,7 @@ use crate::files::ModelFiles;
 use crate::model::description::{ModelDescription, NormKind};
 use crate::model::rope::Rope;
 use crate::model::weights::{MixerWeights, ModelWeights, Norm, Projection};
+use crate::session::Cancel;
 use cache::{Cache, LayerCache};
 use pregate_kernels::{Backend, Linear, dequantize_row, ops};
 use pregate_predictor::Observer;
@@ -58,22 +59,31 @@ struct Chunk {
     first_position: usize,
 }
 
-/// Runs `ids` at positions `first_position ..` and leaves the logits of the
-/// last `wanted` of them in the answer, `[wanted, vocab]`.
-///
-/// The caller guarantees that the positions fit the cache and that every id
-/// is below the vocabulary's size.
-pub fn forward<'s>(
+/// What a pass is asked for.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    /// Every id is below the vocabulary's size.
+    pub ids: &'a [u32],
+    /// Of the first id; all positions fit the cache.
+    pub first_position: usize,
+    /// Logits of so many of the last ids.
+    pub wanted: usize,
+}
+
+/// Runs a pass and leaves its logits, `[wanted, vocab]`, in the scratch. A
+/// failed or cancelled pass leaves the cache behind `first_position`, and
+/// the state of recurrent layers, undefined.
+pub fn forward(
     engine: Engine<'_>,
     ropes: &[Rope],
     cache: &mut Cache,
-    scratch: &'s mut Scratch,
-    ids: &[u32],
-    first_position: usize,
-    wanted: usize,
+    scratch: &mut Scratch,
+    pass: Pass<'_>,
     observer: &mut dyn Observer,
-) -> Result<&'s [f32]> {
+    cancel: &Cancel,
+) -> Result<()> {
     let Engine { files, description, weights, backend } = engine;
+    let Pass { ids, first_position, wanted } = pass;
     let hidden = description.hidden;
     let chunk = Chunk { tokens: ids.len(), first_position };
     scratch.rope_tables.resize_with(ropes.len(), Vec::new);
@@ -86,6 +96,9 @@ pub fn forward<'s>(
     let normed = buffer(&mut scratch.normed, chunk.tokens * hidden);
     let delta = buffer(&mut scratch.delta, chunk.tokens * hidden);
     for (index, layer) in weights.layers.iter().enumerate() {
+        if cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
         norm_rows(engine, &layer.mixer_norm, x, normed);
         let mixing = Mixing {
             engine,
@@ -123,7 +136,7 @@ pub fn forward<'s>(
     }
 
     if wanted == 0 {
-        return Ok(&[]);
+        return Ok(());
     }
     let from = (chunk.tokens - wanted) * hidden;
     norm_rows(engine, &weights.final_norm, &x[from..], &mut normed[from..]);
@@ -132,8 +145,7 @@ pub fn forward<'s>(
     if description.logit_scale != 1.0 {
         logits.iter_mut().for_each(|logit| *logit *= description.logit_scale);
     }
-    check_finite(logits, description.vocab, first_position + chunk.tokens - wanted)?;
-    Ok(logits)
+    check_finite(logits, description.vocab, first_position + chunk.tokens - wanted)
 }
 
 /// What the mixers share.

@@ -12,12 +12,14 @@ pub mod router;
 mod tensors;
 pub mod weights;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files::{Container, ModelFiles};
 use crate::forward::Engine;
+use crate::text::{Limits, Tokenizer};
 use description::ModelDescription;
 use pregate_kernels::Backend;
-use std::{path::Path, sync::Arc};
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use weights::ModelWeights;
 
 /// What a model is loaded onto.
@@ -44,6 +46,7 @@ struct Shared {
     description: ModelDescription,
     weights: ModelWeights,
     backend: Arc<dyn Backend>,
+    tokenizer: OnceLock<Tokenizer>,
 }
 
 impl Model {
@@ -60,7 +63,8 @@ impl Model {
         let weights = load::load_weights(&files, &description, &mut |layers_done| {
             progress(LoadProgress { layers_done, layers });
         })?;
-        let shared = Shared { files, description, weights, backend: options.backend };
+        let (backend, tokenizer) = (options.backend, OnceLock::new());
+        let shared = Shared { files, description, weights, backend, tokenizer };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -78,6 +82,31 @@ impl Model {
 
     pub fn backend(&self) -> &dyn Backend {
         &*self.shared.backend
+    }
+
+    /// The tokenizer: of a folder's `tokenizer.json`, or built from a GGUF
+    /// file's metadata. It is read when it is first asked for.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        if let Some(tokenizer) = self.shared.tokenizer.get() {
+            return Ok(tokenizer);
+        }
+        let tokenizer = match self.files().container() {
+            Container::Gguf(metadata) => Tokenizer::from_gguf(metadata)?,
+            Container::HuggingFace { folder, .. } => {
+                Tokenizer::from_json_file(&folder.join("tokenizer.json"), Limits::default())?
+            }
+        };
+        let rows = self.description().vocab;
+        if tokenizer.vocab_size() > rows {
+            return Err(Error::invalid(
+                &self.files().paths()[0],
+                None,
+                "vocabulary",
+                format!("{} tokens", tokenizer.vocab_size()),
+                format!("at most the {rows} rows of the output layer"),
+            ));
+        }
+        Ok(self.shared.tokenizer.get_or_init(|| tokenizer))
     }
 
     /// Weight bytes that one decoded token reads, with average experts.
