@@ -20,6 +20,20 @@ struct Input<'a> {
     sums32: &'a [i16],
 }
 
+impl<'a> Input<'a> {
+    /// Blocks `at .. at + count` of `len` elements.
+    #[inline(always)]
+    fn new(x: &Activation<'a>, q: &'a [i8], len: usize, at: usize, count: usize) -> Self {
+        let wide = len == 256;
+        Self {
+            q: &q[at * len..],
+            scales: &x.scales[at..at + count],
+            sums16: if wide { &x.sums16[at * 16..(at + count) * 16] } else { &[] },
+            sums32: &x.sums32[at * (len / 32)..(at + count) * (len / 32)],
+        }
+    }
+}
+
 /// Declares `fn rows`: walks the rows of a format group by group.
 macro_rules! walk {
     ($name:ident, $bytes:literal, $len:literal, $order:ident, $group:ident) => {
@@ -30,22 +44,16 @@ macro_rules! walk {
                     let (blocks, _) = rows.row(r).as_chunks::<$bytes>();
                     let (full, rest) = blocks.as_chunks::<8>();
                     let mut lanes = _mm256_setzero_ps();
-                    let input = |at: usize, count: usize| Input {
-                        q: &q[at * $len..],
-                        scales: &x.scales[at..at + count],
-                        sums16: if $len == 256 { &x.sums16[at * 16..(at + count) * 16] } else { &[] },
-                        sums32: &x.sums32[at * ($len / 32)..(at + count) * ($len / 32)],
-                    };
                     for (g, blocks) in full.iter().enumerate() {
                         prefetch(blocks.as_ptr().cast(), AHEAD, 8 * $bytes);
-                        lanes = $group(blocks, input(8 * g, 8), lanes);
+                        lanes = $group(blocks, Input::new(&x, q, $len, 8 * g, 8), lanes);
                     }
                     prefetch(rest.as_ptr().cast(), AHEAD, rest.len() * $bytes);
                     macro_rules! tail {
                         ($n:literal) => {
                             $group::<$n>(
                                 rest.first_chunk().expect("length matched"),
-                                input(8 * full.len(), $n),
+                                Input::new(&x, q, $len, 8 * full.len(), $n),
                                 lanes,
                             )
                         };
@@ -104,6 +112,22 @@ simd! {
 
 // Formats with blocks of 32.
 
+/// `values + offset`, which is unsigned.
+const fn unsigned(values: [i8; 16], offset: i32) -> [u8; 16] {
+    let mut out = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        out[i] = (values[i] as i32 + offset) as u8;
+        i += 1;
+    }
+    out
+}
+
+/// IQ4's table, 128 added.
+pub const IQ4_UNSIGNED: [u8; 16] = unsigned(block::IQ4_TABLE, 128);
+/// MXFP4's doubled table, 16 added.
+pub const MXFP4_UNSIGNED: [u8; 16] = unsigned(block::MXFP4_TABLE, 16);
+
 simd! {
     /// Sums of eight groups of 32 activations, times `2^shift`.
     fn offsets(sums32: &[i16], shift: u32) -> __m256i {
@@ -142,9 +166,10 @@ simd! {
     fn table_sums<const N: usize, const B: usize>(
         blocks: &[[u8; B]; N],
         at: usize,
-        table: __m512i,
+        table: &[u8; 16],
         q: &[i8],
     ) -> __m256i {
+        let table = _mm512_broadcast_i32x4(load16(table));
         let (low0, high0) = nibbles(four(blocks, 0, at));
         let (low1, high1) = nibbles(four(blocks, 4, at));
         let of = |codes| _mm512_shuffle_epi8(table, codes);
@@ -202,20 +227,8 @@ simd! {
         add_scaled::<N>(lanes, factors(blocks, block::q5_1::M), x.scales, offsets(x.sums32, 0))
     }
 
-    /// IQ4's table, 128 added to make it unsigned.
-    pub fn iq4_table() -> __m512i {
-        let bytes = block::IQ4_TABLE.map(|value| (value as i32 + 128) as u8);
-        _mm512_broadcast_i32x4(load16(&bytes))
-    }
-
-    /// MXFP4's doubled table, 16 added to make it unsigned.
-    pub fn mxfp4_table() -> __m512i {
-        let bytes = block::MXFP4_TABLE.map(|value| (value + 16) as u8);
-        _mm512_broadcast_i32x4(load16(&bytes))
-    }
-
     fn iq4_nl<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_>, lanes: __m256) -> __m256 {
-        let s = table_sums(blocks, block::iq4_nl::QS, iq4_table(), x.q);
+        let s = table_sums(blocks, block::iq4_nl::QS, &IQ4_UNSIGNED, x.q);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 7));
         add_scaled::<N>(lanes, factors(blocks, block::iq4_nl::D), x.scales, s)
     }
@@ -231,7 +244,7 @@ simd! {
     }
 
     fn mxfp4<const N: usize>(blocks: &[[u8; 17]; N], x: Input<'_>, lanes: __m256) -> __m256 {
-        let s = table_sums(blocks, block::mxfp4::QS, mxfp4_table(), x.q);
+        let s = table_sums(blocks, block::mxfp4::QS, &MXFP4_UNSIGNED, x.q);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 4));
         let mut e = [0u32; 8];
         for (e, block) in e.iter_mut().zip(blocks) {
@@ -273,12 +286,20 @@ simd! {
 
 /// Which bytes of the eight 16-bit scales of a block go to the lower and the
 /// upper 256 bits, for registers with sub-blocks `[a, b]` of 32.
-fn spread(a: i32, b: i32) -> [i32; 16] {
-    let word = |j: i32| (2 * j) | (2 * j + 1) << 8;
-    let pair = |j: i32| word(j) | word(j) << 16;
-    let (a, b) = (pair(a), pair(b));
+const fn spread(a: i32, b: i32) -> [i32; 16] {
+    let a = ((2 * a) | (2 * a + 1) << 8) * 0x1_0001;
+    let b = ((2 * b) | (2 * b + 1) << 8) * 0x1_0001;
     [a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b]
 }
+
+const K4_SPREADS: [[i32; 16]; 4] = [spread(0, 2), spread(1, 3), spread(4, 6), spread(5, 7)];
+
+/// Which of a block's eight scales each 32-bit element of four sub-blocks is
+/// multiplied by.
+const IQ4_SPREADS: [[i32; 16]; 2] = [
+    [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3],
+    [4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7],
+];
 
 simd! {
     /// Headers of four blocks of Q4_K or Q5_K to eight scales and eight
@@ -325,8 +346,6 @@ simd! {
         lanes: __m256,
     ) -> __m256 {
         let headers = [four(blocks, 0, q4_k::D), four(blocks, 4, q4_k::D)];
-        let spreads =
-            [spread(0, 2), spread(1, 3), spread(4, 6), spread(5, 7)].map(|s| load_i32x16(&s));
         let (scales0, mins0) = k4_scales(headers[0]);
         let (scales1, mins1) = k4_scales(headers[1]);
         let zero = _mm512_setzero_si512();
@@ -353,7 +372,7 @@ simd! {
                     high = _mm512_mask_add_epi8(high, _mm512_test_epi8_mask(fifth, bit(1)), high, sixteen);
                 }
                 let at = 256 * i + 128 * half;
-                let spread = |k: usize| _mm512_shuffle_epi8(scales, spreads[2 * half + k]);
+                let spread = |k: usize| _mm512_shuffle_epi8(scales, load_i32x16(&K4_SPREADS[2 * half + k]));
                 acc = multiply(acc, low, load_q(x.q, at), spread(0));
                 acc = multiply(acc, high, load_q(x.q, at + 64), spread(1));
             }
@@ -454,11 +473,17 @@ simd! {
 
     /// Q3_K's sixteen 6-bit scales, 32 subtracted.
     pub fn q3_k_scales(block: &[u8; 110]) -> __m128i {
-        let [a, b, c] = [0, 4, 8].map(|at| u32_at(block, q3_k::SCALES + at));
-        let high = |shift: u32| ((c >> shift) & 0x0303_0303) << 4;
-        let low = |x: u32| x & 0x0f0f_0f0f;
-        let words = [low(a) | high(0), low(b) | high(2), low(a >> 4) | high(4), low(b >> 4) | high(6)];
-        let packed = _mm_setr_epi32(words[0] as i32, words[1] as i32, words[2] as i32, words[3] as i32);
+        let a = u32_at(block, q3_k::SCALES);
+        let b = u32_at(block, q3_k::SCALES + 4);
+        let c = u32_at(block, q3_k::SCALES + 8);
+        const LOW: u32 = 0x0f0f_0f0f;
+        const HIGH: u32 = 0x3030_3030;
+        let packed = _mm_setr_epi32(
+            (a & LOW | (c << 4) & HIGH) as i32,
+            (b & LOW | (c << 2) & HIGH) as i32,
+            ((a >> 4) & LOW | c & HIGH) as i32,
+            ((b >> 4) & LOW | (c >> 2) & HIGH) as i32,
+        );
         _mm_sub_epi8(packed, _mm_set1_epi8(32))
     }
 
@@ -501,10 +526,7 @@ simd! {
     fn iq4_xs<const N: usize>(blocks: &[[u8; 136]; N], x: Input<'_>, lanes: __m256) -> __m256 {
         let zero = _mm512_setzero_si512();
         let mut sums = [zero; 8];
-        let table = iq4_table();
-        let spreads = [0, 4].map(|j| {
-            _mm512_setr_epi32(j, j, j, j, j + 1, j + 1, j + 1, j + 1, j + 2, j + 2, j + 2, j + 2, j + 3, j + 3, j + 3, j + 3)
-        });
+        let table = _mm512_broadcast_i32x4(load16(&IQ4_UNSIGNED));
         for (i, block) in blocks.iter().enumerate() {
             let scales16 = iq4_xs_scales(block);
             let scales = _mm512_castsi256_si512(_mm256_cvtepi16_epi32(scales16));
@@ -514,7 +536,7 @@ simd! {
                 let at = 256 * i + 128 * half;
                 let dot = _mm512_dpbusd_epi32(zero, _mm512_shuffle_epi8(table, low), load_q(x.q, at));
                 let dot = _mm512_dpbusd_epi32(dot, _mm512_shuffle_epi8(table, high), load_q(x.q, at + 64));
-                let spread = _mm512_permutexvar_epi32(spreads[half], scales);
+                let spread = _mm512_permutexvar_epi32(load_i32x16(&IQ4_SPREADS[half]), scales);
                 acc = _mm512_add_epi32(acc, _mm512_mullo_epi32(dot, spread));
             }
             let sums32 = _mm512_castsi512_si128(load_i16(&x.sums32[8 * i..8 * i + 8]));

@@ -1,7 +1,8 @@
 //! Rows of F32, F16 and BF16: 64 lanes in four registers.
 
 use super::simd::*;
-use crate::cpu::kernels::Rows;
+use crate::cpu::kernels::{Rows, Tile};
+use crate::cpu::pool::Columns;
 use crate::dequant::dequantize_row;
 use crate::format::Format;
 use std::arch::x86_64::*;
@@ -74,6 +75,89 @@ simd! {
             Format::F16 => convert::<F16>(row, out),
             Format::Bf16 => convert::<BF16>(row, out),
             _ => dequantize_row(format, row, out),
+        }
+    }
+
+    /// Rows times the tokens of all tiles: two rows and three tokens at a
+    /// time, each with its 64 lanes.
+    pub fn batch(rows: Rows<'_>, tiles: &[Tile], out: &mut Columns<'_, f32>) {
+        match rows.format {
+            Format::F32 => batch_of::<F32>(rows, tiles, out),
+            Format::F16 => batch_of::<F16>(rows, tiles, out),
+            _ => batch_of::<BF16>(rows, tiles, out),
+        }
+    }
+
+    fn batch_of<const KIND: u8>(rows: Rows<'_>, tiles: &[Tile], out: &mut Columns<'_, f32>) {
+        for first in (0..rows.rows).step_by(2) {
+            let mut token = 0;
+            for tile in tiles {
+                for xs in tile.x.chunks(3 * rows.cols) {
+                    let count = xs.len() / rows.cols;
+                    if first + 1 < rows.rows {
+                        let pair = [rows.row(first), rows.row(first + 1)];
+                        match count {
+                            3 => corner::<KIND, 2, 3>(pair, xs, first, token, out),
+                            2 => corner::<KIND, 2, 2>(pair, xs, first, token, out),
+                            _ => corner::<KIND, 2, 1>(pair, xs, first, token, out),
+                        }
+                    } else {
+                        let one = [rows.row(first)];
+                        match count {
+                            3 => corner::<KIND, 1, 3>(one, xs, first, token, out),
+                            2 => corner::<KIND, 1, 2>(one, xs, first, token, out),
+                            _ => corner::<KIND, 1, 1>(one, xs, first, token, out),
+                        }
+                    }
+                    token += count;
+                }
+            }
+        }
+    }
+
+    /// `R` rows times `T` tokens.
+    fn corner<const KIND: u8, const R: usize, const T: usize>(
+        rows: [&[u8]; R],
+        xs: &[f32],
+        first: usize,
+        token: usize,
+        out: &mut Columns<'_, f32>,
+    ) {
+        let size = if KIND == F32 { 4 } else { 2 };
+        let cols = xs.len() / T;
+        let mut lanes = [[[_mm512_setzero_ps(); 4]; T]; R];
+        let whole = cols / 64 * 64;
+        for at in (0..whole).step_by(64) {
+            for g in 0..4 {
+                let from = at + 16 * g;
+                let mut w = [_mm512_setzero_ps(); R];
+                for r in 0..R {
+                    w[r] = load_weights::<KIND>(&rows[r][from * size..(from + 16) * size]);
+                }
+                for t in 0..T {
+                    let x = load_f32(&xs[t * cols + from..t * cols + from + 16]);
+                    for r in 0..R {
+                        lanes[r][t][g] = _mm512_fmadd_ps(w[r], x, lanes[r][t][g]);
+                    }
+                }
+            }
+        }
+        for g in 0..4 {
+            let (from, to) = (cols.min(whole + 16 * g), cols.min(whole + 16 * g + 16));
+            let mask = low_bits16(to - from);
+            for r in 0..R {
+                let w = load_weights::<KIND>(&rows[r][from * size..to * size]);
+                for t in 0..T {
+                    let x = load_f32(&xs[t * cols + from..t * cols + to]);
+                    lanes[r][t][g] = _mm512_mask3_fmadd_ps(w, x, lanes[r][t][g], mask);
+                }
+            }
+        }
+        for t in 0..T {
+            let out = &mut out.row(token + t)[first..first + R];
+            for r in 0..R {
+                out[r] = tree64(lanes[r][t]);
+            }
         }
     }
 }

@@ -1,16 +1,23 @@
 //! AVX-512 with VNNI (Intel since Ice Lake, AMD since Zen 4): decode in
-//! [`decode`], prefill in `batch` over panels of sixteen rows.
+//! [`decode`], prefill in [`batch`] over panels of sixteen rows.
 
 // Register arrays are indexed in step, several at a time.
 #![allow(clippy::needless_range_loop)]
 
 mod attention;
+mod batch;
 mod decode;
 mod elementwise;
 mod float;
 mod simd;
+mod unpack;
 
-use super::kernels::{Activation, ActivationMut, Cells, Isa, Kernels, Layout, Order, Rows};
+pub(crate) use unpack::Panel;
+
+use super::kernels::{
+    Activation, ActivationMut, Activations, Cells, Isa, Kernels, Layout, Order, Rows, Scratch, Tile,
+};
+use super::pool::Columns;
 use crate::backend::GatedActivation;
 use crate::format::Format;
 
@@ -57,6 +64,29 @@ impl Kernels for Avx512 {
     fn rows(&self, rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
         // SAFETY: see above.
         unsafe { decode::rows(rows, x, out) }
+    }
+
+    fn batch_from(&self, _format: Format) -> usize {
+        5
+    }
+
+    fn tile_shape(&self, _format: Format) -> (usize, usize) {
+        (batch::TOKENS, 16)
+    }
+
+    fn pack(&self, format: Format, x: &Activations, tokens: &[u32], out: &mut Tile) {
+        batch::pack(format, x, tokens, out);
+    }
+
+    fn batch(
+        &self,
+        rows: Rows<'_>,
+        tiles: &[Tile],
+        scratch: &mut Scratch,
+        out: &mut Columns<'_, f32>,
+    ) {
+        // SAFETY: see above.
+        unsafe { batch::batch(rows, tiles, scratch, out) }
     }
 
     fn gate(&self, activation: GatedActivation, gate: &mut [f32], up: &[f32]) {

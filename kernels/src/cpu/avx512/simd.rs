@@ -90,7 +90,6 @@ simd! {
         unsafe { _mm_mask_storeu_epi8(values.as_mut_ptr(), low_bits16(values.len()), x) }
     }
 
-    #[allow(dead_code)] // the prefill kernels' business, next
     pub fn store_i32x16(values: &mut [i32; 16], x: __m512i) {
         // SAFETY: the array is 64 bytes long; the store needs no alignment.
         unsafe { _mm512_storeu_si512(values.as_mut_ptr().cast(), x) }
@@ -101,7 +100,6 @@ simd! {
         unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
     }
 
-    #[allow(dead_code)] // as above
     pub fn store64(bytes: &mut [u8; 64], x: __m512i) {
         // SAFETY: the array is 64 bytes long; the store needs no alignment.
         unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), x) }
