@@ -3,40 +3,44 @@
 //! `cargo run --release -p pregate-kernels --example speed -- [threads] [format...]`
 //! prints, per format, GB/s of a matrix-vector product whose weights come from
 //! memory (beside a plain read of the same bytes in the same minute) and
-//! GMAC/s of a matrix product with 64 and 512 tokens.
+//! GMAC/s of products whose weights are in the cache.
 
 use pregate_kernels::testing::{self, Inputs, Random, Weights};
 use pregate_kernels::{Backend, Cpu, CpuOptions, Format, Linear, Matrix};
 use std::time::Instant;
 
-const GEMV_BYTES: usize = 384 << 20;
+const ALL_BYTES: usize = 384 << 20;
+/// A slice is short enough that some pass without an interruption, and all of
+/// them together do not fit any cache.
+const SLICE_BYTES: usize = 8 << 20;
 
-fn best(repeats: usize, mut run: impl FnMut()) -> f64 {
-    (0..repeats)
-        .map(|_| {
+/// The tenth percentile of the seconds of `count` runs: on a machine that
+/// others use as well, most runs are interrupted.
+fn seconds(count: usize, mut run: impl FnMut(usize)) -> f64 {
+    let mut all: Vec<f64> = (0..count)
+        .map(|i| {
             let start = Instant::now();
-            run();
+            run(i);
             start.elapsed().as_secs_f64()
         })
-        .fold(f64::INFINITY, f64::min)
+        .collect();
+    all.sort_by(f64::total_cmp);
+    all[count / 10]
 }
 
-fn read_gb_per_s(cpu: &Cpu, bytes: &[u8]) -> f64 {
-    let parts = 64;
+fn read(cpu: &Cpu, bytes: &[u8]) {
+    let parts = cpu.threads() * 8;
     let each = bytes.len() / parts;
-    let seconds = best(5, || {
-        cpu.for_each(parts, &|i| {
-            let (words, _) = bytes[i * each..(i + 1) * each].as_chunks::<8>();
-            let mut sums = [0u64; 8];
-            for words in words.chunks_exact(8) {
-                for (sum, word) in sums.iter_mut().zip(words) {
-                    *sum ^= u64::from_ne_bytes(*word);
-                }
+    cpu.for_each(parts, &|i| {
+        let (words, _) = bytes[i * each..(i + 1) * each].as_chunks::<8>();
+        let mut sums = [0u64; 8];
+        for words in words.chunks_exact(8) {
+            for (sum, word) in sums.iter_mut().zip(words) {
+                *sum ^= u64::from_ne_bytes(*word);
             }
-            std::hint::black_box(sums);
-        });
+        }
+        std::hint::black_box(sums);
     });
-    bytes.len() as f64 / seconds / 1e9
 }
 
 fn main() {
@@ -53,36 +57,41 @@ fn main() {
             continue;
         }
         let row_bytes = format.row_bytes(cols).expect("whole blocks");
-        let rows = GEMV_BYTES / row_bytes;
+        let rows = SLICE_BYTES / row_bytes;
+        let slice = rows * row_bytes;
         let few = testing::weights(format, Weights::Usual, 64, cols, &mut random);
-        let bytes: Vec<u8> = few.iter().copied().cycle().take(rows * row_bytes).collect();
-        let matrix = Matrix::new(format, rows, cols, &bytes).expect("shape");
+        let bytes: Vec<u8> = few.iter().copied().cycle().take(ALL_BYTES).collect();
+        let slices = bytes.len() / slice;
+        let part = |i: usize| &bytes[i % slices * slice..(i % slices + 1) * slice];
         let x = testing::inputs(Inputs::Normal, 512 * cols, &mut random);
         let mut out = vec![0.0; rows];
-        let read = read_gb_per_s(&cpu, &bytes);
-        let seconds = best(5, || {
-            cpu.linear(&x[..cols], 1, &mut [Linear { weight: matrix, bias: None, out: &mut out }]);
+        let plain = slice as f64 / seconds(3 * slices, |i| read(&cpu, part(i))) / 1e9;
+        let time = seconds(3 * slices, |i| {
+            let weight = Matrix::new(format, rows, cols, part(i)).expect("shape");
+            cpu.linear(&x[..cols], 1, &mut [Linear { weight, bias: None, out: &mut out }]);
         });
-        let decode = bytes.len() as f64 / seconds / 1e9;
+        let decode = slice as f64 / time / 1e9;
         // Small enough for the last-level cache: arithmetic only.
-        let rows = 2048;
-        let matrix = Matrix::new(format, rows, cols, &bytes).expect("shape");
+        let rows = 512;
+        let weight = Matrix::new(format, rows, cols, &bytes).expect("shape");
         let mut out = vec![0.0; 512 * rows];
-        let mut prefill = [0.0; 2];
-        for (figure, tokens) in prefill.iter_mut().zip([64, 512]) {
-            let seconds = best(5, || {
+        let mut prefill = [0.0; 3];
+        for (figure, tokens) in prefill.iter_mut().zip([1, 64, 512]) {
+            let time = seconds(2000 / tokens.max(32), |_| {
                 let out = &mut out[..tokens * rows];
-                let jobs = &mut [Linear { weight: matrix, bias: None, out }];
+                let jobs = &mut [Linear { weight, bias: None, out }];
                 cpu.linear(&x[..tokens * cols], tokens, jobs);
             });
-            *figure = (tokens * rows * cols) as f64 / seconds / 1e9;
+            *figure = (tokens * rows * cols) as f64 / time / 1e9;
         }
         println!(
-            "{:8} read {read:6.2} GB/s  decode {decode:6.2} GB/s ({:3.0} %)  prefill 64: {:6.1}  512: {:6.1} GMAC/s",
+            "{:8} read {plain:6.2} GB/s  decode {decode:6.2} GB/s ({:3.0} %)  \
+             GMAC/s from cache: 1 token {:6.1}, 64 {:6.1}, 512 {:6.1}",
             format.name(),
-            100.0 * decode / read,
+            100.0 * decode / plain,
             prefill[0],
-            prefill[1]
+            prefill[1],
+            prefill[2],
         );
     }
 }

@@ -219,17 +219,21 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The activations of a few tokens, rearranged for [`Kernels::batch`].
+/// The activations of a few tokens, gathered for [`Kernels::batch`].
 #[derive(Debug, Default)]
 pub(crate) struct Tile {
     pub tokens: usize,
+    /// `[tokens, cols]`
     pub q: Vec<i8>,
     /// AVX2 and NEON: sums of 16 or 32 codes, as in [`Activation`].
     pub short_sums: Vec<i16>,
-    pub sums: Vec<i32>,
-    pub pairs: Vec<i32>,
+    /// `[tokens, cols / 32]` or `[tokens, cols / 256]`
     pub scales: Vec<f32>,
+    /// `[tokens, cols]`, for unquantised formats.
     pub x: Vec<f32>,
+    /// AVX-512: interleaved by token, instead of `q`, sums and scales.
+    #[cfg(target_arch = "x86_64")]
+    pub packed: avx512::Packed,
 }
 
 impl Tile {
@@ -255,10 +259,10 @@ impl Tile {
 pub(crate) struct Scratch {
     pub row: Vec<u8>,
     pub rows: Vec<u8>,
-    pub panel: Vec<u8>,
     pub floats: Vec<f32>,
-    pub ints: Vec<i32>,
     pub more_floats: Vec<f32>,
+    #[cfg(target_arch = "x86_64")]
+    pub panel: avx512::Panel,
 }
 
 /// Cells of consecutive positions of one head: position `p` starts at

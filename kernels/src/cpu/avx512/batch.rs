@@ -14,6 +14,20 @@ use std::arch::x86_64::*;
 /// Tokens of a tile.
 pub const TOKENS: usize = 8;
 
+/// A tile of up to eight tokens; what belongs to one group of columns, one
+/// sub-block or one block is adjacent for all of them.
+#[derive(Debug, Default)]
+pub struct Packed {
+    /// `[cols / 4]`: four int8 values per token.
+    q: Vec<[i32; TOKENS]>,
+    /// Sums of the groups of 16 or 32 that the format wants.
+    sums: Vec<[i32; TOKENS]>,
+    /// Pairs of 16-bit sums, for formats with minimums per sub-block.
+    pairs: Vec<[i32; TOKENS]>,
+    /// `[blocks]`
+    scales: Vec<[f32; TOKENS]>,
+}
+
 /// Rearranges `tokens` of `x` into `[cols / 4][8][4]` and the sums and
 /// scales beside it into `[...][8]`; missing tokens are zero.
 pub fn pack(format: Format, x: &Activations, tokens: &[u32], out: &mut Tile) {
@@ -25,17 +39,18 @@ pub fn pack(format: Format, x: &Activations, tokens: &[u32], out: &mut Tile) {
         }
         return;
     }
+    let out = &mut out.packed;
     let shape = unpack::shape(format);
     let blocks = cols / format.block_len();
-    let zeroed = |ints: &mut Vec<[i32; 8]>, count: usize| {
+    let zeroed = |ints: &mut Vec<[i32; TOKENS]>, count: usize| {
         ints.clear();
-        ints.resize(count, [0; 8]);
+        ints.resize(count, [0; TOKENS]);
     };
     zeroed(&mut out.q, cols / 4);
     zeroed(&mut out.sums, cols / shape.sub_len);
     zeroed(&mut out.pairs, blocks * shape.min_pairs);
     out.scales.clear();
-    out.scales.resize(blocks, [0.0; 8]);
+    out.scales.resize(blocks, [0.0; TOKENS]);
     for (t, token) in tokens.iter().enumerate() {
         let x = x.token(*token as usize);
         for (out, q) in out.q.iter_mut().zip(x.q.as_chunks::<4>().0) {
@@ -76,7 +91,7 @@ simd! {
             let mut token = 0;
             for tile in tiles {
                 let mut answers: Answers = [[0.0; 16]; TOKENS];
-                multiply(rows.format, panel, tile, &mut answers);
+                multiply(rows.format, panel, &tile.packed, &mut answers);
                 for answer in &answers[..tile.tokens] {
                     store_f32(&mut out.row(token)[first..first + some], load_f32x16(answer));
                     token += 1;
@@ -85,7 +100,7 @@ simd! {
         }
     }
 
-    fn multiply(format: Format, panel: &Panel, tile: &Tile, answers: &mut Answers) {
+    fn multiply(format: Format, panel: &Panel, tile: &Packed, answers: &mut Answers) {
         match format {
             Format::Q4K | Format::Q5K => wide::<8, 8, 4, false>(panel, tile, answers),
             Format::Iq4Xs => wide::<8, 8, 0, true>(panel, tile, answers),
@@ -97,7 +112,7 @@ simd! {
     }
 
     /// One group of four columns against eight tokens.
-    fn step(acc: &mut [__m512i; TOKENS], w: &Quad, q: &[i32; 8]) {
+    fn step(acc: &mut [__m512i; TOKENS], w: &Quad, q: &[i32; TOKENS]) {
         let w = load64(w);
         for t in 0..TOKENS {
             acc[t] = _mm512_dpbusd_epi32(acc[t], w, _mm512_set1_epi32(q[t]));
@@ -107,7 +122,7 @@ simd! {
     /// Blocks of 256 with `SUBS` sub-blocks of `QUADS` groups of columns.
     fn wide<const QUADS: usize, const SUBS: usize, const PAIRS: usize, const OFFSET: bool>(
         panel: &Panel,
-        tile: &Tile,
+        tile: &Packed,
         answers: &mut Answers,
     ) {
         let mut lanes: Lanes = [[[0.0; 16]; TOKENS]; 8];
@@ -162,10 +177,10 @@ simd! {
     }
 
     /// Blocks of 32, lane after lane, so that the lanes stay in registers.
-    fn narrow<const MINIMUM: bool>(panel: &Panel, tile: &Tile, answers: &mut Answers) {
+    fn narrow<const MINIMUM: bool>(panel: &Panel, tile: &Packed, answers: &mut Answers) {
         let mut lanes: Lanes = [[[0.0; 16]; TOKENS]; 8];
         let quads: &[[Quad; 8]] = panel.quads.as_chunks::<8>().0;
-        let q: &[[[i32; 8]; 8]] = tile.q.as_chunks::<8>().0;
+        let q: &[[[i32; TOKENS]; 8]] = tile.q.as_chunks::<8>().0;
         for (first, lane) in lanes.iter_mut().enumerate() {
             let mut sums = [_mm512_setzero_ps(); TOKENS];
             for b in (first..quads.len()).step_by(8) {

@@ -12,6 +12,7 @@ mod float;
 mod simd;
 mod unpack;
 
+pub(crate) use batch::Packed;
 pub(crate) use unpack::Panel;
 
 use super::kernels::{
