@@ -1,7 +1,9 @@
 //! Loads a model and streams an answer: `cargo run --release --example stream`.
 
 use pregate_kernels::{Cpu, CpuOptions};
-use pregate_runtime::{Cancel, Event, GenerateOptions, LoadOptions, Model, Session, SessionOptions};
+use pregate_runtime::{
+    Cancel, Event, GenerateOptions, LoadOptions, Model, Session, SessionOptions,
+};
 use std::{path::Path, sync::Arc};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -13,11 +15,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let prompt = model.tokenizer()?.encode(prompt, pregate_runtime::text::TextKind::Rendered)?;
     let options = GenerateOptions { max_tokens: 64, ..Default::default() };
     let mut observer = pregate_predictor::NoObserver;
-    let done = session.generate(&prompt, &options, &Cancel::new(), &mut observer, &mut |event| {
-        if let Event::Text(text) = event {
-            print!("{text}");
-        }
-    })?;
+    let done =
+        session.generate(&prompt, &options, &Cancel::new(), &mut observer, &mut |event| {
+            if let Event::Text(text) = event {
+                print!("{text}");
+            }
+        })?;
     println!("\n{:?}, {:.1} tok/s", done.finish, done.decode_tok_s().unwrap_or(0.0));
     Ok(())
 }

@@ -119,7 +119,7 @@ pub fn forward(
             }
             _ => unreachable!("cache and weights are made from one description"),
         }
-        add_scaled(x, delta, description.residual_scale);
+        add_scaled(backend, x, delta, hidden, description.residual_scale);
 
         norm_rows(engine, &layer.feed_forward_norm, x, normed);
         feed_forward::run(
@@ -132,7 +132,7 @@ pub fn forward(
             delta,
             observer,
         );
-        add_scaled(x, delta, description.residual_scale);
+        add_scaled(backend, x, delta, hidden, description.residual_scale);
     }
 
     if wanted == 0 {

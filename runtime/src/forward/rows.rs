@@ -11,11 +11,13 @@ pub fn buffer(store: &mut Vec<f32>, len: usize) -> &mut [f32] {
     &mut store[..len]
 }
 
-/// `x += scale * delta`
-pub fn add_scaled(x: &mut [f32], delta: &[f32], scale: f32) {
-    for (x, delta) in x.iter_mut().zip(delta) {
-        *x += scale * delta;
-    }
+/// `x += scale * delta`, both `[tokens, width]`
+pub fn add_scaled(backend: &dyn Backend, x: &mut [f32], delta: &[f32], width: usize, scale: f32) {
+    for_each_row(backend, x, width, |row, x| {
+        for (x, delta) in x.iter_mut().zip(&delta[row * width..]) {
+            *x += scale * delta;
+        }
+    });
 }
 
 /// Calls `task(row, values)` for every row of `width` values. One row runs
