@@ -214,6 +214,11 @@ fn an_index_stays_in_its_folder() {
     let shard = std::fs::read(scratch.path().join(first)).unwrap();
     scratch.write("model-00002-of-00002.safetensors", &shard);
     refused(scratch.path(), &["model-00002-of-00002.safetensors", "tensor v", "a second tensor"]);
+    let many: serde_json::Map<_, _> =
+        (0..4097).map(|i| (format!("t{i}"), format!("{i}.safetensors").into())).collect();
+    let many = serde_json::json!({ "weight_map": many }).to_string();
+    scratch.write("model.safetensors.index.json", many.as_bytes());
+    refused(scratch.path(), &["weight_map", "4097 files", "1 to 4096"]);
     scratch.write("model.safetensors.index.json", br#"{"weight_map":{}}"#);
     refused(scratch.path(), &["weight_map", "0 files"]);
     scratch.write("model.safetensors.index.json", br#"{"weight_map":{"a":1}}"#);

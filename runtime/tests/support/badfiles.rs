@@ -181,8 +181,16 @@ fn tensor_cases() -> Vec<Case> {
         case("G23 before padding", with_tensor(f32_type, &[most / 4]), &["bytes at data offset 0"]),
         case("G24", with_tensor(q8_0, &[(1 << 63) - 32, 1]), &["too many bytes"]),
         case("G24 rows", with_tensor(q8_0, &[32, (1 << 58) - 1]), &["too many bytes"]),
-        case("G25", with_tensor(q4_0, &[33, 2]), &["Q4_0 [2, 33]", "whole blocks of 32"]),
-        case("G25 K", with_tensor(Format::Q6K.ggml_type(), &[128, 2]), &["whole blocks of 256"]),
+        case(
+            "G25",
+            with_tensor(q4_0, &[33, 2]),
+            &["Q4_0 [2, 33]: a row ends inside", "whole blocks of 32"],
+        ),
+        case(
+            "G25 K",
+            with_tensor(Format::Q6K.ggml_type(), &[128, 2]),
+            &["a row ends inside", "whole blocks of 256"],
+        ),
         case("G26", with_tensor(99, &[32]), &["number 99", "token_embd.weight", "Q4_K"]),
         case("G26 removed", with_tensor(4, &[32]), &["Q4_2", "removed", "token_embd.weight"]),
         case("G26 known", with_tensor(21, &[256]), &["IQ3_S", "token_embd.weight", "MXFP4"]),
