@@ -6,16 +6,25 @@
 //! template sees it, control tokens are looked for while the marks are in
 //! place, and the marks go before anything is split or merged.
 
+pub mod chat;
 mod engine;
 mod gguf_tokenizer;
 mod json_tokenizer;
 mod marks;
 mod pieces;
 mod pretokenizers;
+mod python;
 mod specials;
 mod spm;
 pub mod stream;
+pub mod template;
+mod template_functions;
+mod template_rewrite;
+mod template_scan;
 mod tokenizer;
 
+pub use chat::encode_chat;
+pub use python::Moment;
 pub use stream::{StopMatcher, StreamDecoder, TextStream};
+pub use template::{ChatTemplate, Message, RenderOptions};
 pub use tokenizer::{Limits, TextKind, Tokenizer};
