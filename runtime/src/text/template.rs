@@ -84,7 +84,7 @@ impl ChatTemplate {
     /// variables (`bos_token`, ...; see [`super::Tokenizer::named_tokens`]).
     pub fn compile(source: &str, named: &[(String, String)]) -> Result<Self> {
         check(source)?;
-        let source = rewrite(source)?;
+        let source = rewrite(source);
         on_a_large_stack(|| {
             let environment = environment(None, FUEL).map_err(template_error)?;
             environment.template_from_named_str("chat", &source).map_err(template_error)?;

@@ -66,6 +66,9 @@ pub fn environment<'s>(now: Option<Moment>, fuel: u64) -> Result<Environment<'s>
         ValueKind::None => Err(invalid("None is not iterable")),
         _ => Ok(value.clone()),
     });
+    environment.add_filter(rewrite::MARKUP, |_: &Value| -> Result<Value, Error> {
+        Err(invalid("\"|safe +\" would escape HTML in what it is added to"))
+    });
     // Generators in Python: they have no length and are not JSON.
     environment.add_filter(
         "select",

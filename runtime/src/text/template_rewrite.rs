@@ -7,21 +7,21 @@
 //! - `for x in y` refuses `None`: `for x in (y)|__iterated`.
 //! - `x[::-1]` becomes `x.__reversed()`; minijinja 3.0 panics on an empty list.
 //! - `'...'|safe + x` escapes HTML in `x` in Python, which no template wants;
-//!   it is refused.
+//!   it fails where it is reached: `'...'|__markup + x`.
 //!
 //! Lines stay where they were, so errors name the right one.
-
-use crate::error::{Error, Result};
 
 /// Filter: `str(value)`.
 pub const TEXT: &str = "__text";
 /// Filter: the value, if a loop may run over it.
 pub const ITERATED: &str = "__iterated";
+/// Filter: fails.
+pub const MARKUP: &str = "__markup";
 /// Method: the string or list backwards.
 pub const REVERSED: &str = "__reversed";
 
 /// Applies all changes.
-pub fn rewrite(source: &str) -> Result<String> {
+pub fn rewrite(source: &str) -> String {
     let mut out = String::with_capacity(source.len() + source.len() / 8);
     let mut rest = source;
     while let Some(start) = next_tag(rest) {
@@ -33,7 +33,6 @@ pub fn rewrite(source: &str) -> Result<String> {
         }
         out.push_str(&rest[..start + 2]);
         let closing = if rest[start..].starts_with("{%") { "%}" } else { "}}" };
-        let line = || 1 + source[..source.len() - rest.len() + start].matches('\n').count();
         rest = &rest[start + 2..];
         let (tokens, length) = tokenize(rest, closing);
         if closing == "%}" && tokens.iter().any(|token| token.text == "raw") && tokens.len() < 4 {
@@ -42,20 +41,11 @@ pub fn rewrite(source: &str) -> Result<String> {
             rest = &rest[end..];
             continue;
         }
-        if tokens
-            .windows(3)
-            .any(|three| three[0].text == "|" && three[1].text == "safe" && three[2].text == "+")
-        {
-            return Err(Error::Template(format!(
-                "line {}: \"|safe +\" would escape HTML in what it is added to",
-                line()
-            )));
-        }
         write_tag(&mut out, &rest[..length], &tokens, closing == "%}");
         rest = &rest[length..];
     }
     out.push_str(rest);
-    Ok(out)
+    out
 }
 
 /// Where the next tag or comment begins.
@@ -192,6 +182,11 @@ fn write_tag(out: &mut String, inside: &str, tokens: &[Token], is_block: bool) {
             index += 6;
             continue;
         }
+        let next = |offset: usize| tokens.get(index + offset).map_or("", |token| token.text);
+        if text == "|" && next(1) == "safe" && next(2) == "+" {
+            cuts.push((at, tokens[index + 1].at + "safe".len()));
+            inserts.push((at, format!("|{MARKUP}")));
+        }
         index += 1;
         match text {
             "(" | "[" | "{" => stack.push(Operand::default()),
@@ -324,15 +319,10 @@ mod tests {
             ("{% raw %}{{ a ~ b }}{% endraw %}", "{% raw %}{{ a ~ b }}{% endraw %}"),
             ("{{ {'a': {'b': x ~ y}} }}", "{{ {'a': {'b': x|__text ~ y|__text}} }}"),
             ("{{ 'é\\'' ~ é }}", "{{ 'é\\'' ~ é|__text }}"),
+            ("{{ 'a'|safe + b }}", "{{ 'a'|__markup + b }}"),
             ("{{ a ~ b", "{{ a|__text ~ b|__text"),
         ] {
-            assert_eq!(rewrite(source).unwrap(), expected);
+            assert_eq!(rewrite(source), expected);
         }
-    }
-
-    #[test]
-    fn adding_to_safe_text_is_refused() {
-        let error = rewrite("a\n{{ 'b'|safe + c }}").unwrap_err().to_string();
-        assert!(error.contains("line 2"), "{error}");
     }
 }
