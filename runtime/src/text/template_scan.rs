@@ -144,7 +144,8 @@ impl Scan<'_> {
             }
             let byte = self.source[self.at];
             let is_word = byte.is_ascii_alphanumeric() || byte == b'_' || byte >= 0x80;
-            if !byte.is_ascii_whitespace() && !(is_word && in_word) {
+            let continues = is_word && in_word;
+            if !(byte.is_ascii_whitespace() || continues) {
                 tokens += 1;
             }
             in_word = is_word;
