@@ -225,7 +225,10 @@ impl Bank<'_> {
                 (blocks_tensor, vec![self.experts, rows, groups, 16]),
                 (scales_tensor, vec![self.experts, rows, groups]),
             ] {
-                if tensor.element != ElementType::U8 || tensor.shape != shape || cols % 32 != 0 {
+                if tensor.element != ElementType::U8
+                    || tensor.shape != shape
+                    || !cols.is_multiple_of(32)
+                {
                     return Err(self.tensors.mismatch(tensor, format!("U8 {shape:?}")));
                 }
             }

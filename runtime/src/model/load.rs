@@ -62,17 +62,21 @@ impl Loader<'_> {
             mixer_norm,
             mixer: match &description.mixer {
                 Mixer::Attention(attention) => {
-                    MixerWeights::Attention(self.attention(index, attention)?)
+                    MixerWeights::Attention(Box::new(self.attention(index, attention)?))
                 }
-                Mixer::Latent(latent) => MixerWeights::Latent(self.latent(index, latent)?),
-                Mixer::DeltaNet(delta) => MixerWeights::DeltaNet(self.delta_net(index, delta)?),
+                Mixer::Latent(latent) => {
+                    MixerWeights::Latent(Box::new(self.latent(index, latent)?))
+                }
+                Mixer::DeltaNet(delta) => {
+                    MixerWeights::DeltaNet(Box::new(self.delta_net(index, delta)?))
+                }
             },
             feed_forward_norm: self.norm(index, second)?,
             feed_forward: match &description.feed_forward {
                 FeedForward::Dense { inner } => {
                     FeedForwardWeights::Dense(self.gated(index, DENSE, *inner, hidden)?)
                 }
-                FeedForward::Moe(moe) => FeedForwardWeights::Moe(self.moe(index, moe)?),
+                FeedForward::Moe(moe) => FeedForwardWeights::Moe(Box::new(self.moe(index, moe)?)),
             },
         })
     }

@@ -15,7 +15,7 @@ pub mod weights;
 use crate::error::{Error, Result};
 use crate::files::{Container, ModelFiles};
 use crate::forward::Engine;
-use crate::text::{Limits, Tokenizer};
+use crate::text::{ChatTemplate, Limits, Tokenizer};
 use description::ModelDescription;
 use pregate_kernels::Backend;
 use std::path::Path;
@@ -47,6 +47,7 @@ struct Shared {
     weights: ModelWeights,
     backend: Arc<dyn Backend>,
     tokenizer: OnceLock<Tokenizer>,
+    template: OnceLock<ChatTemplate>,
 }
 
 impl Model {
@@ -63,8 +64,14 @@ impl Model {
         let weights = load::load_weights(&files, &description, &mut |layers_done| {
             progress(LoadProgress { layers_done, layers });
         })?;
-        let (backend, tokenizer) = (options.backend, OnceLock::new());
-        let shared = Shared { files, description, weights, backend, tokenizer };
+        let shared = Shared {
+            files,
+            description,
+            weights,
+            backend: options.backend,
+            tokenizer: OnceLock::new(),
+            template: OnceLock::new(),
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -107,6 +114,20 @@ impl Model {
             ));
         }
         Ok(self.shared.tokenizer.get_or_init(|| tokenizer))
+    }
+
+    /// The model's chat template, or [`ChatTemplate::fallback`] if its files
+    /// have none: callers say so ([`ChatTemplate::is_fallback`]).
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        if let Some(template) = self.shared.template.get() {
+            return Ok(template);
+        }
+        let tokenizer = self.tokenizer()?;
+        let template = match tokenizer.chat_template() {
+            Some(source) => ChatTemplate::compile(source, tokenizer.named_tokens())?,
+            None => ChatTemplate::fallback(),
+        };
+        Ok(self.shared.template.get_or_init(|| template))
     }
 
     /// Weight bytes that one decoded token reads, with average experts.

@@ -121,9 +121,9 @@ pub struct LayerWeights {
 }
 
 pub enum MixerWeights {
-    Attention(AttentionWeights),
-    Latent(LatentWeights),
-    DeltaNet(DeltaNetWeights),
+    Attention(Box<AttentionWeights>),
+    Latent(Box<LatentWeights>),
+    DeltaNet(Box<DeltaNetWeights>),
 }
 
 pub struct AttentionWeights {
@@ -196,7 +196,7 @@ pub struct DeltaNetWeights {
 
 pub enum FeedForwardWeights {
     Dense(GatedBlock),
-    Moe(MoeWeights),
+    Moe(Box<MoeWeights>),
 }
 
 pub struct MoeWeights {
