@@ -11,24 +11,25 @@ use std::arch::x86_64::*;
 /// page.
 const AHEAD: usize = 6 * 1024;
 
-/// The activations of a group of up to eight blocks.
+/// The activations of a group of up to eight blocks: `G` times 256 of them
+/// (blocks of 256: one for each block; blocks of 32: one for the group).
 #[derive(Clone, Copy)]
-struct Input<'a> {
-    q: &'a [i8],
+struct Input<'a, const G: usize> {
+    q: &'a [[Q64; 4]; G],
     scales: &'a [f32],
     sums16: &'a [i16],
     sums32: &'a [i16],
 }
 
-impl<'a> Input<'a> {
+impl<'a, const G: usize> Input<'a, G> {
     /// Blocks `at .. at + count` of `len` elements.
     #[inline(always)]
-    fn new(x: &Activation<'a>, q: &'a [i8], len: usize, at: usize, count: usize) -> Self {
-        let wide = len == 256;
+    fn new(x: &Activation<'a>, q: &'a [[Q64; 4]], len: usize, at: usize, count: usize) -> Self {
+        let sums16: &[i16] = if len == 256 { &x.sums16[at * 16..(at + count) * 16] } else { &[] };
         Self {
-            q: &q[at * len..],
+            q: q[at * len / 256..].first_chunk().expect("activations of every block"),
             scales: &x.scales[at..at + count],
-            sums16: if wide { &x.sums16[at * 16..(at + count) * 16] } else { &[] },
+            sums16,
             sums32: &x.sums32[at * (len / 32)..(at + count) * (len / 32)],
         }
     }
@@ -39,16 +40,20 @@ macro_rules! walk {
     ($name:ident, $bytes:literal, $len:literal, $order:ident, $group:ident) => {
         simd! {
             fn $name(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
-                let q = x.$order;
+                let q = x.$order.as_chunks::<64>().0.as_chunks::<4>().0;
                 for (r, out) in out.iter_mut().enumerate() {
                     let (blocks, _) = rows.row(r).as_chunks::<$bytes>();
                     let (full, rest) = blocks.as_chunks::<8>();
                     let mut lanes = _mm256_setzero_ps();
                     for (g, blocks) in full.iter().enumerate() {
-                        prefetch(blocks.as_ptr().cast(), AHEAD, 8 * $bytes);
+                        if $len == 32 {
+                            prefetch(blocks.as_ptr().cast(), AHEAD, 8 * $bytes);
+                        }
                         lanes = $group(blocks, Input::new(&x, q, $len, 8 * g, 8), lanes);
                     }
-                    prefetch(rest.as_ptr().cast(), AHEAD, rest.len() * $bytes);
+                    if $len == 32 {
+                        prefetch(rest.as_ptr().cast(), AHEAD, rest.len() * $bytes);
+                    }
                     macro_rules! tail {
                         ($n:literal) => {
                             $group::<$n>(
@@ -90,11 +95,12 @@ simd! {
 
     /// f16 at `at` of each block.
     fn factors<const N: usize, const B: usize>(blocks: &[[u8; B]; N], at: usize) -> __m256 {
-        let mut values = [0u16; 8];
-        for (value, block) in values.iter_mut().zip(blocks) {
-            *value = u16_at(block, at);
+        // Gathered in general registers, which have nothing else to do.
+        let mut words = [0u64; 2];
+        for (i, block) in blocks.iter().enumerate() {
+            words[i / 4] |= (u16_at(block, at) as u64) << (16 * (i % 4));
         }
-        halves(values)
+        _mm256_cvtph_ps(_mm_set_epi64x(words[1] as i64, words[0] as i64))
     }
 
     /// 16 bytes from `at` of blocks `first .. first + 4`; zeros where there is
@@ -137,14 +143,14 @@ simd! {
 
     /// Integer sums of blocks whose elements are `low` and `high` bytes of
     /// two registers of four blocks.
-    fn nibble_sums(low: [__m512i; 2], high: [__m512i; 2], q: &[i8], both: bool) -> __m256i {
+    fn nibble_sums(low: [__m512i; 2], high: [__m512i; 2], q: &[Q64; 4], both: bool) -> __m256i {
         let zero = _mm512_setzero_si512();
-        let first = _mm512_dpbusd_epi32(zero, low[0], load_q(q, 0));
-        let first = _mm512_dpbusd_epi32(first, high[0], load_q(q, 64));
+        let first = _mm512_dpbusd_epi32(zero, low[0], load_q(&q[0]));
+        let first = _mm512_dpbusd_epi32(first, high[0], load_q(&q[1]));
         let mut second = zero;
         if both {
-            second = _mm512_dpbusd_epi32(second, low[1], load_q(q, 128));
-            second = _mm512_dpbusd_epi32(second, high[1], load_q(q, 192));
+            second = _mm512_dpbusd_epi32(second, low[1], load_q(&q[2]));
+            second = _mm512_dpbusd_epi32(second, high[1], load_q(&q[3]));
         }
         sum_lanes(first, second)
     }
@@ -156,7 +162,7 @@ simd! {
     }
 
     /// Sums of a format whose elements are nibbles from `at`, as they are.
-    fn plain_sums<const N: usize, const B: usize>(blocks: &[[u8; B]; N], at: usize, q: &[i8]) -> __m256i {
+    fn plain_sums<const N: usize, const B: usize>(blocks: &[[u8; B]; N], at: usize, q: &[Q64; 4]) -> __m256i {
         let (low0, high0) = nibbles(four(blocks, 0, at));
         let (low1, high1) = nibbles(four(blocks, 4, at));
         nibble_sums([low0, low1], [high0, high1], q, N > 4)
@@ -167,7 +173,7 @@ simd! {
         blocks: &[[u8; B]; N],
         at: usize,
         table: &[u8; 16],
-        q: &[i8],
+        q: &[Q64; 4],
     ) -> __m256i {
         let table = _mm512_broadcast_i32x4(load16(table));
         let (low0, high0) = nibbles(four(blocks, 0, at));
@@ -182,7 +188,7 @@ simd! {
         blocks: &[[u8; B]; N],
         high_at: usize,
         low_at: usize,
-        q: &[i8],
+        q: &[Q64; 4],
     ) -> __m256i {
         let sixteen = _mm512_set1_epi8(16);
         let mut low = [_mm512_setzero_si512(); 2];
@@ -203,57 +209,56 @@ simd! {
         nibble_sums(low, high, q, N > 4)
     }
 
-    fn q4_0<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_>, lanes: __m256) -> __m256 {
-        let s = plain_sums(blocks, block::q4_0::QS, x.q);
+    fn q4_0<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+        let s = plain_sums(blocks, block::q4_0::QS, &x.q[0]);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 3));
         add_scaled::<N>(lanes, factors(blocks, block::q4_0::D), x.scales, s)
     }
 
-    fn q4_1<const N: usize>(blocks: &[[u8; 20]; N], x: Input<'_>, lanes: __m256) -> __m256 {
-        let s = plain_sums(blocks, block::q4_1::QS, x.q);
+    fn q4_1<const N: usize>(blocks: &[[u8; 20]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+        let s = plain_sums(blocks, block::q4_1::QS, &x.q[0]);
         let lanes = add_scaled::<N>(lanes, factors(blocks, block::q4_1::D), x.scales, s);
         add_scaled::<N>(lanes, factors(blocks, block::q4_1::M), x.scales, offsets(x.sums32, 0))
     }
 
-    fn q5_0<const N: usize>(blocks: &[[u8; 22]; N], x: Input<'_>, lanes: __m256) -> __m256 {
-        let s = five_bit_sums(blocks, block::q5_0::QH, block::q5_0::QS, x.q);
+    fn q5_0<const N: usize>(blocks: &[[u8; 22]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+        let s = five_bit_sums(blocks, block::q5_0::QH, block::q5_0::QS, &x.q[0]);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 4));
         add_scaled::<N>(lanes, factors(blocks, block::q5_0::D), x.scales, s)
     }
 
-    fn q5_1<const N: usize>(blocks: &[[u8; 24]; N], x: Input<'_>, lanes: __m256) -> __m256 {
-        let s = five_bit_sums(blocks, block::q5_1::QH, block::q5_1::QS, x.q);
+    fn q5_1<const N: usize>(blocks: &[[u8; 24]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+        let s = five_bit_sums(blocks, block::q5_1::QH, block::q5_1::QS, &x.q[0]);
         let lanes = add_scaled::<N>(lanes, factors(blocks, block::q5_1::D), x.scales, s);
         add_scaled::<N>(lanes, factors(blocks, block::q5_1::M), x.scales, offsets(x.sums32, 0))
     }
 
-    fn iq4_nl<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_>, lanes: __m256) -> __m256 {
-        let s = table_sums(blocks, block::iq4_nl::QS, &IQ4_UNSIGNED, x.q);
+    fn iq4_nl<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+        let s = table_sums(blocks, block::iq4_nl::QS, &IQ4_UNSIGNED, &x.q[0]);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 7));
         add_scaled::<N>(lanes, factors(blocks, block::iq4_nl::D), x.scales, s)
     }
 
     /// `2^(e - 128)` of eight exponents.
-    fn mxfp4_factors(e: [u32; 8]) -> __m256 {
-        // SAFETY: the array is 32 bytes long; the load needs no alignment.
-        let e = unsafe { _mm256_loadu_si256(e.as_ptr().cast()) };
+    fn mxfp4_factors(e: u64) -> __m256 {
+        let e = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(e as i64));
         let normal = _mm256_slli_epi32::<23>(_mm256_sub_epi32(e, _mm256_set1_epi32(1)));
         let tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x0020_0000), e);
         let is_tiny = _mm256_cmplt_epu32_mask(e, _mm256_set1_epi32(2));
         _mm256_castsi256_ps(_mm256_mask_mov_epi32(normal, is_tiny, tiny))
     }
 
-    fn mxfp4<const N: usize>(blocks: &[[u8; 17]; N], x: Input<'_>, lanes: __m256) -> __m256 {
-        let s = table_sums(blocks, block::mxfp4::QS, &MXFP4_UNSIGNED, x.q);
+    fn mxfp4<const N: usize>(blocks: &[[u8; 17]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+        let s = table_sums(blocks, block::mxfp4::QS, &MXFP4_UNSIGNED, &x.q[0]);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 4));
-        let mut e = [0u32; 8];
-        for (e, block) in e.iter_mut().zip(blocks) {
-            *e = block[block::mxfp4::E] as u32;
+        let mut e = 0;
+        for (i, block) in blocks.iter().enumerate() {
+            e |= (block[block::mxfp4::E] as u64) << (8 * i);
         }
         add_scaled::<N>(lanes, mxfp4_factors(e), x.scales, s)
     }
 
-    fn q8_0<const N: usize>(blocks: &[[u8; 34]; N], x: Input<'_>, lanes: __m256) -> __m256 {
+    fn q8_0<const N: usize>(blocks: &[[u8; 34]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
         let sign = _mm512_set1_epi8(-128);
         let zero = _mm512_setzero_si512();
         let mut sums = [zero; 4];
@@ -265,9 +270,9 @@ simd! {
             let (w, q) = if 2 * i + 1 < N {
                 let second = load32(bytes_at(&blocks[2 * i + 1], block::q8_0::QS));
                 let w = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(first), second);
-                (w, load_q(x.q, 64 * i))
+                (w, load_q(&x.q[0][i]))
             } else {
-                (_mm512_zextsi256_si512(first), _mm512_zextsi256_si512(load_q32(x.q, 64 * i)))
+                (_mm512_zextsi256_si512(first), load_q(&x.q[0][i]))
             };
             *sum = _mm512_dpbusd_epi32(zero, _mm512_xor_si512(w, sign), q);
         }
@@ -342,7 +347,7 @@ simd! {
 
     fn k4_group<const N: usize, const B: usize, const FIVE: bool>(
         blocks: &[[u8; B]; N],
-        x: Input<'_>,
+        x: Input<'_, N>,
         lanes: __m256,
     ) -> __m256 {
         let headers = [four(blocks, 0, q4_k::D), four(blocks, 4, q4_k::D)];
@@ -352,6 +357,7 @@ simd! {
         let mut sums = [zero; 8];
         let sixteen = _mm512_set1_epi8(16);
         for (i, block) in blocks.iter().enumerate() {
+            prefetch(block.as_ptr(), AHEAD, block.len());
             let scales = broadcast_lane(if i < 4 { scales0 } else { scales1 }, i % 4);
             let mut acc = zero;
             let fifth = if FIVE {
@@ -371,10 +377,9 @@ simd! {
                     low = _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(fifth, bit(0)), low, sixteen);
                     high = _mm512_mask_add_epi8(high, _mm512_test_epi8_mask(fifth, bit(1)), high, sixteen);
                 }
-                let at = 256 * i + 128 * half;
                 let spread = |k: usize| _mm512_shuffle_epi8(scales, load_i32x16(&K4_SPREADS[2 * half + k]));
-                acc = multiply(acc, low, load_q(x.q, at), spread(0));
-                acc = multiply(acc, high, load_q(x.q, at + 64), spread(1));
+                acc = multiply(acc, low, load_q(&x.q[i][2 * half]), spread(0));
+                acc = multiply(acc, high, load_q(&x.q[i][2 * half + 1]), spread(1));
             }
             sums[i] = acc;
         }
@@ -386,11 +391,11 @@ simd! {
         sub_scaled::<N>(lanes, m, x.scales, sum_lanes(t0, t1))
     }
 
-    fn q4_k<const N: usize>(blocks: &[[u8; 144]; N], x: Input<'_>, lanes: __m256) -> __m256 {
+    fn q4_k<const N: usize>(blocks: &[[u8; 144]; N], x: Input<'_, N>, lanes: __m256) -> __m256 {
         k4_group::<N, 144, false>(blocks, x, lanes)
     }
 
-    fn q5_k<const N: usize>(blocks: &[[u8; 176]; N], x: Input<'_>, lanes: __m256) -> __m256 {
+    fn q5_k<const N: usize>(blocks: &[[u8; 176]; N], x: Input<'_, N>, lanes: __m256) -> __m256 {
         k4_group::<N, 176, true>(blocks, x, lanes)
     }
 
@@ -414,13 +419,14 @@ simd! {
         _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
     }
 
-    fn q6_k<const N: usize>(blocks: &[[u8; 210]; N], x: Input<'_>, lanes: __m256) -> __m256 {
+    fn q6_k<const N: usize>(blocks: &[[u8; 210]; N], x: Input<'_, N>, lanes: __m256) -> __m256 {
         let zero = _mm512_setzero_si512();
         let mut sums = [zero; 8];
         let left = halves_of(_mm256_set1_epi16(4), _mm256_set1_epi16(2));
         let right = halves_of(_mm256_set1_epi16(0), _mm256_set1_epi16(2));
         let high_mask = _mm512_set1_epi8(0x30);
         for (i, block) in blocks.iter().enumerate() {
+            prefetch(block.as_ptr(), AHEAD, block.len());
             let scales = _mm256_cvtepi8_epi16(load16(bytes_at(block, q6_k::SCALES)));
             let mut acc = zero;
             for half in 0..2 {
@@ -428,13 +434,12 @@ simd! {
                 let top = _mm512_broadcast_i64x4(load32(bytes_at(block, q6_k::QH + 32 * half)));
                 let low_top = _mm512_and_si512(_mm512_sllv_epi16(top, left), high_mask);
                 let high_top = _mm512_and_si512(_mm512_srlv_epi16(top, right), high_mask);
-                let at = 256 * i + 128 * half;
                 let j = 8 * half as i16;
                 let low = _mm512_or_si512(low, low_top);
                 let high = _mm512_or_si512(high, high_top);
-                acc = multiply(acc, low, load_q(x.q, at), spread16(scales, [j, j + 1, j + 2, j + 3]));
+                acc = multiply(acc, low, load_q(&x.q[i][2 * half]), spread16(scales, [j, j + 1, j + 2, j + 3]));
                 let order = [j + 4, j + 5, j + 6, j + 7];
-                acc = multiply(acc, high, load_q(x.q, at + 64), spread16(scales, order));
+                acc = multiply(acc, high, load_q(&x.q[i][2 * half + 1]), spread16(scales, order));
             }
             sums[i] = subtract_offsets::<5>(acc, scales, &x.sums16[16 * i..16 * i + 16]);
         }
@@ -447,10 +452,11 @@ simd! {
         _mm512_and_si512(shifted, _mm512_set1_epi8(3))
     }
 
-    fn q2_k<const N: usize>(blocks: &[[u8; 84]; N], x: Input<'_>, lanes: __m256) -> __m256 {
+    fn q2_k<const N: usize>(blocks: &[[u8; 84]; N], x: Input<'_, N>, lanes: __m256) -> __m256 {
         let zero = _mm512_setzero_si512();
         let (mut sums, mut mins) = ([zero; 8], [zero; 8]);
         for (i, block) in blocks.iter().enumerate() {
+            prefetch(block.as_ptr(), AHEAD, block.len());
             let packed = load16(bytes_at(block, q2_k::SCALES));
             let mask = _mm_set1_epi8(15);
             let scales = _mm256_cvtepu8_epi16(_mm_and_si128(packed, mask));
@@ -460,7 +466,7 @@ simd! {
             for j in 0..4 {
                 let k = 2 * j as i16;
                 let spread = spread16(scales, [k, k + 1, k + 8, k + 9]);
-                let q = load_q(x.q, 256 * i + 64 * j);
+                let q = load_q(&x.q[i][j]);
                 acc = multiply(acc, crumbs(codes, j as u32), q, spread);
             }
             sums[i] = acc;
@@ -487,11 +493,12 @@ simd! {
         _mm_sub_epi8(packed, _mm_set1_epi8(32))
     }
 
-    fn q3_k<const N: usize>(blocks: &[[u8; 110]; N], x: Input<'_>, lanes: __m256) -> __m256 {
+    fn q3_k<const N: usize>(blocks: &[[u8; 110]; N], x: Input<'_, N>, lanes: __m256) -> __m256 {
         let zero = _mm512_setzero_si512();
         let mut sums = [zero; 8];
         let four = _mm512_set1_epi8(4);
         for (i, block) in blocks.iter().enumerate() {
+            prefetch(block.as_ptr(), AHEAD, block.len());
             let scales = _mm256_cvtepi8_epi16(q3_k_scales(block));
             let codes = load64(bytes_at(block, q3_k::QS));
             let third = _mm512_broadcast_i64x4(load32(bytes_at(block, q3_k::HMASK)));
@@ -503,7 +510,7 @@ simd! {
                 let w = _mm512_mask_add_epi8(w, is_set, w, four);
                 let k = 2 * j as i16;
                 let spread = spread16(scales, [k, k + 1, k + 8, k + 9]);
-                acc = multiply(acc, w, load_q(x.q, 256 * i + 64 * j), spread);
+                acc = multiply(acc, w, load_q(&x.q[i][j]), spread);
             }
             sums[i] = subtract_offsets::<2>(acc, scales, &x.sums16[16 * i..16 * i + 16]);
         }
@@ -523,19 +530,19 @@ simd! {
         _mm_sub_epi16(_mm_or_si128(low, high), _mm_set1_epi16(32))
     }
 
-    fn iq4_xs<const N: usize>(blocks: &[[u8; 136]; N], x: Input<'_>, lanes: __m256) -> __m256 {
+    fn iq4_xs<const N: usize>(blocks: &[[u8; 136]; N], x: Input<'_, N>, lanes: __m256) -> __m256 {
         let zero = _mm512_setzero_si512();
         let mut sums = [zero; 8];
         let table = _mm512_broadcast_i32x4(load16(&IQ4_UNSIGNED));
         for (i, block) in blocks.iter().enumerate() {
+            prefetch(block.as_ptr(), AHEAD, block.len());
             let scales16 = iq4_xs_scales(block);
             let scales = _mm512_castsi256_si512(_mm256_cvtepi16_epi32(scales16));
             let mut acc = zero;
             for half in 0..2 {
                 let (low, high) = nibbles(load64(bytes_at(block, block::iq4_xs::QS + 64 * half)));
-                let at = 256 * i + 128 * half;
-                let dot = _mm512_dpbusd_epi32(zero, _mm512_shuffle_epi8(table, low), load_q(x.q, at));
-                let dot = _mm512_dpbusd_epi32(dot, _mm512_shuffle_epi8(table, high), load_q(x.q, at + 64));
+                let dot = _mm512_dpbusd_epi32(zero, _mm512_shuffle_epi8(table, low), load_q(&x.q[i][2 * half]));
+                let dot = _mm512_dpbusd_epi32(dot, _mm512_shuffle_epi8(table, high), load_q(&x.q[i][2 * half + 1]));
                 let spread = _mm512_permutexvar_epi32(load_i32x16(&IQ4_SPREADS[half]), scales);
                 acc = _mm512_add_epi32(acc, _mm512_mullo_epi32(dot, spread));
             }
@@ -547,7 +554,7 @@ simd! {
     }
 }
 
-walk!(q8_0_rows, 34, 32, q, q8_0);
+walk!(q8_0_rows, 34, 32, own, q8_0);
 walk!(q4_0_rows, 18, 32, own, q4_0);
 walk!(q4_1_rows, 20, 32, own, q4_1);
 walk!(q5_0_rows, 22, 32, own, q5_0);

@@ -141,6 +141,7 @@ fn reorder(format: Format, q: &[i8], own: &mut [i8]) {
         }
     };
     match format {
+        Format::Q8_0 => own[..q.len()].copy_from_slice(q),
         Format::Q4K => by_32([0, 2, 1, 3, 4, 6, 5, 7], own),
         Format::Q2K => by_32([0, 4, 1, 5, 2, 6, 3, 7], own),
         _ => {

@@ -7,6 +7,9 @@ use crate::dequant::dequantize_row;
 use crate::format::Format;
 use std::arch::x86_64::*;
 
+/// Bytes that the software prefetch runs ahead.
+const AHEAD: usize = 6 * 1024;
+
 pub const F32: u8 = 0;
 pub const F16: u8 = 1;
 pub const BF16: u8 = 2;
@@ -34,9 +37,19 @@ simd! {
         let size = if KIND == F32 { 4 } else { 2 };
         for (r, out) in out.iter_mut().enumerate() {
             let row = rows.row(r);
-            prefetch(row.as_ptr(), row.len().max(4096), row.len().min(16 * 1024));
             let mut lanes = [_mm512_setzero_ps(); 4];
-            for (w, x) in row.chunks(64 * size).zip(x.chunks(64)) {
+            let (whole, rest) = x.as_chunks::<64>();
+            let mut pieces = row.chunks_exact(64 * size);
+            for (w, x) in (&mut pieces).zip(whole) {
+                prefetch(w.as_ptr(), AHEAD, 64 * size);
+                for g in 0..4 {
+                    let w = load_weights::<KIND>(&w[16 * size * g..16 * size * (g + 1)]);
+                    let x = load_f32x16(&x.as_chunks().0[g]);
+                    lanes[g] = _mm512_fmadd_ps(w, x, lanes[g]);
+                }
+            }
+            if !rest.is_empty() {
+                let (w, x) = (pieces.remainder(), rest);
                 let pieces = w.chunks(16 * size).zip(x.chunks(16));
                 for (lane, (w, x)) in lanes.iter_mut().zip(pieces) {
                     let mask = low_bits16(x.len());

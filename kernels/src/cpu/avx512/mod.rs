@@ -46,13 +46,15 @@ impl Kernels for Avx512 {
 
     fn order(&self, format: Format) -> Order {
         match format {
-            Format::F32 | Format::F16 | Format::Bf16 | Format::Q8_0 | Format::Q6K => Order::Natural,
+            Format::F32 | Format::F16 | Format::Bf16 | Format::Q6K => Order::Natural,
             // The same arrangement, so one copy serves both.
             Format::Q5K => Order::Own(Format::Q4K),
             Format::Q3K => Order::Own(Format::Q2K),
             Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Iq4Nl | Format::Mxfp4 => {
                 Order::Own(Format::Q4_0)
             }
+            // Natural, but padded to whole groups of eight blocks.
+            Format::Q8_0 => Order::Own(format),
             Format::Q4_0 | Format::Q2K | Format::Q4K | Format::Iq4Xs => Order::Own(format),
         }
     }

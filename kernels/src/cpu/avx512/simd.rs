@@ -3,6 +3,9 @@
 
 use std::arch::x86_64::*;
 
+/// int8 values of one register.
+pub type Q64 = [i8; 64];
+
 /// Declares functions for machines that [`super::is_available`] approves.
 macro_rules! simd {
     ($($(#[$meta:meta])* $vis:vis fn $name:ident $(<$(const $param:ident: $kind:ty),*>)?
@@ -33,10 +36,8 @@ simd! {
         unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
     }
 
-    /// 64 int8 values from `at`.
-    pub fn load_q(q: &[i8], at: usize) -> __m512i {
-        let q = &q[at..at + 64];
-        // SAFETY: the slice is 64 bytes long; the load needs no alignment.
+    pub fn load_q(q: &Q64) -> __m512i {
+        // SAFETY: the array is 64 bytes long; the load needs no alignment.
         unsafe { _mm512_loadu_si512(q.as_ptr().cast()) }
     }
 
@@ -158,12 +159,6 @@ simd! {
     pub fn concat(a: [__m128i; 4]) -> __m512i {
         let x = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a[0]), a[1]);
         _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(x, a[2]), a[3])
-    }
-
-    /// Eight f16 as f32.
-    pub fn halves(values: [u16; 8]) -> __m256 {
-        // SAFETY: the array is 16 bytes long; the load needs no alignment.
-        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(values.as_ptr().cast()) })
     }
 }
 
