@@ -8,8 +8,9 @@ use crate::format::Format;
 use std::arch::x86_64::*;
 
 /// Bytes that the software prefetch runs ahead: the hardware's stops at each
-/// page.
-const AHEAD: usize = 6 * 1024;
+/// page. (Measured for Q4_K on Zen 4: 16.9 GB/s without, 20.8 with 4 KiB,
+/// 20.1 with 6, 17.2 with 16.)
+const AHEAD: usize = 4 * 1024;
 
 /// The activations of a group of up to eight blocks: `G` times 256 of them
 /// (blocks of 256: one for each block; blocks of 32: one for the group).
@@ -46,12 +47,12 @@ macro_rules! walk {
                     let (full, rest) = blocks.as_chunks::<8>();
                     let mut lanes = _mm256_setzero_ps();
                     for (g, blocks) in full.iter().enumerate() {
-                        if $len == 32 {
+                        if $len == 32 && $bytes < 34 {
                             prefetch(blocks.as_ptr().cast(), AHEAD, 8 * $bytes);
                         }
                         lanes = $group(blocks, Input::new(&x, q, $len, 8 * g, 8), lanes);
                     }
-                    if $len == 32 {
+                    if $len == 32 && $bytes < 34 {
                         prefetch(rest.as_ptr().cast(), AHEAD, rest.len() * $bytes);
                     }
                     macro_rules! tail {
@@ -331,8 +332,27 @@ simd! {
         (_mm256_cvtph_ps(d), _mm256_cvtph_ps(m))
     }
 
+    /// `acc + (products of w and q, pair by pair) * scales`
     fn multiply(acc: __m512i, w: __m512i, q: __m512i, scales: __m512i) -> __m512i {
-        _mm512_dpwssd_epi32(acc, _mm512_maddubs_epi16(w, q), scales)
+        dpwssd(acc, _mm512_maddubs_epi16(w, q), scales)
+    }
+
+    /// `_mm512_dpwssd_epi32`, which LLVM would take apart into a
+    /// multiplication and an addition for a shorter chain; here throughput
+    /// counts.
+    fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: one instruction on registers, without memory or flags; the
+        // feature is enabled for this function.
+        unsafe {
+            std::arch::asm!(
+                "vpdpwssd {acc}, {a}, {b}",
+                acc = inout(zmm_reg) acc,
+                a = in(zmm_reg) a,
+                b = in(zmm_reg) b,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+        acc
     }
 
     /// Lane `i` of four in all lanes.

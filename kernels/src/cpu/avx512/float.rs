@@ -7,9 +7,6 @@ use crate::dequant::dequantize_row;
 use crate::format::Format;
 use std::arch::x86_64::*;
 
-/// Bytes that the software prefetch runs ahead.
-const AHEAD: usize = 6 * 1024;
-
 pub const F32: u8 = 0;
 pub const F16: u8 = 1;
 pub const BF16: u8 = 2;
@@ -41,7 +38,6 @@ simd! {
             let (whole, rest) = x.as_chunks::<64>();
             let mut pieces = row.chunks_exact(64 * size);
             for (w, x) in (&mut pieces).zip(whole) {
-                prefetch(w.as_ptr(), AHEAD, 64 * size);
                 for g in 0..4 {
                     let w = load_weights::<KIND>(&w[16 * size * g..16 * size * (g + 1)]);
                     let x = load_f32x16(&x.as_chunks().0[g]);
@@ -102,11 +98,12 @@ simd! {
     }
 
     fn batch_of<const KIND: u8>(rows: Rows<'_>, tiles: &[Tile], out: &mut Columns<'_, f32>) {
-        for first in (0..rows.rows).step_by(2) {
-            let mut token = 0;
-            for tile in tiles {
-                for xs in tile.x.chunks(3 * rows.cols) {
-                    let count = xs.len() / rows.cols;
+        let mut token = 0;
+        for tile in tiles {
+            // Three tokens stay in the first-level cache while all rows pass.
+            for xs in tile.x.chunks(3 * rows.cols) {
+                let count = xs.len() / rows.cols;
+                for first in (0..rows.rows).step_by(2) {
                     if first + 1 < rows.rows {
                         let pair = [rows.row(first), rows.row(first + 1)];
                         match count {
@@ -122,8 +119,8 @@ simd! {
                             _ => corner::<KIND, 1, 1>(one, xs, first, token, out),
                         }
                     }
-                    token += count;
                 }
+                token += count;
             }
         }
     }
