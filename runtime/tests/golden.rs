@@ -29,8 +29,11 @@ fn session(model: &Model, prefill_chunk: usize) -> Session {
     Session::new(model, options).expect("a session")
 }
 
+/// Layer, position, and (expert, weight) sorted by expert.
+type Answer = (usize, usize, Vec<(u32, f32)>);
+
 #[derive(Default)]
-struct Routing(Vec<(usize, usize, Vec<(u32, f32)>)>);
+struct Routing(Vec<Answer>);
 
 impl Observer for Routing {
     fn routed(&mut self, layer: usize, position: usize, experts: &[u32], weights: &[f32]) {

@@ -74,7 +74,7 @@ impl Loader<'_> {
             feed_forward_norm: self.norm(index, second)?,
             feed_forward: match &description.feed_forward {
                 FeedForward::Dense { inner } => {
-                    FeedForwardWeights::Dense(self.gated(index, DENSE, *inner, hidden)?)
+                    FeedForwardWeights::Dense(Box::new(self.gated(index, DENSE, *inner, hidden)?))
                 }
                 FeedForward::Moe(moe) => FeedForwardWeights::Moe(Box::new(self.moe(index, moe)?)),
             },

@@ -195,7 +195,7 @@ pub struct DeltaNetWeights {
 }
 
 pub enum FeedForwardWeights {
-    Dense(GatedBlock),
+    Dense(Box<GatedBlock>),
     Moe(Box<MoeWeights>),
 }
 
