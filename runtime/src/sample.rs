@@ -115,8 +115,8 @@ impl Sampler {
         if self.options.temperature == 0.0 {
             return Ok(greedy(logits));
         }
-        self.collect(logits);
-        self.keep_top_p();
+        let total = self.collect(logits);
+        self.keep_top_p(total);
         self.keep_min_p();
         Ok(self.draw())
     }
@@ -156,9 +156,10 @@ impl Sampler {
         }
     }
 
-    /// The candidates, best first: the top k, or all that top-p and min-p can
-    /// need.
-    fn collect(&mut self, logits: &[f32]) {
+    /// The candidates, best first: the top k, or (k = 0) at least all that
+    /// top-p and min-p keep. Returns the sum of the weights that top-p is a
+    /// share of.
+    fn collect(&mut self, logits: &[f32]) -> f64 {
         let candidates = &mut self.candidates;
         candidates.clear();
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -166,34 +167,51 @@ impl Sampler {
         let lowest = highest - 104.0 * self.options.temperature.max(1.0);
         let all = logits.iter().enumerate().filter(|(_, logit)| **logit >= lowest);
         candidates.extend(all.map(|(token, &logit)| Candidate { token: token as u32, logit }));
-        let k = self.options.top_k;
-        if k > 0 && k < candidates.len() {
-            candidates.select_nth_unstable_by(k - 1, best_first);
-            candidates.truncate(k);
+        let SamplerOptions { top_k, top_p, min_p, .. } = self.options;
+        let weight = |candidate: &Candidate| exp(f64::from(candidate.logit - highest));
+        if top_k > 0 && top_k < candidates.len() {
+            candidates.select_nth_unstable_by(top_k - 1, best_first);
+            candidates.truncate(top_k);
+        } else if top_k == 0 && (top_p < 1.0 || min_p > 0.0) {
+            // Usually a few hundred hold all the probability that is asked
+            // for; sorting the whole vocabulary would be the slowest step.
+            let total: f64 = candidates.iter().map(weight).sum();
+            let mut best = 256;
+            while best < candidates.len() {
+                candidates.select_nth_unstable_by(best - 1, best_first);
+                // A little more, so that the order of the sums does not matter.
+                let enough = f64::from(top_p) * total * (1.0 + 1e-9);
+                let has_top_p =
+                    top_p < 1.0 && candidates[..best].iter().map(weight).sum::<f64>() >= enough;
+                if has_top_p || weight(&candidates[best - 1]) < f64::from(min_p) {
+                    candidates.truncate(best);
+                    break;
+                }
+                best *= 8;
+            }
+            candidates.sort_unstable_by(best_first);
+            return total;
         }
         candidates.sort_unstable_by(best_first);
+        if top_p < 1.0 { candidates.iter().map(weight).sum() } else { 0.0 }
     }
 
     /// The smallest set of best tokens whose probability reaches `top_p`
     /// (Holtzman et al. 2020), at temperature 1.
-    fn keep_top_p(&mut self) {
+    fn keep_top_p(&mut self, total: f64) {
         let top_p = self.options.top_p;
         if top_p >= 1.0 {
             return;
         }
         let highest = self.candidates[0].logit;
-        let weight = |candidate: &Candidate| exp(f64::from(candidate.logit - highest));
-        let total: f64 = self.candidates.iter().map(weight).sum();
         let mut sum = 0.0;
-        let mut keep = self.candidates.len();
-        for (index, candidate) in self.candidates.iter().enumerate() {
-            sum += weight(candidate);
-            if sum >= f64::from(top_p) * total {
-                keep = index + 1;
-                break;
-            }
+        let reached = self.candidates.iter().position(|candidate| {
+            sum += exp(f64::from(candidate.logit - highest));
+            sum >= f64::from(top_p) * total
+        });
+        if let Some(last) = reached {
+            self.candidates.truncate(last + 1);
         }
-        self.candidates.truncate(keep);
     }
 
     /// Tokens with at least `min_p` of the best one's probability (Nguyen et

@@ -156,6 +156,44 @@ fn the_seed_decides() {
 /// Computed by another implementation: 100 times the first four units.
 const FIRST_OF_SEED_ONE: [u32; 4] = [81, 74, 10, 74];
 
+/// The tokens that top-p, then min-p keep, by a full sort.
+fn kept_by_definition(logits: &[f32], top_p: f32, min_p: f32) -> Vec<u32> {
+    let highest = logits.iter().copied().fold(f32::MIN, f32::max);
+    let weight = |token: u32| exp(f64::from(logits[token as usize] - highest));
+    let mut tokens: Vec<u32> = (0..logits.len() as u32).collect();
+    tokens.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+    let total: f64 = (0..logits.len() as u32).map(weight).sum();
+    let mut sum = 0.0;
+    let mut kept = Vec::new();
+    for token in tokens {
+        if weight(token) >= f64::from(min_p) {
+            kept.push(token);
+        }
+        sum += weight(token);
+        if top_p < 1.0 && sum >= f64::from(top_p) * total {
+            break;
+        }
+    }
+    kept
+}
+
+#[test]
+fn large_vocabularies_are_cut_as_small_ones_are() {
+    let mut random = Xoshiro::seeded(3);
+    for spread in [0.5, 3.0, 12.0] {
+        let logits: Vec<f32> =
+            (0..20_000).map(|_| (random.unit() * random.unit()) as f32 * spread).collect();
+        for (top_p, min_p) in [(0.01, 0.0), (0.5, 0.0), (0.95, 0.05), (1.0, 0.3), (0.999, 0.0)] {
+            let mut any = sampler(SamplerOptions { top_p, min_p, ..neutral() });
+            let total = any.collect(&logits);
+            any.keep_top_p(total);
+            any.keep_min_p();
+            let kept: Vec<u32> = any.candidates.iter().map(|candidate| candidate.token).collect();
+            assert_eq!(kept, kept_by_definition(&logits, top_p, min_p), "{spread} {top_p} {min_p}");
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn the_choice_is_always_a_possible_token(
