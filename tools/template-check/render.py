@@ -7,7 +7,8 @@ FOLDER holds *.jinja files (models/templates in llama.cpp's source). Each is
 rendered for a list of conversations by jinja2, in an environment set up as
 Hugging Face's apply_chat_template sets it up, and by the example
 `render_template` of pregate-runtime. Where both refuse, the case counts as
-equal. Needs jinja2 from PyPI. Exits with 1 on a difference.
+equal. A case that only we refuse, with a reason, is counted on its own. Needs
+jinja2 from PyPI. Exits with 1 on a difference.
 """
 import argparse
 import datetime
@@ -175,9 +176,13 @@ def main():
 
     env = environment()
     expected = []
+    compiled = {}
     for _, _, case in cases:
         try:
-            template = env.from_string(case["template"])
+            source = case["template"]
+            if source not in compiled:
+                compiled[source] = env.from_string(source)
+            template = compiled[source]
             expected.append({"text": template.render(
                 messages=case["messages"], tools=case["tools"], documents=None,
                 add_generation_prompt=case["add_generation_prompt"], **case["variables"])})
@@ -191,27 +196,34 @@ def main():
 
     table = {}
     for (file, name, _), theirs, ours in zip(cases, expected, found):
-        row = table.setdefault(file, {"cases": 0, "equal": 0, "both refuse": 0, "different": []})
+        row = table.setdefault(file, {"cases": 0, "equal": 0, "both refuse": 0, "we refuse": [], "different": []})
         row["cases"] += 1
         if "error" in theirs and "error" in ours:
             row["both refuse"] += 1
         elif theirs == ours:
             row["equal"] += 1
+        elif "error" in ours:
+            row["we refuse"].append((name, theirs, ours))
         else:
             row["different"].append((name, theirs, ours))
 
-    print(f"{'template':<58} {'cases':>5} {'equal':>5} {'refuse':>6} {'differ':>6}")
-    different = 0
+    print(f"{'template':<58} {'cases':>5} {'equal':>5} {'both refuse':>11} {'we refuse':>9} {'differ':>6}")
+    different = refused = 0
     for file, row in table.items():
         different += len(row["different"])
-        print(f"{file:<58} {row['cases']:>5} {row['equal']:>5} {row['both refuse']:>6} {len(row['different']):>6}")
-        shown = row["different"] if options.verbose else row["different"][:1]
+        refused += len(row["we refuse"])
+        print(
+            f"{file:<58} {row['cases']:>5} {row['equal']:>5} {row['both refuse']:>11}"
+            f" {len(row['we refuse']):>9} {len(row['different']):>6}"
+        )
+        shown = row["different"] + row["we refuse"]
+        shown = shown if options.verbose else shown[:1]
         for name, theirs, ours in shown:
             print(f"    {name}")
             print(f"        jinja2: {excerpt(theirs, ours)}")
             print(f"        ours:   {excerpt(ours, theirs)}")
     total = sum(row["cases"] for row in table.values())
-    print(f"{len(table)} templates, {total} cases, {different} different")
+    print(f"{len(table)} templates, {total} cases, {different} different, {refused} refused by us alone")
     sys.exit(1 if different else 0)
 
 
