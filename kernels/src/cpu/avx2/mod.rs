@@ -238,14 +238,6 @@ fn load_up_to_8(x: &[f32]) -> __m256 {
     load_floats(&padded)
 }
 
-/// All bits set in the first `count` lanes.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn first_lanes(count: usize) -> __m256 {
-    let index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count.min(8) as i32), index))
-}
-
 /// Lane `i` of the answer is the sum of the lanes of `v[i]`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]

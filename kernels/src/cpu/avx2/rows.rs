@@ -4,9 +4,7 @@ use super::blocks::{
     SubScales, codes_32, codes_256, f16_of_8, format, minimum_at, offset, scales_of_8, signed,
     sub_scales,
 };
-use super::{
-    Quantised, first_lanes, load_8_sums, load_codes, load_sums, load_up_to_8, sums_of_8, tree_of_8,
-};
+use super::{Quantised, load_8_sums, load_codes, load_sums, load_up_to_8, sums_of_8, tree_of_8};
 use crate::cpu::kernels::{Rows, Tile};
 use crate::cpu::pool::Columns;
 use crate::format::Format;
@@ -134,8 +132,9 @@ impl Scales {
         }
     }
 
-    /// Adds up to eight blocks' sums to their lanes; lanes without a block
-    /// stay untouched, down to the sign of a zero.
+    /// Adds up to eight blocks' sums to their lanes. A lane without a block
+    /// gains `0 * 0`, which changes nothing: a product of a float and a whole
+    /// number never underflows, so no lane is ever `-0`.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn add<const F: usize>(self, s: __m256i, t: __m256i, scales: &[f32], lanes: __m256) -> __m256 {
@@ -149,10 +148,7 @@ impl Scales {
                 _ => _mm256_fnmadd_ps(min, t, next),
             };
         }
-        match self.used {
-            8.. => next,
-            used => _mm256_blendv_ps(lanes, next, first_lanes(used)),
-        }
+        next
     }
 }
 

@@ -172,8 +172,9 @@ impl Group {
         }
     }
 
-    /// Adds the blocks to their lanes; lanes without a block stay untouched,
-    /// down to the sign of a zero.
+    /// Adds the blocks to their lanes. A lane without a block gains `0 * 0`,
+    /// which changes nothing: a product of a float and a whole number never
+    /// underflows, so no lane is ever `-0`.
     #[inline]
     #[target_feature(enable = "neon")]
     fn add<const F: usize>(&self, token: Quantised<'_>, lanes: &mut Lanes) {
@@ -203,32 +204,20 @@ impl Group {
         }
         let mut scales = [0.0; 8];
         scales[..self.used].copy_from_slice(&token.scales[..self.used]);
-        let mut next = *lanes;
-        for (half, next) in next.iter_mut().enumerate() {
+        for (half, lane) in lanes.iter_mut().enumerate() {
             let at = 4 * half..4 * half + 4;
             let scale = load_floats(&scales[at.clone()]);
             let (d, min) = (load_floats(&self.d[at.clone()]), load_floats(&self.min[at.clone()]));
             let s = vcvtq_f32_s32(load_ints(&s[at.clone()]));
-            *next = vfmaq_f32(*next, vmulq_f32(d, scale), s);
+            *lane = vfmaq_f32(*lane, vmulq_f32(d, scale), s);
             if const { minimum_at(format::<F>()).is_some() } {
                 let (min, t) = (vmulq_f32(min, scale), vcvtq_f32_s32(load_ints(&t[at])));
-                *next = match const { format::<F>() } {
-                    Format::Q4_1 | Format::Q5_1 => vfmaq_f32(*next, min, t),
-                    _ => vfmsq_f32(*next, min, t),
+                *lane = match const { format::<F>() } {
+                    Format::Q4_1 | Format::Q5_1 => vfmaq_f32(*lane, min, t),
+                    _ => vfmsq_f32(*lane, min, t),
                 };
             }
         }
-        if self.used == 8 {
-            *lanes = next;
-            return;
-        }
-        let (mut kept, mut new) = ([0.0; 8], [0.0; 8]);
-        for half in 0..2 {
-            store_floats(&mut kept[4 * half..], lanes[half]);
-            store_floats(&mut new[4 * half..], next[half]);
-        }
-        kept[..self.used].copy_from_slice(&new[..self.used]);
-        *lanes = [load_floats(&kept[..4]), load_floats(&kept[4..])];
     }
 }
 
