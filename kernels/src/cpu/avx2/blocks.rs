@@ -5,8 +5,8 @@
 
 use super::{load, load_half};
 use crate::block::{
-    self, IQ4_TABLE, MXFP4_TABLE, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1,
-    q5_k, q6_k, q8_0,
+    IQ4_TABLE, MXFP4_TABLE, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k,
+    q6_k, q8_0,
 };
 use crate::format::Format;
 use std::arch::x86_64::*;
@@ -58,13 +58,15 @@ pub const fn minimum_at(format: Format) -> Option<usize> {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub fn f16_of_8<const F: usize>(blocks: &[u8], at: usize) -> __m256 {
-    let mut bits = [0u8; 16];
-    for (bits, block) in
-        bits.chunks_exact_mut(2).zip(blocks.chunks_exact(const { format::<F>().block_bytes() }))
-    {
-        bits.copy_from_slice(&block[at..at + 2]);
-    }
-    _mm256_cvtph_ps(load_half(&bits))
+    let bytes = const { format::<F>().block_bytes() };
+    // Shifts in registers: eight narrow stores before a wide load would stall.
+    let bits = |b: usize| match blocks.get(b * bytes + at..b * bytes + at + 2) {
+        Some(bits) => u64::from(u16::from_le_bytes([bits[0], bits[1]])) << (16 * (b % 4)),
+        None => 0,
+    };
+    let low = bits(0) | bits(1) | bits(2) | bits(3);
+    let high = bits(4) | bits(5) | bits(6) | bits(7);
+    _mm256_cvtph_ps(_mm_set_epi64x(high as i64, low as i64))
 }
 
 /// `d` of each of up to eight blocks, the other lanes zero.
@@ -72,14 +74,26 @@ pub fn f16_of_8<const F: usize>(blocks: &[u8], at: usize) -> __m256 {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub fn scales_of_8<const F: usize>(blocks: &[u8]) -> __m256 {
     if const { matches!(format::<F>(), Format::Mxfp4) } {
-        let mut scales = [0.0f32; 8];
-        let blocks = blocks.chunks_exact(const { format::<F>().block_bytes() });
-        for (scale, bytes) in scales.iter_mut().zip(blocks) {
-            *scale = block::e8m0_half(bytes[mxfp4::E]);
-        }
-        return super::load_floats(&scales);
+        return e8m0_of_8(blocks);
     }
     f16_of_8::<F>(blocks, const { scale_at(format::<F>()) })
+}
+
+/// [`crate::block::e8m0_half`] of each of up to eight MXFP4 blocks, the other
+/// lanes of exponent zero.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn e8m0_of_8(blocks: &[u8]) -> __m256 {
+    let bytes = const { Format::Mxfp4.block_bytes() };
+    let exponents = (0..8).fold(0u64, |all, b| {
+        let e = blocks.get(b * bytes + mxfp4::E).copied().unwrap_or(0);
+        all | u64::from(e) << (8 * b)
+    });
+    let e = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(exponents as i64));
+    let normal = _mm256_slli_epi32::<23>(_mm256_sub_epi32(e, _mm256_set1_epi32(1)));
+    let subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x0020_0000), e);
+    let is_subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
+    _mm256_castsi256_ps(_mm256_blendv_epi8(normal, subnormal, is_subnormal))
 }
 
 #[inline]
@@ -214,9 +228,9 @@ pub fn sub_scales<const F: usize>(block: &[u8]) -> SubScales {
             SubScales { spread, offsets: zero, mins: _mm256_cvtepi8_epi16(mins) }
         }
         Format::Q3K => {
-            let mut bytes = [0u8; 16];
-            bytes[..12].copy_from_slice(&block[q3_k::SCALES..q3_k::SCALES + 12]);
-            with_offset::<F>(q3_scales(load_half(&bytes)))
+            // The 16 bytes that end with the scales.
+            let bytes = load_half(&block[q3_k::SCALES - 4..]);
+            with_offset::<F>(q3_scales(_mm_srli_si128::<4>(bytes)))
         }
         Format::Q6K => with_offset::<F>(load_half(&block[q6_k::SCALES..])),
         Format::Q4K | Format::Q5K => {
@@ -238,16 +252,11 @@ pub fn sub_scales<const F: usize>(block: &[u8]) -> SubScales {
             }
         }
         Format::Iq4Xs => {
-            let high =
-                u16::from_le_bytes([block[iq4_xs::SCALES_HIGH], block[iq4_xs::SCALES_HIGH + 1]]);
-            let mut scales = [0u8; 8];
-            for (j, scale) in scales.iter_mut().enumerate() {
-                let low = block[iq4_xs::SCALES_LOW + j / 2] >> (4 * (j % 2)) & 15;
-                let six = low | ((high >> (2 * j)) as u8 & 3) << 4;
-                *scale = six.wrapping_sub(32);
-            }
-            let spread = both_halves(u64::from_le_bytes(scales));
-            SubScales { spread, offsets: zero, mins: zero }
+            let at = iq4_xs::SCALES_LOW;
+            let low = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+            let at = iq4_xs::SCALES_HIGH;
+            let high = u16::from_le_bytes([block[at], block[at + 1]]);
+            SubScales { spread: iq4_xs_scales(low, high), offsets: zero, mins: zero }
         }
         _ => unreachable!("not a format of 256"),
     }
@@ -278,6 +287,21 @@ fn evens_then_odds(scales: __m128i) -> __m256i {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn both_halves(scales: u64) -> __m256i {
     _mm256_cvtepi8_epi16(_mm_set1_epi64x(scales as i64))
+}
+
+/// The eight scales of IQ4_XS, 32 subtracted, in both halves.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn iq4_xs_scales(low: u32, high: u16) -> __m256i {
+    let low = _mm_cvtsi32_si128(low as i32);
+    let nibbles = _mm_unpacklo_epi8(low, _mm_srli_epi16::<4>(low));
+    let nibbles = _mm_cvtepu8_epi16(_mm_and_si128(nibbles, _mm_set1_epi8(15)));
+    // Moves bits `2 j` and `2 j + 1` to the top of lane `j`, then to 4 and 5.
+    let places = _mm_setr_epi16(1 << 14, 1 << 12, 1 << 10, 1 << 8, 1 << 6, 1 << 4, 1 << 2, 1);
+    let top = _mm_mullo_epi16(_mm_set1_epi16(high as i16), places);
+    let two = _mm_slli_epi16::<4>(_mm_srli_epi16::<14>(top));
+    let six = _mm_or_si128(nibbles, two);
+    _mm256_broadcastsi128_si256(_mm_sub_epi16(six, _mm_set1_epi16(32)))
 }
 
 /// The 16 scales of Q3_K, 32 subtracted, from their 12 bytes.

@@ -204,9 +204,15 @@ fn finish_32<const F: usize>(s: __m256i, token: Quantised<'_>, used: usize) -> (
     if const { offset(format::<F>()) == 0 && minimum_at(format::<F>()).is_none() } {
         return (s, s);
     }
-    let mut sums = [0i16; 8];
-    sums[..used].copy_from_slice(&token.sums[..used]);
-    let t = _mm256_cvtepi16_epi32(load_8_sums(&sums));
+    let sums = match token.sums.first_chunk() {
+        Some(sums) if used >= 8 => load_8_sums(sums),
+        _ => {
+            let mut sums = [0i16; 8];
+            sums[..used].copy_from_slice(&token.sums[..used]);
+            load_8_sums(&sums)
+        }
+    };
+    let t = _mm256_cvtepi16_epi32(sums);
     (
         _mm256_sub_epi32(
             s,
