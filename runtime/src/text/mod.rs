@@ -9,8 +9,10 @@
 pub mod chat;
 mod engine;
 mod gguf_tokenizer;
+mod gguf_vocabulary;
 mod json_tokenizer;
 mod marks;
+mod moment;
 mod pieces;
 mod pretokenizers;
 mod python;
@@ -24,7 +26,7 @@ mod template_scan;
 mod tokenizer;
 
 pub use chat::encode_chat;
-pub use python::Moment;
+pub use moment::Moment;
 pub use stream::{StopMatcher, StreamDecoder, TextStream};
 pub use template::{ChatTemplate, Message, RenderOptions};
 pub use tokenizer::{Limits, TextKind, Tokenizer};

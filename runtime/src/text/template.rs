@@ -5,7 +5,7 @@
 //! and there is nothing to include, import or change.
 
 use super::{
-    python::Moment, template_functions::environment, template_rewrite::rewrite,
+    moment::Moment, template_functions::environment, template_rewrite::rewrite,
     template_scan::check,
 };
 use crate::error::{Error, Result, printable};

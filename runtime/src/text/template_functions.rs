@@ -1,7 +1,8 @@
 //! What Hugging Face's template environment offers, on minijinja.
 
 use super::{
-    python::{self, Json, Moment},
+    moment::Moment,
+    python::{self, Json},
     template_rewrite as rewrite,
 };
 use minijinja::{
