@@ -28,6 +28,22 @@ simd! {
         }
     }
 
+    /// Cells `from .. from + 16`, all of which exist.
+    fn load_whole(cells: Cells<'_>, position: usize, from: usize) -> __m512 {
+        match cells {
+            Cells::F16(cells, stride) => {
+                let cells: &[f16; 16] =
+                    cells[position * stride + from..].first_chunk().expect("a whole register");
+                // SAFETY: sixteen `f16` are 32 bytes without padding; the load
+                // needs no alignment.
+                _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(cells.as_ptr().cast()) })
+            }
+            Cells::F32(cells, stride) => load_f32x16(
+                cells[position * stride + from..].first_chunk().expect("a whole register"),
+            ),
+        }
+    }
+
     /// The contract's tree over each register, answers in order.
     fn tree_each(a: [__m512; 16]) -> __m512 {
         let mut b = [_mm512_setzero_ps(); 8];
@@ -59,6 +75,47 @@ simd! {
         _mm512_permutexvar_ps(order, sums)
     }
 
+    /// `out[n][p]` for `Q` queries and `P` positions, `Q * P = 16`: sixteen
+    /// sums at a time, each of them in one register.
+    fn score_tile<const Q: usize, const P: usize>(
+        queries: &[f32],
+        width: usize,
+        keys: Cells<'_>,
+        first: usize,
+        some: usize,
+    ) -> __m512 {
+        let mut sums = [_mm512_setzero_ps(); 16];
+        let whole = width / 16 * 16;
+        // Positions that do not exist repeat the last one.
+        let mut positions = [0; P];
+        for (p, position) in positions.iter_mut().enumerate() {
+            *position = first + p.min(some - 1);
+        }
+        for from in (0..whole).step_by(16) {
+            let mut q = [_mm512_setzero_ps(); Q];
+            for n in 0..Q {
+                q[n] = load_f32x16(queries[n * width + from..].first_chunk().expect("a query"));
+            }
+            for p in 0..P {
+                let k = load_whole(keys, positions[p], from);
+                for n in 0..Q {
+                    sums[n * P + p] = _mm512_fmadd_ps(q[n], k, sums[n * P + p]);
+                }
+            }
+        }
+        if whole < width {
+            let mask = low_bits16(width - whole);
+            for n in 0..Q {
+                let q = load_f32(&queries[n * width + whole..(n + 1) * width]);
+                for p in 0..P {
+                    let k = load_cells(keys, positions[p], whole, width);
+                    sums[n * P + p] = _mm512_mask3_fmadd_ps(q, k, sums[n * P + p], mask);
+                }
+            }
+        }
+        tree_each(sums)
+    }
+
     pub fn scores(
         queries: &[f32],
         width: usize,
@@ -68,35 +125,29 @@ simd! {
         out: &mut [f32],
         out_stride: usize,
     ) {
-        // Sixteen positions as f32, converted once for all queries.
-        let padded = width.next_multiple_of(16);
-        let mut tile = vec![[0.0f32; 16]; padded];
         let factor = _mm512_set1_ps(scale);
-        let last_mask = low_bits16(width - (padded - 16));
-        for first in (0..count).step_by(16) {
-            let some = 16.min(count - first);
-            // `tile[i * 16 + p]`: cells `16 i ..` of position `first + p`.
-            for p in 0..some {
-                for i in 0..padded / 16 {
-                    store_f32x16(&mut tile[16 * i + p], load_cells(keys, first + p, 16 * i, width));
+        let total = queries.len() / width;
+        let fours = total / 4 * 4;
+        for first in (0..count).step_by(4) {
+            let some = 4.min(count - first);
+            for n in (0..fours).step_by(4) {
+                let four = &queries[n * width..(n + 4) * width];
+                let scores = score_tile::<4, 4>(four, width, keys, first, some);
+                let mut answers = [0.0f32; 16];
+                store_f32x16(&mut answers, _mm512_mul_ps(scores, factor));
+                for (i, answers) in answers.chunks_exact(4).enumerate() {
+                    let at = (n + i) * out_stride + first;
+                    out[at..at + some].copy_from_slice(&answers[..some]);
                 }
             }
-            for (n, q) in queries.chunks_exact(width).enumerate() {
-                let mut sums = [_mm512_setzero_ps(); 16];
-                for (i, (tile, q)) in tile.as_chunks::<16>().0.iter().zip(q.chunks(16)).enumerate() {
-                    let q = load_f32(q);
-                    if 16 * i + 16 <= width {
-                        for (sum, k) in sums.iter_mut().zip(tile) {
-                            *sum = _mm512_fmadd_ps(q, load_f32x16(k), *sum);
-                        }
-                    } else {
-                        for (sum, k) in sums.iter_mut().zip(tile) {
-                            *sum = _mm512_mask3_fmadd_ps(q, load_f32x16(k), *sum, last_mask);
-                        }
-                    }
-                }
-                let answer = _mm512_mul_ps(tree_each(sums), factor);
-                store_f32(&mut out[n * out_stride + first..n * out_stride + first + some], answer);
+        }
+        for n in fours..total {
+            let one = &queries[n * width..(n + 1) * width];
+            for first in (0..count).step_by(16) {
+                let some = 16.min(count - first);
+                let scores = score_tile::<1, 16>(one, width, keys, first, some);
+                let at = n * out_stride + first;
+                store_f32(&mut out[at..at + some], _mm512_mul_ps(scores, factor));
             }
         }
     }
@@ -140,9 +191,14 @@ simd! {
         width: usize,
         acc: &mut [[__m512; D]; Q],
     ) {
+        let is_whole = from + 16 * D <= width;
         for p in start..end {
             for d in 0..D {
-                let v = load_cells(values, p, from + 16 * d, width);
+                let v = if is_whole {
+                    load_whole(values, p, from + 16 * d)
+                } else {
+                    load_cells(values, p, from + 16 * d, width)
+                };
                 for n in 0..Q {
                     acc[n][d] = _mm512_fmadd_ps(_mm512_set1_ps(weights[n][p]), v, acc[n][d]);
                 }

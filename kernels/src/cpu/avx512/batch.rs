@@ -77,7 +77,7 @@ pub fn pack(format: Format, x: &Activations, tokens: &[u32], out: &mut Tile) {
 /// The answers of one panel and tile.
 type Answers = [Floats; TOKENS];
 /// Float lanes of a tile: `[lane][token][row]`.
-type Lanes = [[Floats; TOKENS]; 8];
+type Lanes = [[Floats; TOKENS]];
 
 simd! {
     pub fn batch(rows: Rows<'_>, tiles: &[Tile], scratch: &mut Scratch, out: &mut Columns<'_, f32>) {
@@ -100,7 +100,7 @@ simd! {
         }
     }
 
-    fn multiply(format: Format, panel: &Panel, tile: &Packed, answers: &mut Answers) {
+    fn multiply(format: Format, panel: &mut Panel, tile: &Packed, answers: &mut Answers) {
         match format {
             Format::Q4K | Format::Q5K => wide::<8, 8, 4, false>(panel, tile, answers),
             Format::Iq4Xs => wide::<8, 8, 0, true>(panel, tile, answers),
@@ -121,12 +121,14 @@ simd! {
 
     /// Blocks of 256 with `SUBS` sub-blocks of `QUADS` groups of columns.
     fn wide<const QUADS: usize, const SUBS: usize, const PAIRS: usize, const OFFSET: bool>(
-        panel: &Panel,
+        panel: &mut Panel,
         tile: &Packed,
         answers: &mut Answers,
     ) {
-        let mut lanes: Lanes = [[[0.0; 16]; TOKENS]; 8];
+        let lanes = &mut panel.lanes;
         let quads = panel.quads.as_chunks::<64>().0;
+        // Lanes without blocks stay at zero; the others start at zero.
+        lanes[quads.len().min(8)..].fill([[0.0; 16]; TOKENS]);
         let scales = panel.scales.as_chunks::<SUBS>().0;
         let q = tile.q.as_chunks::<64>().0;
         let sums = tile.sums.as_chunks::<SUBS>().0;
@@ -153,7 +155,8 @@ simd! {
             let lane = &mut lanes[b % 8];
             for t in 0..TOKENS {
                 let factor = _mm512_mul_ps(d, _mm512_set1_ps(factors[t]));
-                let sum = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(block[t]), load_f32x16(&lane[t]));
+                let before = if b < 8 { _mm512_setzero_ps() } else { load_f32x16(&lane[t]) };
+                let sum = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(block[t]), before);
                 store_f32x16(&mut lane[t], sum);
             }
             if PAIRS > 0 {
@@ -173,12 +176,12 @@ simd! {
                 }
             }
         }
-        add_lanes(&lanes, answers);
+        add_lanes(lanes, answers);
     }
 
     /// Blocks of 32, lane after lane, so that the lanes stay in registers.
-    fn narrow<const MINIMUM: bool>(panel: &Panel, tile: &Packed, answers: &mut Answers) {
-        let mut lanes: Lanes = [[[0.0; 16]; TOKENS]; 8];
+    fn narrow<const MINIMUM: bool>(panel: &mut Panel, tile: &Packed, answers: &mut Answers) {
+        let lanes = &mut panel.lanes;
         let quads: &[[Quad; 8]] = panel.quads.as_chunks::<8>().0;
         let q: &[[[i32; TOKENS]; 8]] = tile.q.as_chunks::<8>().0;
         for (first, lane) in lanes.iter_mut().enumerate() {
@@ -212,7 +215,7 @@ simd! {
                 store_f32x16(&mut lane[t], sums[t]);
             }
         }
-        add_lanes(&lanes, answers);
+        add_lanes(lanes, answers);
     }
 
     /// The contract's tree over the eight lanes.

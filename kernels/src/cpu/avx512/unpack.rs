@@ -3,6 +3,7 @@
 //! Packed bytes are transposed before they are unpacked, so the shuffles are
 //! paid per packed byte.
 
+use super::batch::TOKENS;
 use super::decode::{IQ4_UNSIGNED, MXFP4_UNSIGNED, iq4_xs_scales, q3_k_scales};
 use super::simd::*;
 use crate::block::{self, q2_k, q3_k, q4_k, q5_k, q6_k};
@@ -30,6 +31,8 @@ pub struct Panel {
     pub d: Vec<Floats>,
     /// `[blocks]`, where the format has minimums.
     pub m: Vec<Floats>,
+    /// `[8 lanes]`: float lanes of the tile at hand.
+    pub lanes: Vec<[Floats; TOKENS]>,
 }
 
 /// The parts of a panel that one block fills.
@@ -114,6 +117,7 @@ simd! {
         panel.scales.resize(blocks * shape.scales, [0; 16]);
         panel.mins.resize(blocks * shape.min_pairs, [0; 16]);
         panel.d.resize(blocks, [0.0; 16]);
+        panel.lanes.resize(8, [[0.0; 16]; TOKENS]);
         panel.m.resize(if shape.has_m { blocks } else { 0 }, [0.0; 16]);
         match rows.format {
             Format::Q8_0 => q8_0_panel(rows, first, panel),
