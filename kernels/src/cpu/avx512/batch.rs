@@ -91,7 +91,7 @@ simd! {
             let mut token = 0;
             for tile in tiles {
                 let mut answers: Answers = [[0.0; 16]; TOKENS];
-                multiply(rows.format, panel, &tile.packed, &mut answers);
+                multiply(rows.format, panel, tile, &mut answers);
                 for answer in &answers[..tile.tokens] {
                     store_f32(&mut out.row(token)[first..first + some], load_f32x16(answer));
                     token += 1;
@@ -100,27 +100,41 @@ simd! {
         }
     }
 
-    fn multiply(format: Format, panel: &mut Panel, tile: &Packed, answers: &mut Answers) {
-        match format {
-            Format::Q4K | Format::Q5K => wide::<8, 8, 4, false>(panel, tile, answers),
-            Format::Iq4Xs => wide::<8, 8, 0, true>(panel, tile, answers),
-            Format::Q6K | Format::Q3K => wide::<4, 16, 0, true>(panel, tile, answers),
-            Format::Q2K => wide::<4, 16, 8, false>(panel, tile, answers),
-            Format::Q4_1 | Format::Q5_1 => narrow::<true>(panel, tile, answers),
-            _ => narrow::<false>(panel, tile, answers),
+    /// Few tokens take the half tile.
+    fn multiply(format: Format, panel: &mut Panel, tile: &Tile, answers: &mut Answers) {
+        if tile.tokens > TOKENS / 2 {
+            multiply_by::<TOKENS>(format, panel, &tile.packed, answers);
+        } else {
+            multiply_by::<{ TOKENS / 2 }>(format, panel, &tile.packed, answers);
         }
     }
 
-    /// One group of four columns against eight tokens.
-    fn step(acc: &mut [__m512i; TOKENS], w: &Quad, q: &[i32; TOKENS]) {
+    fn multiply_by<const T: usize>(
+        format: Format,
+        panel: &mut Panel,
+        tile: &Packed,
+        answers: &mut Answers,
+    ) {
+        match format {
+            Format::Q4K | Format::Q5K => wide::<8, 8, 4, false, T>(panel, tile, answers),
+            Format::Iq4Xs => wide::<8, 8, 0, true, T>(panel, tile, answers),
+            Format::Q6K | Format::Q3K => wide::<4, 16, 0, true, T>(panel, tile, answers),
+            Format::Q2K => wide::<4, 16, 8, false, T>(panel, tile, answers),
+            Format::Q4_1 | Format::Q5_1 => narrow::<true, T>(panel, tile, answers),
+            _ => narrow::<false, T>(panel, tile, answers),
+        }
+    }
+
+    /// One group of four columns against `T` tokens.
+    fn step<const T: usize>(acc: &mut [__m512i; T], w: &Quad, q: &[i32; TOKENS]) {
         let w = load64(w);
-        for t in 0..TOKENS {
+        for t in 0..T {
             acc[t] = _mm512_dpbusd_epi32(acc[t], w, _mm512_set1_epi32(q[t]));
         }
     }
 
     /// Blocks of 256 with `SUBS` sub-blocks of `QUADS` groups of columns.
-    fn wide<const QUADS: usize, const SUBS: usize, const PAIRS: usize, const OFFSET: bool>(
+    fn wide<const QUADS: usize, const SUBS: usize, const PAIRS: usize, const OFFSET: bool, const T: usize>(
         panel: &mut Panel,
         tile: &Packed,
         answers: &mut Answers,
@@ -134,12 +148,12 @@ simd! {
         let sums = tile.sums.as_chunks::<SUBS>().0;
         let blocks = quads.iter().zip(scales).zip(q.iter().zip(sums)).enumerate();
         for (b, ((quads, scales), (q, sums))) in blocks {
-            let mut block = [_mm512_setzero_si512(); TOKENS];
+            let mut block = [_mm512_setzero_si512(); T];
             let subs = quads.as_chunks::<QUADS>().0.iter().zip(q.as_chunks::<QUADS>().0);
             for ((quads, q), (scale, sum)) in subs.zip(scales.iter().zip(sums)) {
-                let mut acc = [_mm512_setzero_si512(); TOKENS];
+                let mut acc = [_mm512_setzero_si512(); T];
                 if OFFSET {
-                    for t in 0..TOKENS {
+                    for t in 0..T {
                         acc[t] = _mm512_set1_epi32(sum[t]);
                     }
                 }
@@ -147,50 +161,50 @@ simd! {
                     step(&mut acc, &quads[k], &q[k]);
                 }
                 let scale = load_i32x16(scale);
-                for t in 0..TOKENS {
+                for t in 0..T {
                     block[t] = _mm512_add_epi32(block[t], _mm512_mullo_epi32(acc[t], scale));
                 }
             }
             let (d, factors) = (load_f32x16(&panel.d[b]), &tile.scales[b]);
             let lane = &mut lanes[b % 8];
-            for t in 0..TOKENS {
+            for t in 0..T {
                 let factor = _mm512_mul_ps(d, _mm512_set1_ps(factors[t]));
                 let before = if b < 8 { _mm512_setzero_ps() } else { load_f32x16(&lane[t]) };
                 let sum = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(block[t]), before);
                 store_f32x16(&mut lane[t], sum);
             }
             if PAIRS > 0 {
-                let mut acc = [_mm512_setzero_si512(); TOKENS];
+                let mut acc = [_mm512_setzero_si512(); T];
                 for p in b * PAIRS..(b + 1) * PAIRS {
                     let mins = load_i32x16(&panel.mins[p]);
                     let pairs = &tile.pairs[p];
-                    for t in 0..TOKENS {
+                    for t in 0..T {
                         acc[t] = _mm512_dpwssd_epi32(acc[t], mins, _mm512_set1_epi32(pairs[t]));
                     }
                 }
                 let m = load_f32x16(&panel.m[b]);
-                for t in 0..TOKENS {
+                for t in 0..T {
                     let factor = _mm512_mul_ps(m, _mm512_set1_ps(factors[t]));
                     let sum = _mm512_fnmadd_ps(factor, _mm512_cvtepi32_ps(acc[t]), load_f32x16(&lane[t]));
                     store_f32x16(&mut lane[t], sum);
                 }
             }
         }
-        add_lanes(lanes, answers);
+        add_lanes::<T>(lanes, answers);
     }
 
     /// Blocks of 32, lane after lane, so that the lanes stay in registers.
-    fn narrow<const MINIMUM: bool>(panel: &mut Panel, tile: &Packed, answers: &mut Answers) {
+    fn narrow<const MINIMUM: bool, const T: usize>(panel: &mut Panel, tile: &Packed, answers: &mut Answers) {
         let lanes = &mut panel.lanes;
         let quads: &[[Quad; 8]] = panel.quads.as_chunks::<8>().0;
         let q: &[[[i32; TOKENS]; 8]] = tile.q.as_chunks::<8>().0;
         for (first, lane) in lanes.iter_mut().enumerate() {
-            let mut sums = [_mm512_setzero_ps(); TOKENS];
+            let mut sums = [_mm512_setzero_ps(); T];
             for b in (first..quads.len()).step_by(8) {
                 let offsets = &tile.sums[b];
-                let mut acc = [_mm512_setzero_si512(); TOKENS];
+                let mut acc = [_mm512_setzero_si512(); T];
                 if !MINIMUM {
-                    for t in 0..TOKENS {
+                    for t in 0..T {
                         acc[t] = _mm512_set1_epi32(offsets[t]);
                     }
                 }
@@ -199,28 +213,28 @@ simd! {
                     step(&mut acc, &quads[k], &q[k]);
                 }
                 let (d, factors) = (load_f32x16(&panel.d[b]), &tile.scales[b]);
-                for t in 0..TOKENS {
+                for t in 0..T {
                     let factor = _mm512_mul_ps(d, _mm512_set1_ps(factors[t]));
                     sums[t] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(acc[t]), sums[t]);
                 }
                 if MINIMUM {
                     let m = load_f32x16(&panel.m[b]);
-                    for t in 0..TOKENS {
+                    for t in 0..T {
                         let factor = _mm512_mul_ps(m, _mm512_set1_ps(factors[t]));
                         sums[t] = _mm512_fmadd_ps(factor, _mm512_set1_ps(offsets[t] as f32), sums[t]);
                     }
                 }
             }
-            for t in 0..TOKENS {
+            for t in 0..T {
                 store_f32x16(&mut lane[t], sums[t]);
             }
         }
-        add_lanes(lanes, answers);
+        add_lanes::<T>(lanes, answers);
     }
 
     /// The contract's tree over the eight lanes.
-    fn add_lanes(lanes: &Lanes, answers: &mut Answers) {
-        for t in 0..TOKENS {
+    fn add_lanes<const T: usize>(lanes: &Lanes, answers: &mut Answers) {
+        for t in 0..T {
             let pair = |i: usize| {
                 _mm512_add_ps(load_f32x16(&lanes[i][t]), load_f32x16(&lanes[i + 4][t]))
             };
