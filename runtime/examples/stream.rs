@@ -2,14 +2,15 @@
 
 use pregate_kernels::{Cpu, CpuOptions};
 use pregate_runtime::{
-    Cancel, Event, GenerateOptions, LoadOptions, Model, Session, SessionOptions,
+    Cancel, Event, GenerateOptions, LoadOptions, Model, Residency, Session, SessionOptions,
 };
 use std::{path::Path, sync::Arc};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let backend = Arc::new(Cpu::new(CpuOptions { threads: None, isa: None })?);
     let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/pregate-demo.gguf"));
-    let model = Model::load(path, LoadOptions { backend }, &mut |_| {})?;
+    let model =
+        Model::load(path, LoadOptions { backend, residency: Residency::Lazy }, &mut |_| {})?;
     let mut session = Session::new(&model, SessionOptions::default())?;
     let prompt = "<|im_start|>user\nextract a tar.gz archive<|im_end|>\n<|im_start|>assistant\n";
     let prompt = model.tokenizer()?.encode(prompt, pregate_runtime::text::TextKind::Rendered)?;

@@ -13,6 +13,6 @@ pub use error::{Error, Result};
 pub use forward::cache::KvFormat;
 pub use generate::{Event, Finish, GenerateOptions, Generated};
 pub use model::description::ModelDescription;
-pub use model::{LoadOptions, LoadProgress, Model};
+pub use model::{LoadOptions, LoadProgress, Model, Residency};
 pub use sample::{Dry, Sampler, SamplerOptions};
 pub use session::{Cancel, Run, Session, SessionOptions};

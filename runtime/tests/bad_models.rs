@@ -12,14 +12,18 @@ mod scratch;
 
 use gguf_builder::{self as build, Gguf, Val};
 use pregate_kernels::{Format, Reference};
-use pregate_runtime::{Error, LoadOptions, Model, Session, SessionOptions};
+use pregate_runtime::{Error, LoadOptions, Model, Residency, Session, SessionOptions};
 use scratch::Scratch;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
 
 fn load(path: &Path) -> Result<Model, Error> {
-    Model::load(path, LoadOptions { backend: Arc::new(Reference) }, &mut |_| {})
+    Model::load(
+        path,
+        LoadOptions { backend: Arc::new(Reference), residency: Residency::Lazy },
+        &mut |_| {},
+    )
 }
 
 /// The message, if it is of the right form.

@@ -4,7 +4,9 @@
 use pregate_kernels::{Backend, Cpu, CpuOptions, Reference};
 use pregate_predictor::NoObserver;
 use pregate_runtime::text::TextKind;
-use pregate_runtime::{Cancel, GenerateOptions, LoadOptions, Model, Run, Session, SessionOptions};
+use pregate_runtime::{
+    Cancel, GenerateOptions, LoadOptions, Model, Residency, Run, Session, SessionOptions,
+};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,7 +27,8 @@ const QUESTIONS: [&str; 12] = [
 
 fn load(backend: Arc<dyn Backend>) -> Model {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/pregate-demo.gguf");
-    Model::load(&path, LoadOptions { backend }, &mut |_| {}).expect("the model in the repository")
+    Model::load(&path, LoadOptions { backend, residency: Residency::Lazy }, &mut |_| {})
+        .expect("the model in the repository")
 }
 
 fn cpu() -> Arc<dyn Backend> {

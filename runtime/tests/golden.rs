@@ -10,7 +10,9 @@ use pregate_kernels::cpu::{Cpu, CpuOptions, Isa};
 use pregate_kernels::{Backend, Reference};
 use pregate_predictor::Observer;
 use pregate_runtime::files::ElementType;
-use pregate_runtime::{Cancel, KvFormat, LoadOptions, Model, Run, Session, SessionOptions};
+use pregate_runtime::{
+    Cancel, KvFormat, LoadOptions, Model, Residency, Run, Session, SessionOptions,
+};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,7 +22,7 @@ const LOGIT_BOUND: f64 = 1e-3;
 const TIE: f32 = 1e-5;
 
 fn load(path: &Path, backend: Arc<dyn Backend>) -> Model {
-    Model::load(path, LoadOptions { backend }, &mut |_| {})
+    Model::load(path, LoadOptions { backend, residency: Residency::Lazy }, &mut |_| {})
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -186,10 +188,13 @@ fn quantised_files_match_their_dequantised_goldens() {
         }
         let file = path.file_name().unwrap().to_string_lossy().into_owned();
         if file.contains("IQ3_S") {
-            let error =
-                Model::load(&path, LoadOptions { backend: Arc::new(Reference) }, &mut |_| {})
-                    .err()
-                    .expect("an unsupported tensor type");
+            let error = Model::load(
+                &path,
+                LoadOptions { backend: Arc::new(Reference), residency: Residency::Lazy },
+                &mut |_| {},
+            )
+            .err()
+            .expect("an unsupported tensor type");
             let text = error.to_string();
             assert!(text.contains("IQ3_S") && text.contains("Q4_K"), "{text}");
             continue;

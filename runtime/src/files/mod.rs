@@ -158,6 +158,19 @@ impl ModelFiles {
         Ok(opened.finish(container, description))
     }
 
+    /// Reads all files into memory, in large pages where the system has them
+    /// (see [`Mapping::make_resident`]). `progress` is told the bytes that
+    /// are there and all bytes.
+    pub fn make_resident(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        let total = self.total_bytes();
+        let mut before = 0;
+        for file in &mut self.files {
+            file.make_resident(&mut |bytes| progress(before + bytes, total))?;
+            before += file.identity().len;
+        }
+        Ok(())
+    }
+
     pub fn container(&self) -> &Container {
         &self.container
     }

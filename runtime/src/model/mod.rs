@@ -26,11 +26,26 @@ use weights::ModelWeights;
 #[derive(Clone)]
 pub struct LoadOptions {
     pub backend: Arc<dyn Backend>,
+    pub residency: Residency,
+}
+
+/// When weights come from disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Residency {
+    /// Page by page, when a computation touches them.
+    #[default]
+    Lazy,
+    /// All at once while loading, in large pages where the system has them:
+    /// the fastest, for a model that fits in memory.
+    Resident,
 }
 
 /// How far loading is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadProgress {
+    /// Of the files, with [`Residency::Resident`].
+    pub bytes_done: u64,
+    pub bytes: u64,
     pub layers_done: usize,
     pub layers: usize,
 }
@@ -58,12 +73,19 @@ impl Model {
         options: LoadOptions,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
-        let files = ModelFiles::open(path)?;
+        let mut files = ModelFiles::open(path)?;
         let description = describe(&files)?;
         let layers = description.layers.len();
+        let mut done = LoadProgress { layers, ..Default::default() };
         let weights = load::load_weights(&files, &description, &mut |layers_done| {
-            progress(LoadProgress { layers_done, layers });
+            done.layers_done = layers_done;
+            progress(done);
         })?;
+        if options.residency == Residency::Resident {
+            files.make_resident(&mut |bytes_done, bytes| {
+                progress(LoadProgress { bytes_done, bytes, ..done });
+            })?;
+        }
         let shared = Shared {
             files,
             description,
