@@ -22,6 +22,15 @@ pub struct Scratch {
     weights: Vec<f32>,
 }
 
+impl Scratch {
+    /// Starts a pass: no token has met a router yet.
+    pub fn start(&mut self, tokens: usize) {
+        self.states.truncate(tokens);
+        self.states.iter_mut().for_each(RouterState::clear);
+        self.states.resize_with(tokens, RouterState::default);
+    }
+}
+
 /// `normed` and `out` are `[tokens, hidden]`.
 #[allow(clippy::too_many_arguments)]
 pub fn run(
@@ -72,9 +81,6 @@ fn route(
     let logits = buffer(&mut scratch.logits, chunk.tokens * experts);
     let router = [&moe.router];
     project(engine.files, engine.backend, &router, normed, chunk.tokens, &mut [&mut *logits]);
-    if scratch.states.len() < chunk.tokens {
-        scratch.states.resize_with(chunk.tokens, RouterState::default);
-    }
     scratch.routes.clear();
     for (token, logits) in logits.chunks_exact(experts).enumerate() {
         scratch.choices.clear();

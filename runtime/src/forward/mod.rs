@@ -95,6 +95,7 @@ pub fn forward(
     embed(engine, ids, x);
     let normed = buffer(&mut scratch.normed, chunk.tokens * hidden);
     let delta = buffer(&mut scratch.delta, chunk.tokens * hidden);
+    scratch.feed_forward.start(chunk.tokens);
     for (index, layer) in weights.layers.iter().enumerate() {
         if cancel.is_cancelled() {
             return Err(Error::Cancelled);

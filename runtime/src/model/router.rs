@@ -3,12 +3,19 @@
 use super::description::{MoeDescription, RouterKind};
 use pregate_kernels::Choice;
 
-/// State that a router may carry for one token from layer to layer (gating
-/// residuals, recurrent routers). The rules below carry none.
-#[derive(Clone, Debug, Default)]
+/// What a router carries for one token from layer to layer: gating residuals
+/// (MoE++, 2410.07348) keep the last logits, recurrent routers (2408.06793) a
+/// hidden state. Empty before a token's first router; the published rules
+/// below leave it so.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct RouterState {
-    /// The previous MoE layer's logits for this token, `[experts]`.
-    pub previous_logits: Vec<f32>,
+    pub values: Vec<f32>,
+}
+
+impl RouterState {
+    pub fn clear(&mut self) {
+        self.values.clear();
+    }
 }
 
 /// One layer's routing rule.
@@ -236,6 +243,47 @@ mod tests {
             route(&grouped(Scores::Sigmoid, Some(vec![9.0, 9.0, 0.0, 0.0])), &[0.0, 1.0, 5.0, 5.0]);
         assert_eq!(answer.iter().map(|c| c.0).collect::<Vec<_>>(), [1, 0]);
         assert_eq!(answer[1].1, 0.5);
+    }
+
+    /// A rule that none of the published models has: top-p over logits with
+    /// a gating residual, and a null expert whose choice computes nothing.
+    struct TopPWithResidual {
+        mass: f32,
+        null_expert: u32,
+    }
+
+    impl Router for TopPWithResidual {
+        fn route(&self, logits: &[f32], state: &mut RouterState, choices: &mut Vec<Choice>) {
+            let carried = state.values.iter().copied().chain(std::iter::repeat(0.0));
+            let mut scores: Vec<f32> = logits.iter().zip(carried).map(|(l, c)| l + c).collect();
+            state.values = scores.clone();
+            softmax(&mut scores);
+            let mut sum = 0.0;
+            for expert in top(&scores, scores.len()) {
+                if sum >= self.mass {
+                    break;
+                }
+                sum += scores[expert];
+                if expert as u32 != self.null_expert {
+                    choices.push(Choice { expert: expert as u32, weight: scores[expert] });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_rule_may_vary_the_length_drop_experts_and_carry_state() {
+        let rule = TopPWithResidual { mass: 0.6, null_expert: 2 };
+        let mut state = RouterState::default();
+        let mut lengths = Vec::new();
+        for logits in [[4.0, 0.0, 0.0], [-4.0, 0.0, 0.0], [0.0, 0.0, 6.0]] {
+            let mut choices = Vec::new();
+            rule.route(&logits, &mut state, &mut choices);
+            lengths.push(choices.len());
+        }
+        // One expert; two of three equal ones; the null expert alone.
+        assert_eq!(lengths, [1, 2, 0]);
+        assert_eq!(state.values, [0.0, 0.0, 6.0]);
     }
 
     #[test]
