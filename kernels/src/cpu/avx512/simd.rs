@@ -113,6 +113,13 @@ simd! {
         }
     }
 
+    /// As [`prefetch`], into the second-level cache.
+    pub fn prefetch_l2(start: *const u8, ahead: usize, bytes: usize) {
+        for line in (0..bytes).step_by(64) {
+            _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(ahead + line).cast());
+        }
+    }
+
     /// `[x02, y02, x13, y13]` in each 128-bit lane.
     pub fn fold_pairs(x: __m512i, y: __m512i) -> __m512i {
         _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y))

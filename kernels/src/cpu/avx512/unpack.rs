@@ -93,8 +93,10 @@ macro_rules! panel_of {
                     let mut at: [&[u8; $bytes]; 16] = [&[0; $bytes]; 16];
                     for r in 0..16 {
                         at[r] = &table[r][b];
+                        // The same block of the next panel: it is wanted when
+                        // all tokens have met this one.
+                        prefetch_l2(at[r].as_ptr(), 16 * rows.stride, $bytes);
                     }
-                    prefetch(table[15][b].as_ptr(), rows.row_bytes(), $bytes);
                     let target = Target {
                         quads: &mut panel.quads[b * each..(b + 1) * each],
                         scales: &mut panel.scales[b * shape.scales..(b + 1) * shape.scales],
