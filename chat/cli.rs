@@ -1,0 +1,416 @@
+//! The command line: what can be asked, and the text of `--help`.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+const MAX_CONTEXT: usize = 1 << 24;
+const MAX_THREADS: usize = 1024;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "pregate",
+    version,
+    about = "Chat with Mixture-of-Experts language models",
+    long_about = "Chat with Mixture-of-Experts language models.\n\nWithout a command, on a terminal, pregate opens the chat with the demo model that comes with it.",
+    after_help = "Examples:
+  pregate                                        chat with the demo model
+  pregate chat --model model.gguf                chat with another model
+  pregate run --prompt 'list files by size'      one answer on standard output
+  git diff | pregate run --model model.gguf      the prompt from a pipe
+  pregate inspect model.gguf                     what a model file holds
+
+A model is a .gguf file (any shard of a split one) or a Hugging Face folder with
+config.json, tokenizer.json and *.safetensors.
+
+Exit codes: 0 done, 2 wrong usage, 3 bad model file, tokenizer or template,
+4 not enough memory or no such device, 130 interrupted, 1 anything else.",
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Talk to a model in the terminal
+    #[command(after_help = "Examples:
+  pregate chat
+  pregate chat --model model.gguf --system 'Answer in one line.' --context 4096
+  printf 'first question\\nsecond question\\n' | pregate chat
+
+In the chat, /help lists the keys and commands. Where the terminal cannot do more
+(TERM=dumb, a pipe) the chat is line by line.")]
+    Chat(ChatArgs),
+    /// Print one answer on standard output
+    #[command(after_help = "Examples:
+  pregate run --prompt 'extract a tar.gz archive'
+  echo 'extract a tar.gz archive' | pregate run
+  pregate run --raw --prompt 'The capital of' --max-tokens 8 --temperature 0 --stats
+
+Standard output has the answer and nothing else; notes and --stats go to standard error.")]
+    Run(RunArgs),
+    /// Show what a model file or folder holds
+    #[command(after_help = "Examples:
+  pregate inspect model.gguf
+  pregate inspect --json folder/ | jq .bytes_by_kind
+  pregate inspect --tensors model-00001-of-00003.gguf")]
+    Inspect(InspectArgs),
+    /// Measure prompt and decode speed
+    #[command(after_help = "Examples:
+  pregate bench -p 512 -n 128 -r 5
+  pregate bench --model model.gguf -t 8 --json > speed.json
+
+Prompt speed: -p tokens of fixed pseudo-random ids in one prefill. Decode speed: -n tokens one
+at a time from an empty context. The read bandwidth is measured in the same run, with as many
+threads: the best of several passes over 512 MiB. The share is
+bytes per token * median decode tok/s / bandwidth.")]
+    Bench(BenchArgs),
+    /// Compute what tests and comparisons need
+    #[command(subcommand)]
+    Eval(EvalCommand),
+    /// Turn text into token ids, or ids into text
+    #[command(after_help = "Examples:
+  pregate tokenize 'Hello, world'
+  pregate tokenize --model model.gguf --json < text.txt
+  pregate tokenize --model model.gguf --decode 1,2,3")]
+    Tokenize(TokenizeArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Write the logits and routing of given tokens as safetensors
+    #[command(after_help = "Example:
+  echo '[1, 5, 9]' > ids.json
+  pregate eval logits --model model.gguf --tokens ids.json --out logits.safetensors --greedy 8
+
+The file holds logits [tokens, vocab] (F32); for each MoE layer L router_ids.L (I32) and
+router_weights.L (F32) [rows, k], each row sorted by expert id; with --greedy N also
+greedy_ids [N] (I32) and greedy_logits [N, vocab]. Rows are the given tokens and, with
+--greedy N, the first N - 1 generated ones.")]
+    Logits(LogitsArgs),
+    /// Perplexity of a text
+    #[command(after_help = "Example:
+  pregate eval perplexity --model model.gguf --file text.txt --context 512
+
+The text is cut into windows of --context tokens that do not overlap; every token of a window
+but its first is predicted from the tokens before it in the window.")]
+    Perplexity(PerplexityArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A .gguf file or a Hugging Face folder [default: the demo model]
+    #[arg(short, long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct DeviceArgs {
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+    /// Threads [default: one per physical core that this process may use]
+    #[arg(short, long, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    /// The fastest device that this build can use
+    Auto,
+    /// The processor
+    Cpu,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct SamplingArgs {
+    /// 0: always the likeliest token; higher is more varied. The default is low because small
+    /// models lose the thread quickly
+    #[arg(long, value_name = "T", default_value_t = 0.3, value_parser = temperature)]
+    pub temperature: f32,
+    /// Keep only the K likeliest tokens; 0: all
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    pub top_k: usize,
+    /// Keep the likeliest tokens that together reach this probability; 1: all
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = fraction)]
+    pub top_p: f32,
+    /// Drop tokens less likely than this share of the likeliest; 0: none
+    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = fraction)]
+    pub min_p: f32,
+    /// Divide the logits of recent tokens by this; 1: off
+    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = repeat_penalty)]
+    pub repeat_penalty: f32,
+    /// Subtract this from the logit of every recent token; 0: off
+    #[arg(
+        long,
+        value_name = "A",
+        default_value_t = 0.0,
+        value_parser = penalty,
+        allow_negative_numbers = true
+    )]
+    pub presence_penalty: f32,
+    /// Subtract this once per occurrence of a recent token; 0: off
+    #[arg(
+        long,
+        value_name = "A",
+        default_value_t = 0.0,
+        value_parser = penalty,
+        allow_negative_numbers = true
+    )]
+    pub frequency_penalty: f32,
+    /// Same seed, same question, same answer [default: another one each time]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// End the answer before this text (may be given several times)
+    #[arg(long, value_name = "TEXT", value_parser = stop_text)]
+    pub stop: Vec<String>,
+    /// End an answer after this many tokens
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = token_count)]
+    pub max_tokens: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionArgs {
+    /// Tokens that the conversation may hold [default: the model's limit, at most 8192]
+    #[arg(long, value_name = "N", value_parser = context)]
+    pub context: Option<usize>,
+    /// Number format of the KV cache
+    #[arg(long, value_enum, default_value_t = KvChoice::F16)]
+    pub kv: KvChoice,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvChoice {
+    F16,
+    F32,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Instruction that stands before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The question; `-` reads it from standard input, which is also read when there is no
+    /// --prompt and standard input is not a terminal
+    #[arg(short, long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Instruction that stands before the question
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Continue the prompt as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// Print tokens, speeds and seed on standard error
+    #[arg(long)]
+    pub stats: bool,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A .gguf file (any shard of a split one) or a Hugging Face folder
+    #[arg(value_name = "FILE|FOLDER")]
+    pub path: PathBuf,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// List every tensor
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A .gguf file or a Hugging Face folder [default: the demo model]
+    #[arg(short, long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Tokens of the prompt; 0: skip
+    #[arg(short = 'p', value_name = "N", default_value_t = 512, value_parser = context_or_zero)]
+    pub n_prompt: usize,
+    /// Tokens to decode; 0: skip
+    #[arg(short = 'n', value_name = "N", default_value_t = 128, value_parser = context_or_zero)]
+    pub n_gen: usize,
+    /// Repetitions, after one warm-up
+    #[arg(short = 'r', value_name = "N", default_value_t = 5, value_parser = repetitions)]
+    pub repetitions: usize,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// A .gguf file or a Hugging Face folder
+    #[arg(short, long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// A JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+    /// The safetensors file to write
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// The oracle (weights dequantised, plain loops) or the processor's kernels
+    #[arg(long, value_enum, default_value_t = BackendChoice::Cpu)]
+    pub backend: BackendChoice,
+    /// Continue greedily with this many tokens
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = context_or_zero)]
+    pub greedy: usize,
+    /// Number format of the KV cache
+    #[arg(long, value_enum, default_value_t = KvChoice::F32)]
+    pub kv: KvChoice,
+    /// Threads [default: one per physical core that this process may use]
+    #[arg(short, long, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendChoice {
+    Reference,
+    Cpu,
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text, UTF-8
+    #[arg(long, value_name = "TEXT")]
+    pub file: PathBuf,
+    /// Tokens of a window [default: 512, or the model's limit if that is less]
+    #[arg(long, value_name = "N", value_parser = window)]
+    pub context: Option<usize>,
+    /// Stop after this many windows
+    #[arg(long, value_name = "N", value_parser = token_count)]
+    pub windows: Option<usize>,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    /// A .gguf file or a Hugging Face folder [default: the demo model]
+    #[arg(short, long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    /// The text; without it, standard input is read
+    #[arg(value_name = "TEXT", conflicts_with = "decode")]
+    pub text: Option<String>,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Ids to turn into text: 1,2,3 or a JSON array
+    #[arg(long, value_name = "IDS")]
+    pub decode: Option<String>,
+}
+
+fn count(text: &str, low: usize, high: usize) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(number) if (low..=high).contains(&number) => Ok(number),
+        _ => Err(format!("a whole number from {low} to {high} is allowed")),
+    }
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    count(text, 1, MAX_THREADS)
+}
+
+fn context(text: &str) -> Result<usize, String> {
+    count(text, 1, MAX_CONTEXT)
+}
+
+fn window(text: &str) -> Result<usize, String> {
+    count(text, 2, MAX_CONTEXT)
+}
+
+fn token_count(text: &str) -> Result<usize, String> {
+    count(text, 1, MAX_CONTEXT)
+}
+
+fn context_or_zero(text: &str) -> Result<usize, String> {
+    count(text, 0, MAX_CONTEXT)
+}
+
+fn repetitions(text: &str) -> Result<usize, String> {
+    count(text, 1, 10_000)
+}
+
+fn number(text: &str, allowed: &str, accept: impl Fn(f32) -> bool) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(value) if accept(value) => Ok(value),
+        _ => Err(format!("a number {allowed} is allowed, with a point as decimal mark")),
+    }
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    number(text, "from 0 to 100", |value| (0.0..=100.0).contains(&value))
+}
+
+fn fraction(text: &str) -> Result<f32, String> {
+    number(text, "from 0 to 1", |value| (0.0..=1.0).contains(&value))
+}
+
+fn repeat_penalty(text: &str) -> Result<f32, String> {
+    number(text, "from 0.1 to 10", |value| (0.1..=10.0).contains(&value))
+}
+
+fn penalty(text: &str) -> Result<f32, String> {
+    number(text, "from -10 to 10", |value| (-10.0..=10.0).contains(&value))
+}
+
+fn stop_text(text: &str) -> Result<String, String> {
+    match text.len() {
+        1..=1024 => Ok(text.to_string()),
+        _ => Err("1 to 1024 bytes are allowed".to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        for bad in [
+            ["--temperature", "nan"],
+            ["--temperature", "-1"],
+            ["--temperature", "0,5"],
+            ["--top-p", "1.5"],
+            ["--context", "0"],
+            ["--context", "12Q"],
+            ["--context", "99999999999999999999"],
+            ["--threads", "0"],
+            ["--max-tokens", "-1"],
+            ["--stop", ""],
+            ["--device", "cuda"],
+        ] {
+            let command = ["pregate", "run", "--prompt", "x", bad[0], bad[1]];
+            assert!(Cli::try_parse_from(command).is_err(), "{bad:?} was accepted");
+        }
+    }
+}

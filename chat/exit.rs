@@ -1,0 +1,108 @@
+//! How the program ends: one message, one code.
+
+use pregate_runtime::Error;
+use std::{fmt, io};
+
+pub const USAGE: u8 = 2;
+pub const MODEL: u8 = 3;
+pub const RESOURCES: u8 = 4;
+pub const INTERRUPTED: u8 = 130;
+const OTHER: u8 = 1;
+
+/// Why a command did not do what it was asked.
+#[derive(Debug)]
+pub enum Failure {
+    /// The request makes no sense.
+    Usage(String),
+    /// The machine lacks memory or a device.
+    Resources(String),
+    /// The engine refused.
+    Runtime(Error),
+    /// A file or stream of the user's.
+    Io { what: String, source: io::Error },
+    /// Nobody reads standard output any more: a quiet end.
+    OutputClosed,
+    Interrupted,
+    /// Something that should not happen.
+    Internal(String),
+}
+
+impl Failure {
+    pub fn io(what: impl Into<String>, source: io::Error) -> Self {
+        Failure::Io { what: what.into(), source }
+    }
+
+    /// A failed write to standard output.
+    pub fn output(source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::BrokenPipe => Failure::OutputClosed,
+            _ => Failure::io("standard output", source),
+        }
+    }
+
+    pub fn code(&self) -> u8 {
+        match self {
+            Failure::OutputClosed => 0,
+            Failure::Usage(_) => USAGE,
+            Failure::Resources(_) => RESOURCES,
+            Failure::Interrupted | Failure::Runtime(Error::Cancelled) => INTERRUPTED,
+            Failure::Runtime(Error::Request(_) | Error::ContextFull { .. }) => USAGE,
+            Failure::Runtime(Error::Io { source, .. }) if out_of_memory(source) => RESOURCES,
+            Failure::Runtime(_) => MODEL,
+            Failure::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => USAGE,
+            Failure::Io { .. } | Failure::Internal(_) => OTHER,
+        }
+    }
+
+    /// False where the end is quiet.
+    pub fn has_message(&self) -> bool {
+        !matches!(
+            self,
+            Failure::OutputClosed | Failure::Interrupted | Failure::Runtime(Error::Cancelled)
+        )
+    }
+}
+
+fn out_of_memory(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::OutOfMemory
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Usage(text) | Failure::Resources(text) => f.write_str(text),
+            Failure::Runtime(error) => error.fmt(f),
+            Failure::Io { what, source } => write!(f, "{what}: {source}"),
+            Failure::OutputClosed => f.write_str("standard output was closed"),
+            Failure::Interrupted => f.write_str("interrupted"),
+            Failure::Internal(text) => write!(f, "internal error: {text}"),
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::Runtime(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_follow_the_documented_table() {
+        let invalid = Error::invalid("m.gguf", None, "magic", "x", "GGUF");
+        assert_eq!(Failure::from(invalid).code(), MODEL);
+        assert_eq!(Failure::from(Error::Cancelled).code(), INTERRUPTED);
+        assert_eq!(Failure::from(Error::ContextFull { needed: 2, limit: 1 }).code(), USAGE);
+        let no_memory = Error::Io {
+            file: "m.gguf".into(),
+            action: "map",
+            source: io::ErrorKind::OutOfMemory.into(),
+        };
+        assert_eq!(Failure::from(no_memory).code(), RESOURCES);
+        assert_eq!(Failure::output(io::ErrorKind::BrokenPipe.into()).code(), 0);
+        assert!(!Failure::output(io::ErrorKind::BrokenPipe.into()).has_message());
+    }
+}
