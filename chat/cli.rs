@@ -112,7 +112,7 @@ pub struct DeviceArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
-    /// Threads [default: one per physical core that this process may use]
+    /// Threads [default: one per core that this process may use]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
 }
@@ -278,7 +278,7 @@ pub struct LogitsArgs {
     /// Number format of the KV cache
     #[arg(long, value_enum, default_value_t = KvChoice::F32)]
     pub kv: KvChoice,
-    /// Threads [default: one per physical core that this process may use]
+    /// Threads [default: one per core that this process may use]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
 }
@@ -318,6 +318,12 @@ pub struct TokenizeArgs {
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
+    /// Control-token text is that token, as in a rendered chat template
+    #[arg(long, conflicts_with = "decode")]
+    pub control: bool,
+    /// Add the BOS and EOS tokens that the model wants around a document
+    #[arg(long, conflicts_with_all = ["decode", "control"])]
+    pub document: bool,
     /// Ids to turn into text: 1,2,3 or a JSON array
     #[arg(long, value_name = "IDS")]
     pub decode: Option<String>,

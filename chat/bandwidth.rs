@@ -1,0 +1,68 @@
+//! How fast this machine reads memory: the roof over decoding, which reads
+//! every active weight once per token.
+
+use crate::exit::Failure;
+use std::{hint::black_box, thread, time::Instant};
+
+/// Larger than any cache.
+const BUFFER_BYTES: usize = 512 << 20;
+const PASSES: usize = 8;
+/// Sums side by side, so that adding does not limit reading.
+const LANES: usize = 32;
+
+/// The best of several passes in which `threads` threads read a buffer once,
+/// in GB/s (10^9 bytes).
+pub fn read_gb_s(threads: usize) -> Result<f64, Failure> {
+    let words = BUFFER_BYTES / size_of::<u64>();
+    let mut buffer: Vec<u64> = Vec::new();
+    buffer.try_reserve_exact(words).map_err(|_| {
+        Failure::Resources(format!(
+            "measuring the read bandwidth needs {} MiB of memory",
+            BUFFER_BYTES >> 20
+        ))
+    })?;
+    // Written with values, so that every page exists.
+    buffer.extend((0..words as u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    let share = words.div_ceil(threads.max(1));
+    let mut best = 0.0f64;
+    for _ in 0..PASSES {
+        let started = Instant::now();
+        let total: Result<u64, Failure> = thread::scope(|scope| {
+            let spawned: Result<Vec<_>, _> = buffer
+                .chunks(share)
+                .map(|part| thread::Builder::new().spawn_scoped(scope, || sum(part)))
+                .collect();
+            let readers = spawned
+                .map_err(|error| Failure::Resources(format!("cannot start a thread: {error}")))?;
+            Ok(readers.into_iter().filter_map(|reader| reader.join().ok()).fold(0, u64::wrapping_add))
+        });
+        black_box(total?);
+        best = best.max(BUFFER_BYTES as f64 / started.elapsed().as_secs_f64() / 1e9);
+    }
+    Ok(best)
+}
+
+fn sum(part: &[u64]) -> u64 {
+    let mut lanes = [0u64; LANES];
+    let chunks = part.chunks_exact(LANES);
+    let rest: u64 = chunks.remainder().iter().fold(0, |sum, word| sum.wrapping_add(*word));
+    for chunk in chunks {
+        for (lane, word) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.wrapping_add(*word);
+        }
+    }
+    lanes.into_iter().fold(rest, u64::wrapping_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_is_read() {
+        for length in [0, 1, LANES - 1, LANES, 5 * LANES + 3] {
+            let words: Vec<u64> = (1..=length as u64).map(|i| i << 40 | i).collect();
+            assert_eq!(sum(&words), words.iter().sum::<u64>(), "{length} words");
+        }
+    }
+}

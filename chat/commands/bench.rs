@@ -1,0 +1,189 @@
+//! `pregate bench`: prompt and decode speed, beside what the memory allows.
+
+use crate::{
+    bandwidth, cli::BenchArgs, device::Device, exit::Failure, model, output, progress::Progress,
+    signals,
+};
+use pregate_predictor::NoObserver;
+use pregate_runtime::{Cancel, Model, Run, Session, SessionOptions};
+use serde::Serialize;
+use std::time::Instant;
+
+/// The fields of `--json`; scripts read them by name.
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    backend: String,
+    threads: usize,
+    n_prompt: usize,
+    n_gen: usize,
+    /// One sample per repetition.
+    prompt_tok_s: Vec<f64>,
+    decode_tok_s: Vec<f64>,
+    bytes_per_token: u64,
+    read_bandwidth_gb_s: f64,
+    /// bytes_per_token * median decode tok/s / bandwidth; `null` without
+    /// decode samples.
+    decode_bandwidth_share: Option<f64>,
+    /// Of the sources, where PREGATE_COMMIT was set at build time.
+    commit: Option<&'static str>,
+}
+
+pub fn run(args: &BenchArgs) -> Result<(), Failure> {
+    if args.n_prompt == 0 && args.n_gen == 0 {
+        return Err(Failure::Usage("-p 0 and -n 0: nothing to measure".to_string()));
+    }
+    let path = model::path_or_demo(args.model.as_deref())?;
+    let device = Device::open(&args.device)?;
+    device.announce();
+    let model = model::load(&path, &device)?;
+    let cancel = Cancel::new();
+    signals::cancel_on_interrupt(cancel.clone())?;
+    let context = args.n_prompt.max(args.n_gen);
+    let options = SessionOptions { context: Some(context), ..SessionOptions::default() };
+    let mut bench = Bench { session: Session::new(&model, options)?, cancel };
+
+    let per_round = args.n_prompt + args.n_gen;
+    let mut bar = Progress::new("measuring", "tokens", per_round * (args.repetitions + 1));
+    // Half of the bandwidth passes before, half after: the same machine, the
+    // same minute.
+    let before = bandwidth::read_gb_s(device.threads)?;
+    let (mut prompt_tok_s, mut decode_tok_s) = (Vec::new(), Vec::new());
+    for round in 0..=args.repetitions {
+        let done = round * per_round;
+        let prompt = bench.prompt(args.n_prompt, &mut |n| bar.set(done + n))?;
+        let decode = bench.decode(args.n_gen, &mut |n| bar.set(done + args.n_prompt + n))?;
+        // The first round reads the weights from disk and wakes the threads.
+        if round > 0 {
+            prompt_tok_s.extend(prompt);
+            decode_tok_s.extend(decode);
+        }
+    }
+    drop(bar);
+    let read_bandwidth_gb_s = before.max(bandwidth::read_gb_s(device.threads)?);
+    let bytes_per_token = model.bytes_per_token();
+    let report = Report {
+        model: path.display().to_string(),
+        backend: device.backend.describe(),
+        threads: device.threads,
+        n_prompt: args.n_prompt,
+        n_gen: args.n_gen,
+        decode_bandwidth_share: median(&decode_tok_s)
+            .map(|speed| bytes_per_token as f64 * speed / (read_bandwidth_gb_s * 1e9)),
+        prompt_tok_s,
+        decode_tok_s,
+        bytes_per_token,
+        read_bandwidth_gb_s,
+        commit: option_env!("PREGATE_COMMIT"),
+    };
+    if args.json { output::json(&report) } else { print(&report, &model) }
+}
+
+struct Bench {
+    session: Session,
+    cancel: Cancel,
+}
+
+impl Bench {
+    /// Tok/s of one prefill from an empty context.
+    fn prompt(
+        &mut self,
+        count: usize,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Option<f64>, Failure> {
+        if count == 0 {
+            return Ok(None);
+        }
+        let ids = self.ids(count);
+        self.session.reset();
+        let started = Instant::now();
+        let mut run =
+            Run { observer: &mut NoObserver, cancel: &self.cancel, progress: Some(progress) };
+        self.session.feed(&ids, &mut run)?;
+        Ok(Some(count as f64 / started.elapsed().as_secs_f64()))
+    }
+
+    /// Tok/s of decoding, one token at a time from an empty context.
+    fn decode(
+        &mut self,
+        count: usize,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Option<f64>, Failure> {
+        if count == 0 {
+            return Ok(None);
+        }
+        let ids = self.ids(count);
+        self.session.reset();
+        let started = Instant::now();
+        let mut observer = NoObserver;
+        for id in ids {
+            let mut run = Run {
+                observer: &mut observer,
+                cancel: &self.cancel,
+                progress: Some(&mut *progress),
+            };
+            self.session.feed(&[id], &mut run)?;
+        }
+        Ok(Some(count as f64 / started.elapsed().as_secs_f64()))
+    }
+
+    /// Fixed pseudo-random ids (a linear congruential generator; Knuth, TAOCP
+    /// volume 2, section 3.3.4).
+    fn ids(&self, count: usize) -> Vec<u32> {
+        let vocab = self.session.model().description().vocab as u64;
+        let mut state = 42u64;
+        (0..count)
+            .map(|_| {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                ((state >> 33) % vocab) as u32
+            })
+            .collect()
+    }
+}
+
+fn median(samples: &[f64]) -> Option<f64> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => None,
+        odd if odd % 2 == 1 => Some(sorted[middle]),
+        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
+    }
+}
+
+fn print(report: &Report, model: &Model) -> Result<(), Failure> {
+    let show = |label: &str, samples: &[f64]| -> Result<(), Failure> {
+        let Some(middle) = median(samples) else { return Ok(()) };
+        let low = samples.iter().copied().fold(f64::INFINITY, f64::min);
+        let high = samples.iter().copied().fold(0.0, f64::max);
+        let count = samples.len();
+        output::line(&format!(
+            "{label:<16} {middle:10.1} tok/s   median of {count}, {low:.1} to {high:.1}"
+        ))
+    };
+    output::line(&format!("{:<16} {}", "model", report.model))?;
+    output::line(&format!("{:<16} {}", "experts", model::experts(model.description())))?;
+    show(&format!("prompt {}", report.n_prompt), &report.prompt_tok_s)?;
+    show(&format!("decode {}", report.n_gen), &report.decode_tok_s)?;
+    output::line(&format!("{:<16} {:>10}", "read per token", output::bytes(report.bytes_per_token)))?;
+    output::line(&format!("{:<16} {:10.1} GB/s", "read bandwidth", report.read_bandwidth_gb_s))?;
+    match report.decode_bandwidth_share {
+        Some(share) => output::line(&format!("{:<16} {:10.1} %", "decode uses", share * 100.0)),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
+    }
+}
