@@ -7,6 +7,8 @@ mod demo;
 mod device;
 mod engine;
 mod exit;
+mod line_chat;
+mod local;
 mod model;
 mod output;
 mod progress;
@@ -49,7 +51,8 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Tokenize(args) => commands::tokenize::run(args)?,
         Command::Eval(EvalCommand::Logits(args)) => commands::eval::logits(args)?,
         Command::Eval(EvalCommand::Perplexity(args)) => commands::perplexity::run(args)?,
-        Command::Chat(_) | Command::Run(_) => {}
+        Command::Chat(args) => return commands::chat::run(args),
+        Command::Run(args) => commands::run::run(args)?,
     }
     Ok(0)
 }

@@ -1,7 +1,8 @@
 //! SIGINT, SIGTERM and SIGHUP as values on a thread of their own. On systems
 //! without them, Ctrl-C ends the process as usual.
 
-use crate::exit::Failure;
+use crate::exit::{Failure, INTERRUPTED};
+use pregate_runtime::Cancel;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
@@ -47,10 +48,10 @@ pub fn forward(_handle: impl FnMut(Signal) + Send + 'static) -> Result<(), Failu
 
 /// For commands that compute: the first SIGINT asks to stop, the second one
 /// and SIGTERM end the process.
-pub fn cancel_on_interrupt(cancel: crate::engine::Cancel) -> Result<(), Failure> {
+pub fn cancel_on_interrupt(cancel: Cancel) -> Result<(), Failure> {
     forward(move |signal| match signal {
         Signal::Interrupt if !cancel.is_cancelled() => cancel.cancel(),
-        Signal::Interrupt => std::process::exit(crate::exit::INTERRUPTED.into()),
+        Signal::Interrupt => std::process::exit(INTERRUPTED.into()),
         Signal::Terminate(code) => std::process::exit(code.into()),
     })
 }

@@ -1,8 +1,10 @@
 //! One module per subcommand.
 
 pub mod bench;
+pub mod chat;
 pub mod eval;
 pub mod inspect;
 pub mod perplexity;
+pub mod run;
 pub mod tensor_kinds;
 pub mod tokenize;

@@ -3,11 +3,12 @@
 
 use super::{input::Input, theme::Theme, transcript::Transcript};
 use crate::{
-    engine::{About, Answer, Cancel, Finish, Message, Role, Step},
+    engine::{About, Answer, Message, Role},
     exit::{Failure, INTERRUPTED},
     save,
     slash::{self, Command, Line},
 };
+use pregate_runtime::{Cancel, Error, Event, Finish};
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use std::time::Duration;
 
@@ -23,11 +24,11 @@ pub enum EngineEvent {
     Done(Result<Answer, Failure>),
 }
 
-impl From<Step<'_>> for EngineEvent {
-    fn from(step: Step<'_>) -> Self {
-        match step {
-            Step::Prompt { done, total } => EngineEvent::Prompt { done, total },
-            Step::Text(text) => EngineEvent::Text(text.to_string()),
+impl From<Event<'_>> for EngineEvent {
+    fn from(event: Event<'_>) -> Self {
+        match event {
+            Event::Prompt { done, total } => EngineEvent::Prompt { done, total },
+            Event::Text(text) => EngineEvent::Text(text.to_string()),
         }
     }
 }
@@ -222,7 +223,7 @@ impl App {
                 self.running = None;
                 match result {
                     Ok(answer) => self.finished(answer),
-                    Err(Failure::Interrupted) => self.transcript.note("stopped"),
+                    Err(Failure::Runtime(Error::Cancelled)) => self.transcript.note("stopped"),
                     Err(failure) => self.transcript.error(failure.to_string()),
                 }
             }
@@ -230,13 +231,8 @@ impl App {
     }
 
     fn finished(&mut self, answer: Answer) {
-        match answer.finish {
-            Finish::Stop | Finish::StopText => {}
-            Finish::Cancelled => self.transcript.note("stopped"),
-            Finish::MaxTokens => self.transcript.note("cut at --max-tokens"),
-            Finish::ContextFull => {
-                self.transcript.note("the context is full; /reset begins a new conversation");
-            }
+        if let Some(note) = why_it_ended(answer.generated.finish) {
+            self.transcript.note(note);
         }
         self.last = Some(answer);
     }
@@ -259,10 +255,10 @@ impl App {
         }
         let mut parts = vec![self.about.device.clone()];
         if let Some(answer) = &self.last {
-            if let Some(speed) = answer.decode_tok_s() {
+            if let Some(speed) = answer.generated.decode_tok_s() {
                 parts.push(format!("{speed:.1} tok/s"));
             }
-            parts.push(format!("TTFT {}", short(answer.ttft)));
+            parts.push(format!("TTFT {}", short(answer.generated.ttft)));
         }
         let used = self.last.as_ref().map_or(0, |answer| answer.context_used);
         parts.push(format!("context {used}/{}", self.about.context_limit));
@@ -273,6 +269,16 @@ impl App {
         if let Some(running) = &mut self.running {
             running.frame = running.frame.wrapping_add(1);
         }
+    }
+}
+
+/// What a person should know about the end of an answer.
+pub fn why_it_ended(finish: Finish) -> Option<&'static str> {
+    match finish {
+        Finish::Stop | Finish::StopString => None,
+        Finish::Cancelled => Some("stopped"),
+        Finish::Length => Some("cut at --max-tokens"),
+        Finish::ContextFull => Some("the context is full; /reset begins a new conversation"),
     }
 }
 

@@ -11,6 +11,7 @@ mod view;
 mod worker;
 mod wrap;
 
+pub use app::why_it_ended;
 pub use terminal::restore;
 pub use wrap::clean;
 

@@ -7,10 +7,11 @@ use super::{
     worker::Worker,
 };
 use crate::{
-    engine::{About, Answer, Cancel, Engine, Finish, Message, Step},
+    engine::{About, Answer, Engine, Message},
     exit::Failure,
 };
 use crossbeam::channel::{Receiver, unbounded};
+use pregate_runtime::{Cancel, Event, Finish, Generated};
 use ratatui::{
     Terminal,
     backend::TestBackend,
@@ -37,16 +38,16 @@ impl Engine for Scripted {
         &mut self,
         messages: &[Message],
         cancel: &Cancel,
-        on_step: &mut dyn FnMut(Step<'_>),
+        on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Answer, Failure> {
         let question = &messages.last().expect("a question").content;
-        on_step(Step::Prompt { done: 3, total: 9 });
+        on_event(Event::Prompt { done: 3, total: 9 });
         let mut finish = Finish::Stop;
         match question.as_str() {
             "panic" => panic!("scripted"),
             "fail" => return Err(Failure::Usage("scripted refusal".to_string())),
             "slow" => {
-                on_step(Step::Text("beginning"));
+                on_event(Event::Text("beginning"));
                 while !cancel.is_cancelled() {
                     std::thread::sleep(Duration::from_millis(1));
                 }
@@ -54,17 +55,18 @@ impl Engine for Scripted {
             }
             _ => format!("You said: {question} ({} messages)", messages.len())
                 .split_inclusive(' ')
-                .for_each(|word| on_step(Step::Text(word))),
+                .for_each(|word| on_event(Event::Text(word))),
         }
-        Ok(Answer {
+        let generated = Generated {
+            text: String::new(),
+            tokens: vec![0; 11],
             finish,
-            tokens: 11,
             prompt_tokens: 9,
             reused_tokens: 0,
             ttft: Duration::from_millis(12),
             decode: Duration::from_millis(100),
-            context_used: 20,
-        })
+        };
+        Ok(Answer { generated, context_used: 20 })
     }
 
     fn reset(&mut self) {}

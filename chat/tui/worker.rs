@@ -2,10 +2,11 @@
 
 use super::app::EngineEvent;
 use crate::{
-    engine::{Cancel, Engine, Message},
+    engine::{Engine, Message},
     exit::Failure,
 };
 use crossbeam::channel::{Sender, unbounded};
+use pregate_runtime::Cancel;
 use std::{
     any::Any,
     io,
@@ -43,11 +44,11 @@ impl Worker {
                     Task::Reset => {}
                     Task::Ask { id, messages, cancel } => {
                         let result = if panics <= MAX_PANICS {
-                            let mut on_step = |step: crate::engine::Step<'_>| {
-                                on_event(id, EngineEvent::from(step));
+                            let mut pass_on = |event: pregate_runtime::Event<'_>| {
+                                on_event(id, EngineEvent::from(event));
                             };
                             catch_unwind(AssertUnwindSafe(|| {
-                                engine.answer(&messages, &cancel, &mut on_step)
+                                engine.answer(&messages, &cancel, &mut pass_on)
                             }))
                             .unwrap_or_else(|payload| {
                                 panics += 1;

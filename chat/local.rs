@@ -1,0 +1,162 @@
+//! The engine of this process: a model, a session and a chat template.
+
+use crate::{
+    cli::{SamplingArgs, SessionArgs},
+    device::Device,
+    engine::{About, Answer, Engine, Message},
+    exit::Failure,
+    model,
+};
+use pregate_predictor::NoObserver;
+use pregate_runtime::{
+    Cancel, Event, GenerateOptions, Generated, Model, SamplerOptions, Session, SessionOptions,
+    text::{self, ChatTemplate, Moment, RenderOptions, TextKind, encode_chat},
+};
+use std::{
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+pub struct Local {
+    session: Session,
+    template: ChatTemplate,
+    options: GenerateOptions,
+}
+
+impl Local {
+    pub fn new(
+        model: &Model,
+        session: &SessionArgs,
+        sampling: &SamplingArgs,
+    ) -> Result<Self, Failure> {
+        let tokenizer = model.tokenizer()?;
+        let template = match tokenizer.chat_template() {
+            Some(source) => ChatTemplate::compile(source, tokenizer.named_tokens())?,
+            None => ChatTemplate::fallback(),
+        };
+        let options = SessionOptions {
+            context: session.context,
+            kv: session.kv.into(),
+            ..SessionOptions::default()
+        };
+        let options_of_answers = generate_options(sampling);
+        options_of_answers.sampler.check()?;
+        let session = Session::new(model, options)?;
+        Ok(Self { session, template, options: options_of_answers })
+    }
+
+    /// What to say before the first answer.
+    pub fn notes(&self) -> Vec<String> {
+        let text = "this model has no chat template; the built-in ChatML is used, which it may \
+                    not understand";
+        self.template.is_fallback().then(|| text.to_string()).into_iter().collect()
+    }
+
+    pub fn about(&self, device: &Device, path: &Path, examples: Vec<String>) -> About {
+        let description = self.session.model().description();
+        About {
+            model: model::name(description, path),
+            experts: model::experts(description),
+            device: device.line.clone(),
+            context_limit: self.session.context_limit(),
+            examples,
+            notes: self.notes(),
+        }
+    }
+
+    pub fn seed(&self) -> u64 {
+        self.options.sampler.seed
+    }
+
+    pub fn context_used(&self) -> usize {
+        self.session.position()
+    }
+
+    /// Continues a text as it is, without the template.
+    pub fn complete(
+        &mut self,
+        text: &str,
+        cancel: &Cancel,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Generated, Failure> {
+        let prompt = self.session.model().tokenizer()?.encode(text, TextKind::Plain)?;
+        self.generate(&prompt, cancel, on_event)
+    }
+
+    pub fn chat(
+        &mut self,
+        messages: &[Message],
+        cancel: &Cancel,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Generated, Failure> {
+        let messages: Vec<text::Message> = messages
+            .iter()
+            .map(|message| text::Message::new(message.role.name(), message.content.as_str()))
+            .collect();
+        let options = RenderOptions {
+            add_generation_prompt: true,
+            now: Some(now()),
+            ..RenderOptions::default()
+        };
+        let tokenizer = self.session.model().tokenizer()?;
+        let prompt = encode_chat(tokenizer, &self.template, &messages, &options)?;
+        self.generate(&prompt, cancel, on_event)
+    }
+
+    fn generate(
+        &mut self,
+        prompt: &[u32],
+        cancel: &Cancel,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Generated, Failure> {
+        let answer =
+            self.session.generate(prompt, &self.options, cancel, &mut NoObserver, on_event)?;
+        // Another answer draws other numbers, the same ones in every run with
+        // this seed.
+        self.options.sampler.seed = self.options.sampler.seed.wrapping_add(1);
+        Ok(answer)
+    }
+}
+
+impl Engine for Local {
+    fn answer(
+        &mut self,
+        messages: &[Message],
+        cancel: &Cancel,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Answer, Failure> {
+        let generated = self.chat(messages, cancel, on_event)?;
+        Ok(Answer { generated, context_used: self.context_used() })
+    }
+
+    fn reset(&mut self) {
+        self.session.reset();
+    }
+}
+
+fn generate_options(args: &SamplingArgs) -> GenerateOptions {
+    GenerateOptions {
+        max_tokens: args.max_tokens,
+        stop: args.stop.clone(),
+        sampler: SamplerOptions {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            repetition_penalty: args.repeat_penalty,
+            presence_penalty: args.presence_penalty,
+            frequency_penalty: args.frequency_penalty,
+            seed: args.seed.unwrap_or_else(|| now_since_epoch().as_nanos() as u64),
+            ..SamplerOptions::default()
+        },
+    }
+}
+
+fn now_since_epoch() -> std::time::Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// For templates that show the date; in UTC.
+fn now() -> Moment {
+    Moment { seconds: now_since_epoch().as_secs() as i64 }
+}
