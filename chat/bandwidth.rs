@@ -34,7 +34,10 @@ pub fn read_gb_s(threads: usize) -> Result<f64, Failure> {
                 .collect();
             let readers = spawned
                 .map_err(|error| Failure::Resources(format!("cannot start a thread: {error}")))?;
-            Ok(readers.into_iter().filter_map(|reader| reader.join().ok()).fold(0, u64::wrapping_add))
+            Ok(readers
+                .into_iter()
+                .filter_map(|reader| reader.join().ok())
+                .fold(0, u64::wrapping_add))
         });
         black_box(total?);
         best = best.max(BUFFER_BYTES as f64 / started.elapsed().as_secs_f64() / 1e9);

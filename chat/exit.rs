@@ -19,7 +19,10 @@ pub enum Failure {
     /// The engine refused.
     Runtime(Error),
     /// A file or stream of the user's.
-    Io { what: String, source: io::Error },
+    Io {
+        what: String,
+        source: io::Error,
+    },
     /// Nobody reads standard output any more: a quiet end.
     OutputClosed,
     Interrupted,

@@ -9,6 +9,7 @@ mod engine;
 mod exit;
 mod line_chat;
 mod local;
+mod memory;
 mod model;
 mod output;
 mod progress;

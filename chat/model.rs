@@ -1,8 +1,8 @@
 //! Opens models for the commands.
 
-use crate::{demo, device::Device, exit::Failure, progress::Progress};
+use crate::{demo, device::Device, exit::Failure, memory, progress::Progress};
 use pregate_runtime::{
-    Error, LoadOptions, Model, ModelDescription,
+    Error, LoadOptions, Model, ModelDescription, Residency,
     files::{Container, ModelFiles},
     text::{Limits, Tokenizer},
 };
@@ -16,11 +16,35 @@ pub fn path_or_demo(path: Option<&Path>) -> Result<PathBuf, Failure> {
 /// Loads a model for `device` with a progress bar.
 pub fn load(path: &Path, device: &Device) -> Result<Model, Failure> {
     let mut bar: Option<Progress> = None;
-    let options = LoadOptions { backend: device.backend.clone() };
+    // Room is left for the KV cache, buffers and everybody else.
+    let at_most_bytes = memory::available_bytes() / 10 * 8;
+    let options = LoadOptions {
+        backend: device.backend.clone(),
+        residency: Residency::Resident { at_most_bytes },
+    };
+    let mut read = false;
     let model = Model::load(path, options, &mut |progress| {
-        bar.get_or_insert_with(|| Progress::new("loading", "layers", progress.layers))
-            .set(progress.layers_done);
+        if progress.bytes == 0 {
+            bar.get_or_insert_with(|| Progress::new("loading", "layers", progress.layers))
+                .set(progress.layers_done);
+        } else {
+            if !std::mem::replace(&mut read, true) {
+                bar = None;
+            }
+            let megabytes = |bytes: u64| (bytes / 1_000_000) as usize;
+            bar.get_or_insert_with(|| {
+                Progress::new("reading weights", "MB", megabytes(progress.bytes))
+            })
+            .set(megabytes(progress.bytes_done));
+        }
     })?;
+    if !read {
+        eprintln!(
+            "weights: {:.1} GB, more than fits in memory now ({:.1} GB): read from disk as needed, slowly",
+            model.files().total_bytes() as f64 / 1e9,
+            at_most_bytes as f64 / 1e9,
+        );
+    }
     Ok(model)
 }
 

@@ -168,7 +168,11 @@ fn print(report: &Report, model: &Model) -> Result<(), Failure> {
     output::line(&format!("{:<16} {}", "experts", model::experts(model.description())))?;
     show(&format!("prompt {}", report.n_prompt), &report.prompt_tok_s)?;
     show(&format!("decode {}", report.n_gen), &report.decode_tok_s)?;
-    output::line(&format!("{:<16} {:>10}", "read per token", output::bytes(report.bytes_per_token)))?;
+    output::line(&format!(
+        "{:<16} {:>10}",
+        "read per token",
+        output::bytes(report.bytes_per_token)
+    ))?;
     output::line(&format!("{:<16} {:10.1} GB/s", "read bandwidth", report.read_bandwidth_gb_s))?;
     match report.decode_bandwidth_share {
         Some(share) => output::line(&format!("{:<16} {:10.1} %", "decode uses", share * 100.0)),

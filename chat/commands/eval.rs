@@ -152,7 +152,12 @@ fn routing(layer: usize, answers: &[Routing]) -> Result<[Tensor; 2], Failure> {
             shape: shape.clone(),
             bytes: ids,
         },
-        Tensor { name: format!("router_weights.{layer}"), dtype: Dtype::F32, shape, bytes: weights },
+        Tensor {
+            name: format!("router_weights.{layer}"),
+            dtype: Dtype::F32,
+            shape,
+            bytes: weights,
+        },
     ])
 }
 

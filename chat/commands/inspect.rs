@@ -9,7 +9,7 @@ use crate::{
 };
 use pregate_kernels::Reference;
 use pregate_runtime::{
-    LoadOptions, Model,
+    LoadOptions, Model, Residency,
     files::{Container, ElementType, ModelFiles, TensorInfo},
     model::describe,
     text::ChatTemplate,
@@ -91,7 +91,7 @@ fn report(path: &Path, files: &ModelFiles, list: bool) -> Report {
     }
     // Loading maps files and checks tensors; it says whether the model runs.
     let bytes_per_token = summary.as_ref().and_then(|_| {
-        let options = LoadOptions { backend: Arc::new(Reference) };
+        let options = LoadOptions { backend: Arc::new(Reference), residency: Residency::Lazy };
         match Model::load(path, options, &mut |_| {}) {
             Ok(model) => Some(model.bytes_per_token()),
             Err(error) => {
@@ -207,10 +207,7 @@ fn text(report: &Report) -> String {
     if let Some(model) = &report.model {
         let name = model.name.as_deref().map(printable).unwrap_or_default();
         add("model", format!("{} {name}", model.architecture).trim_end().to_string());
-        add(
-            "layers",
-            format!("{}, {} of them with experts", model.layers, model.moe_layers),
-        );
+        add("layers", format!("{}, {} of them with experts", model.layers, model.moe_layers));
         let shared = if model.shared_expert { ", and a shared expert" } else { "" };
         add(
             "experts",

@@ -43,7 +43,8 @@ pub fn kind(name: &str) -> Kind {
     });
     if has(&["_shexp", "shared_expert", "shared_mlp"]) {
         Kind::SharedExperts
-    } else if numbered_expert || has(&["_exps", ".experts.", "block_sparse_moe.input_linear"])
+    } else if numbered_expert
+        || has(&["_exps", ".experts.", "block_sparse_moe.input_linear"])
         || has(&["block_sparse_moe.output_linear"])
     {
         Kind::Experts

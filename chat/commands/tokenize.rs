@@ -65,7 +65,9 @@ fn parse_ids(list: &str) -> Result<Vec<u32>, Failure> {
 pub fn read_text() -> Result<String, Failure> {
     let mut input = io::stdin();
     if input.is_terminal() {
-        return Err(Failure::Usage("no text: give it as an argument or through a pipe".to_string()));
+        return Err(Failure::Usage(
+            "no text: give it as an argument or through a pipe".to_string(),
+        ));
     }
     let mut bytes = Vec::new();
     input.read_to_end(&mut bytes).map_err(|error| Failure::io("standard input", error))?;

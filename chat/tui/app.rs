@@ -37,7 +37,11 @@ impl From<Event<'_>> for EngineEvent {
 #[derive(Debug)]
 pub enum Effect {
     /// Every event of the answer comes back with `id`.
-    Ask { id: u64, messages: Vec<Message>, cancel: Cancel },
+    Ask {
+        id: u64,
+        messages: Vec<Message>,
+        cancel: Cancel,
+    },
     Reset,
     Quit(u8),
 }
@@ -152,13 +156,8 @@ impl App {
                 let cancel = Cancel::default();
                 self.asked += 1;
                 let id = self.asked;
-                self.running = Some(Running {
-                    id,
-                    cancel: cancel.clone(),
-                    prompt: None,
-                    pieces: 0,
-                    frame: 0,
-                });
+                self.running =
+                    Some(Running { id, cancel: cancel.clone(), prompt: None, pieces: 0, frame: 0 });
                 Some(Effect::Ask { id, messages: self.conversation(), cancel })
             }
             Line::Command(command) => self.command(command),
@@ -285,9 +284,5 @@ pub fn why_it_ended(finish: Finish) -> Option<&'static str> {
 /// A duration in the unit that a person would use.
 pub fn short(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
-    if seconds < 0.9995 {
-        format!("{:.0} ms", seconds * 1e3)
-    } else {
-        format!("{seconds:.1} s")
-    }
+    if seconds < 0.9995 { format!("{:.0} ms", seconds * 1e3) } else { format!("{seconds:.1} s") }
 }

@@ -77,7 +77,8 @@ impl Input {
 
     pub fn paste(&mut self, text: &str) {
         let room = MAX_CHARS.saturating_sub(self.char_count());
-        let text: String = clean(&text.replace("\r\n", "\n").replace('\r', "\n")).chars().take(room).collect();
+        let text: String =
+            clean(&text.replace("\r\n", "\n").replace('\r', "\n")).chars().take(room).collect();
         self.area.insert_str(text);
     }
 

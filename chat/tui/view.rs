@@ -59,8 +59,7 @@ fn draw_transcript(frame: &mut Frame<'_>, app: &mut App, area: Rect) {
     }
     // A short conversation stands above the input, not at the top.
     let missing = usize::from(area.height) - lines.len().min(area.height.into());
-    let area =
-        Rect { y: area.y + missing as u16, height: area.height - missing as u16, ..area };
+    let area = Rect { y: area.y + missing as u16, height: area.height - missing as u16, ..area };
     frame.render_widget(Paragraph::new(lines), area);
 }
 
@@ -90,10 +89,8 @@ fn draw_rule(frame: &mut Frame<'_>, app: &App, area: Rect) {
     let label = if below > 0 { format!(" {below} more lines: PgDn ") } else { String::new() };
     let width = usize::from(area.width);
     let rule = app.theme.rule.to_string().repeat(width.saturating_sub(label.width()));
-    let line = Line::from(vec![
-        Span::styled(rule, app.theme.note),
-        Span::styled(label, app.theme.accent),
-    ]);
+    let line =
+        Line::from(vec![Span::styled(rule, app.theme.note), Span::styled(label, app.theme.accent)]);
     frame.render_widget(Paragraph::new(line), area);
 }
 

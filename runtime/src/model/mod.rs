@@ -35,15 +35,16 @@ pub enum Residency {
     /// Page by page, when a computation touches them.
     #[default]
     Lazy,
-    /// All at once while loading, in large pages where the system has them:
-    /// the fastest, for a model that fits in memory.
-    Resident,
+    /// All at once while loading, in large pages where the system has them,
+    /// if the files have at most so many bytes; else lazily. The fastest for
+    /// a model that fits in memory.
+    Resident { at_most_bytes: u64 },
 }
 
 /// How far loading is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadProgress {
-    /// Of the files, with [`Residency::Resident`].
+    /// Of the files, while they are read into memory; 0 before and without.
     pub bytes_done: u64,
     pub bytes: u64,
     pub layers_done: usize,
@@ -81,7 +82,9 @@ impl Model {
             done.layers_done = layers_done;
             progress(done);
         })?;
-        if options.residency == Residency::Resident {
+        if let Residency::Resident { at_most_bytes } = options.residency
+            && files.total_bytes() <= at_most_bytes
+        {
             files.make_resident(&mut |bytes_done, bytes| {
                 progress(LoadProgress { bytes_done, bytes, ..done });
             })?;
