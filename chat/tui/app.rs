@@ -108,9 +108,9 @@ impl App {
             KeyCode::Char('d') if control && self.input.is_empty() => return Some(Effect::Quit(0)),
             KeyCode::PageUp => self.transcript.page(-1),
             KeyCode::PageDown => self.transcript.page(1),
-            KeyCode::Home if control => self.transcript.to_top(),
-            KeyCode::End if control => self.transcript.to_bottom(),
-            KeyCode::Char('l') if control => self.transcript.to_bottom(),
+            KeyCode::Home if control => self.transcript.scroll_to_top(),
+            KeyCode::End if control => self.transcript.scroll_to_bottom(),
+            KeyCode::Char('l') if control => self.transcript.scroll_to_bottom(),
             KeyCode::Enter if !alt && !shift && !control => return self.submit(),
             _ => {
                 self.input.key(key);

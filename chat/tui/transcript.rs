@@ -40,7 +40,7 @@ impl Transcript {
     pub fn question(&mut self, text: impl Into<String>) {
         self.push(Kind::Question, text.into());
         self.push(Kind::Answer, String::new());
-        self.to_bottom();
+        self.scroll_to_bottom();
     }
 
     pub fn note(&mut self, text: impl Into<String>) {
@@ -92,11 +92,11 @@ impl Transcript {
         self.top = (top < end).then_some(top);
     }
 
-    pub fn to_top(&mut self) {
+    pub fn scroll_to_top(&mut self) {
         self.top = (self.lines > self.rows).then_some(0);
     }
 
-    pub fn to_bottom(&mut self) {
+    pub fn scroll_to_bottom(&mut self) {
         self.top = None;
     }
 
