@@ -252,7 +252,8 @@ impl App {
             };
             return format!("{spinner} {doing}{separator}Esc stops");
         }
-        let mut parts = vec![self.about.device.clone()];
+        // The figures first: a narrow window cuts the end.
+        let mut parts = Vec::new();
         if let Some(answer) = &self.last {
             if let Some(speed) = answer.generated.decode_tok_s() {
                 parts.push(format!("{speed:.1} tok/s"));
@@ -261,6 +262,7 @@ impl App {
         }
         let used = self.last.as_ref().map_or(0, |answer| answer.context_used);
         parts.push(format!("context {used}/{}", self.about.context_limit));
+        parts.push(self.about.device.clone());
         parts.join(separator)
     }
 

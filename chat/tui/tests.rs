@@ -155,7 +155,7 @@ fn the_first_screen_teaches() {
             "",
             "────────────────────────────────────────────────────────────",
             "›  Ask something, or /help",
-            "cpu · context 0/2048                              test-model",
+            "context 0/2048 · cpu                              test-model",
         ]
     );
 }
@@ -174,7 +174,7 @@ fn an_answer_streams_into_the_transcript() {
             "".into(),
             "─".repeat(60),
             "›  Ask something, or /help".into(),
-            "cpu · 100.0 tok/s · TTFT 12 ms · context 20/2048  test-model".into(),
+            "100.0 tok/s · TTFT 12 ms · context 20/2048 · cpu  test-model".into(),
         ]
     );
     window.ask("again");
