@@ -19,7 +19,7 @@
 //! of [`Kernels::tile_tokens`] tokens and [`Kernels::batch`] per group of
 //! rows. `rows` and `batch` must agree in every bit.
 
-#![allow(dead_code, clippy::too_many_arguments)]
+#![allow(clippy::too_many_arguments)]
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
