@@ -1,5 +1,6 @@
 //! Rows of F32, F16 and BF16: 64 lanes in four registers.
 
+use super::decode::AHEAD;
 use super::simd::*;
 use crate::cpu::kernels::{Rows, Tile};
 use crate::cpu::pool::Columns;
@@ -38,6 +39,7 @@ simd! {
             let (whole, rest) = x.as_chunks::<64>();
             let mut pieces = row.chunks_exact(64 * size);
             for (w, x) in (&mut pieces).zip(whole) {
+                prefetch(w.as_ptr(), AHEAD, 64 * size);
                 for g in 0..4 {
                     let w = load_weights::<KIND>(&w[16 * size * g..16 * size * (g + 1)]);
                     let x = load_f32x16(&x.as_chunks().0[g]);

@@ -106,15 +106,9 @@ simd! {
         unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), x) }
     }
 
-    /// Asks for the cache lines of `bytes` bytes from `start + ahead`.
+    /// Asks for the cache lines of `bytes` bytes from `start + ahead`, into
+    /// the second-level cache.
     pub fn prefetch(start: *const u8, ahead: usize, bytes: usize) {
-        for line in (0..bytes).step_by(64) {
-            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(ahead + line).cast());
-        }
-    }
-
-    /// As [`prefetch`], into the second-level cache.
-    pub fn prefetch_l2(start: *const u8, ahead: usize, bytes: usize) {
         for line in (0..bytes).step_by(64) {
             _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(ahead + line).cast());
         }

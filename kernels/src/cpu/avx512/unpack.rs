@@ -95,7 +95,7 @@ macro_rules! panel_of {
                         at[r] = &table[r][b];
                         // The same block of the next panel: it is wanted when
                         // all tokens have met this one.
-                        prefetch_l2(at[r].as_ptr(), 16 * rows.stride, $bytes);
+                        prefetch(at[r].as_ptr(), 16 * rows.stride, $bytes);
                     }
                     let target = Target {
                         quads: &mut panel.quads[b * each..(b + 1) * each],
