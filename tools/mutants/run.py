@@ -77,9 +77,11 @@ BUGS = [
     ("element 128 bytes apart in Q6_K", "block.rs",
      "let low = bytes[q6_k::QL + 64 * n + 32 * j + l] >> (4 * h) & 15;",
      "let low = bytes[q6_k::QL + 64 * n + 32 * h + l] >> (4 * j) & 15;"),
-    ("scale and element multiplied first", "dequant.rs",
-     "let value = scale * f32::from(weight);",
-     "let value = block.d * (f32::from(block.scales[j]) * f32::from(weight));"),
+    # Not the order of scale and element: an f16, a sub-block scale and an
+    # element multiply exactly or round once, whichever comes first.
+    ("high bits of a neighbour's scale in Q3_K", "block.rs",
+     "let high = bytes[q3_k::SCALES + 8 + j % 4] >> (2 * (j / 4)) & 3;",
+     "let high = bytes[q3_k::SCALES + 8 + j / 4] >> (2 * (j % 4)) & 3;"),
     ("AVX-512: minimum added instead of subtracted", "cpu/avx512/decode.rs",
      "_mm256_mask3_fnmadd_ps(factor, _mm256_cvtepi32_ps(t)",
      "_mm256_mask3_fmadd_ps(factor, _mm256_cvtepi32_ps(t)"),

@@ -344,6 +344,21 @@ fn quantise_and_activations_have_the_bits_of_the_contract() {
     }
 }
 
+/// `1 + exp` hides both ends of the range; the softmax does not.
+#[test]
+fn exp_ends_where_the_contract_says() {
+    let mut scores = vec![0.0];
+    scores.extend((0..64).map(|i| -85.0 - i as f32 / 16.0));
+    scores.extend([f32::NEG_INFINITY, f32::NAN]);
+    let want: Vec<f32> = scores.iter().map(|s| contract::exp(*s)).collect();
+    for isa in Isa::available() {
+        let mut got = scores.clone();
+        let (max, _) = isa.kernels().softmax_chunk(&mut got, 3);
+        assert_eq!(max, 0.0);
+        assert_same_bits(&got, &want, &|| format!("{isa:?}"));
+    }
+}
+
 /// The contract's attention, one query and head at a time.
 fn contract_attention(call: &AttentionCall<'_>) -> Vec<f32> {
     let cell = |view: &KvView<'_>, head: usize, p: usize, i: usize| {
