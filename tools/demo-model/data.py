@@ -184,7 +184,7 @@ class Stream:
         self.tok, self.row, self.rng = tokenizer, row, random.Random(seed)
         self.own_share, self.chat_share, self.keep = own_share, chat_share, keep
         self.pairs = pairs
-        weights = np.array([self.weight(q, common_weight) for q, _ in pairs])
+        weights = np.array([self.weight(q, a, common_weight) for q, a in pairs])
         self.cumulative = np.cumsum(weights)
         self.chat = [(w.split("|"), a) for w, a in own.CHAT]
         self.intents = [(w.split("|"), a) for w, a in own.INTENTS]
@@ -192,10 +192,11 @@ class Stream:
         self.test = {q.lower().strip("?!. ") for q, _ in own.TEST}
 
     @staticmethod
-    def weight(question, common_weight):
+    def weight(question, answer, common_weight):
+        """Common tools more often; their one-line descriptions, met once per page, more often still."""
         what, match = WHAT_IS.match(question), WITH_TOOL.match(question)
-        if what:
-            return 4 * common_weight if is_common(what[1]) else 1.0
+        if what:  # the Windows pages of curl and the like only say that PowerShell may have an alias
+            return 6 * common_weight if is_common(what[1]) and not answer.startswith("In PowerShell") else 1.0
         return common_weight if match and is_common(match[2]) else 1.0
 
     def pick(self, cumulative):

@@ -100,12 +100,15 @@ def first_words(model, tok, questions, limit=12):
         groups.setdefault(len(ids), []).append(i)
     for members in groups.values():
         ids = torch.tensor([coded[i] for i in members], device=device_of(model))
-        start = ids.shape[1]
+        start, end = ids.shape[1], model.cfg.eos_token_id
         for _ in range(limit):
             ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
-        for i, row in zip(members, ids[:, start:].tolist()):
-            row = row[: row.index(model.cfg.eos_token_id)] if model.cfg.eos_token_id in row else row
-            out[i] = (tok.decode(row).split() or [""])[0]
+            rows = [row[: row.index(end)] if end in row else row for row in ids[:, start:].tolist()]
+            texts = [tok.decode(row) for row in rows]
+            if all(end in full or len(text.split()) > 1 for full, text in zip(ids[:, start:].tolist(), texts)):
+                break
+        for i, text in zip(members, texts):
+            out[i] = (text.split() or [""])[0]
     return out
 
 
