@@ -49,8 +49,9 @@ pub struct About {
     pub model: String,
     /// "32 experts, 4 per token"
     pub experts: String,
-    /// Device and why.
     pub device: String,
+    /// The device and why it was chosen.
+    pub device_and_why: String,
     pub context_limit: usize,
     /// Questions that the model answers well.
     pub examples: Vec<String>,

@@ -57,7 +57,8 @@ impl Local {
         About {
             model: model::name(description, path),
             experts: model::experts(description),
-            device: device.line.clone(),
+            device: device.backend.describe(),
+            device_and_why: device.line.clone(),
             context_limit: self.session.context_limit(),
             examples,
             notes: self.notes(),

@@ -24,6 +24,7 @@ fn about() -> About {
         model: "test-model".to_string(),
         experts: "8 experts, 2 per token".to_string(),
         device: "cpu".to_string(),
+        device_and_why: "cpu (the only one)".to_string(),
         context_limit: 2048,
         examples: vec!["list files by size".to_string()],
         notes: Vec::new(),
@@ -144,9 +145,9 @@ fn the_first_screen_teaches() {
     assert_eq!(
         window.screen(),
         [
-            "",
             "Pregate",
             "test-model · 8 experts, 2 per token",
+            "cpu (the only one)",
             "",
             "Try:",
             "  list files by size",

@@ -71,6 +71,7 @@ fn welcome(app: &App, width: usize) -> Vec<Line<'static>> {
     let mut add = |text: &str, style| lines.extend(super::wrap::wrap(text, width, style, theme));
     add("Pregate", title);
     add(&format!("{}{}{}", about.model, theme.separator, about.experts), theme.note);
+    add(&about.device_and_why, theme.note);
     if !about.examples.is_empty() {
         add("", theme.note);
         add("Try:", theme.note);
