@@ -127,10 +127,10 @@ pub enum DeviceChoice {
 
 #[derive(Clone, Debug, Args)]
 pub struct SamplingArgs {
-    /// 0: always the likeliest token; higher is more varied. The default is low because small
-    /// models lose the thread quickly
-    #[arg(long, value_name = "T", default_value_t = 0.3, value_parser = temperature)]
-    pub temperature: f32,
+    /// 0: always the likeliest token; higher is more varied [default: 0 for the demo model, which
+    /// is too small to stray, else 0.6]
+    #[arg(long, value_name = "T", value_parser = temperature)]
+    pub temperature: Option<f32>,
     /// Keep only the K likeliest tokens; 0: all
     #[arg(long, value_name = "K", default_value_t = 40)]
     pub top_k: usize,

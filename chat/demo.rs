@@ -6,11 +6,8 @@ use std::path::{Path, PathBuf};
 const FILE: &str = "pregate-demo.gguf";
 
 /// Questions that the demo model answers well.
-pub const EXAMPLES: [&str; 3] = [
-    "extract a tar.gz archive",
-    "show the last 20 lines of a file",
-    "search for a word in all files of a folder",
-];
+pub const EXAMPLES: [&str; 3] =
+    ["extract a tar.gz archive", "find files larger than 100 MB", "undo the last git commit"];
 
 /// The demo model beside the program (where an archive or a package puts
 /// it), else in the source tree that the program was built from.

@@ -26,7 +26,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let device = Device::open(&args.model.device)?;
     device.announce();
     let model = model::load(&path, &device)?;
-    let mut engine = Local::new(&model, &args.session, &args.sampling)?;
+    let mut engine = Local::new(&model, &args.session, &args.sampling, args.model.model.is_none())?;
     if !args.raw {
         engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
     }
