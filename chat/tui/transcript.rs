@@ -127,6 +127,10 @@ impl Transcript {
 
 impl Entry {
     fn layout(&self, width: usize, theme: &Theme) -> Vec<Line<'static>> {
+        // Not begun, or failed before the first word.
+        if self.kind == Kind::Answer && self.text.is_empty() {
+            return Vec::new();
+        }
         let indent = if width > 4 * INDENT { INDENT } else { 0 };
         let (heading, style) = match self.kind {
             Kind::Question => (Some(("you", theme.user)), Default::default()),
