@@ -202,7 +202,7 @@ impl Cpu {
             ranges.push(pair);
         }
         let [matrix, _] = matrices(&groups[0].weights);
-        Pass { row_bounds, cut: self.cut(&matrix, most, any_batch), tiles: ranges }
+        Pass { row_bounds, cut: self.cut(&matrix, most, groups.len(), any_batch), tiles: ranges }
     }
 }
 

@@ -9,6 +9,8 @@ use crate::matrix::Matrix;
 
 /// Weight bytes of a unit when each row is read once from memory.
 const UNIT_BYTES: usize = 128 * 1024;
+/// The same for one token, whose weights are read once and not kept.
+const LONG_UNIT_BYTES: usize = 1024 * 1024;
 /// Rows whose weights stay in the first-level cache while a few tokens pass.
 const FEW_TOKEN_ROW_BYTES: usize = 24 * 1024;
 
@@ -170,15 +172,29 @@ impl Cpu {
         });
     }
 
-    /// Row bounds of units of `matrix` for `tokens` tokens.
-    pub(super) fn cut(&self, matrix: &Matrix<'_>, tokens: usize, is_batch: bool) -> Vec<usize> {
+    /// Row bounds of units of `matrix` for `tokens` tokens, in a region over
+    /// `matrices` matrices of about its size.
+    ///
+    /// One token wants few, long units: each begins with cold prefetchers.
+    /// Sixteen a thread over the whole region keep the threads' ends close.
+    pub(super) fn cut(
+        &self,
+        matrix: &Matrix<'_>,
+        tokens: usize,
+        matrices: usize,
+        is_batch: bool,
+    ) -> Vec<usize> {
         let rows = matrix.rows();
-        let per_thread = rows.div_ceil(self.threads() * 8);
+        let per_thread = match tokens {
+            1 => rows.div_ceil((self.threads() * 16).div_ceil(matrices)),
+            _ => rows.div_ceil(self.threads() * 8),
+        };
         let each = if is_batch {
             let (_, multiple) = self.kernels.tile_shape(matrix.format());
             per_thread.div_ceil(multiple).clamp(1, 16) * multiple
         } else {
-            let unit_bytes = (UNIT_BYTES / tokens.clamp(1, 8)).max(matrix.row_bytes());
+            let most = if tokens == 1 { LONG_UNIT_BYTES } else { UNIT_BYTES / tokens.min(8) };
+            let unit_bytes = most.max(matrix.row_bytes());
             per_thread.clamp(1, unit_bytes / matrix.row_bytes()).max(16).next_multiple_of(16)
         };
         (0..rows).step_by(each).chain([rows]).collect()
@@ -296,7 +312,7 @@ impl Cpu {
         let cuts: Vec<Vec<usize>> = jobs
             .iter()
             .zip(&ranges)
-            .map(|(job, range)| self.cut(&job.weight, tokens, range.is_some()))
+            .map(|(job, range)| self.cut(&job.weight, tokens, jobs.len(), range.is_some()))
             .collect();
         let row_bounds = [0, tokens];
         let mut units = Vec::new();
