@@ -25,6 +25,8 @@ from report import QUOTABLE_ROUNDS, table
 
 # "Quiet": other programs use less than this share of the machine's CPU time.
 QUIET_SHARE = 0.05
+# How often a run is repeated that other programs disturbed (`--others-limit`).
+ATTEMPTS = 5
 
 
 def output_of(command, environment, limit_s):
@@ -74,9 +76,31 @@ def wait_until_quiet(limit_s):
             return
 
 
+def run_once(engine, model, options, round_number):
+    """One run: its samples, or its `error`."""
+    wait_until_quiet(options.wait_quiet_s)
+    command = engine.command(model, options)
+    run = {
+        "engine": engine.name,
+        "family": engine.family,
+        "round": round_number,
+        "load": os.getloadavg(),
+        "time": time.time(),
+        "environment": engine.environment,
+        "command": shlex.join(command),
+    }
+    others = OthersCpu()
+    try:
+        output = output_of(command, engine.environment, options.limit_s)
+        run["others_cpu"] = others.share()
+        return {**run, **engine.parse(output)}
+    except Failure as failure:
+        return {**run, "error": str(failure)}
+
+
 def run_model(model, chosen, options, keep):
     """All rounds of one model. `keep` gets the growing record after each round."""
-    record = {**dataclasses.asdict(model), "bandwidth_gb_s": [], "runs": [], "failures": []}
+    record = {**dataclasses.asdict(model), "bandwidth_gb_s": [], "runs": [], "disturbed": [], "failures": []}
 
     def bandwidth(round_number, when):
         if options.membw:
@@ -86,26 +110,16 @@ def run_model(model, chosen, options, keep):
     for round_number in range(options.rounds):
         bandwidth(round_number, "before")
         for engine in chosen:
-            wait_until_quiet(options.wait_quiet_s)
-            command = engine.command(model, options)
-            others = OthersCpu()
-            run = {
-                "engine": engine.name,
-                "family": engine.family,
-                "round": round_number,
-                "load": os.getloadavg(),
-                "time": time.time(),
-                "environment": engine.environment,
-                "command": shlex.join(command),
-            }
-            try:
-                output = output_of(command, engine.environment, options.limit_s)
-                run["others_cpu"] = others.share()
-                run.update(engine.parse(output))
-                record["runs"].append(run)
-            except Failure as failure:
-                record["failures"].append({**run, "error": str(failure)})
-                print(f"{model.label}: {engine.name}: {failure}", file=sys.stderr)
+            for _ in range(ATTEMPTS):
+                run = run_once(engine, model, options, round_number)
+                if run.get("others_cpu", 0) <= options.others_limit:
+                    break
+                record["disturbed"].append(run)
+            else:
+                run = {**run, "error": f"others took more than {options.others_limit:.0%} of the CPU in every attempt"}
+            record["failures" if "error" in run else "runs"].append(run)
+            if "error" in run:
+                print(f"{model.label}: {engine.name}: {run['error']}", file=sys.stderr)
         bandwidth(round_number, "after")
         keep(record)
         print(f"{model.label}: round {round_number + 1} of {options.rounds}", file=sys.stderr)
@@ -160,8 +174,11 @@ def arguments(argv):
     parser.add_argument("-r", dest="rounds", type=int, default=QUOTABLE_ROUNDS)
     parser.add_argument("--limit-s", type=int, default=900, help="most seconds that one run may take")
     parser.add_argument("--wait-quiet-s", type=int, default=0, metavar="N",
-                        help=f"before each run wait up to N seconds until other programs use under {100 * QUIET_SHARE:.0f} "
+                        help=f"before each run wait up to N seconds until others use under {100 * QUIET_SHARE:.0f} "
                              "percent of the CPU time (niced ones not counted)")
+    parser.add_argument("--others-limit", type=float, default=float("inf"), metavar="SHARE",
+                        help="repeat a run during which other programs took more of the CPU time than this (0 to 1; "
+                             f"at most {ATTEMPTS} attempts)")
     parser.add_argument("--out", required=True, metavar="FILE", help="every sample, as JSON")
     options = parser.parse_args(argv)
     if not (options.pregate or options.llama_bench or options.ik_llama_bench):

@@ -91,6 +91,8 @@ def table(record):
     others = [run["others_cpu"] for run in record["runs"]]
     if others:
         notes.append(f"Other programs took {min(others):.0%}–{max(others):.0%} of the CPU time.")
+    if record["disturbed"]:
+        notes.append(f"{len(record['disturbed'])} disturbed runs left out.")
     for engine in dict.fromkeys(failure["engine"] for failure in record["failures"]):
         notes.append(f"**{engine} failed**: {sum(f['engine'] == engine for f in record['failures'])} runs.")
     if rounds < QUOTABLE_ROUNDS:

@@ -73,7 +73,7 @@ def record(samples, bandwidth=(20.0,), **changes):
          engines.PROMPT: [prompt], engines.DECODE: [decode]}
         for family, engine, number, prompt, decode in samples
     ]
-    return {"label": "mini", "path": "mini.gguf", "ik_path": "mini.gguf", "runs": runs, "failures": [],
+    return {"label": "mini", "path": "mini.gguf", "ik_path": "mini.gguf", "runs": runs, "failures": [], "disturbed": [],
             "bandwidth_gb_s": [{"gb_s": gb_s} for gb_s in bandwidth], **changes}
 
 
@@ -224,6 +224,31 @@ class Running(unittest.TestCase):
             self.assertIn("exit status 3", raw["models"][0]["failures"][0]["error"])
             self.assertIn("**ik_llama.cpp best failed**: 2 runs.", printed.getvalue())
             self.assertIn("| pregate | 300.5 | 2.35 (2.35–2.35) |", printed.getvalue())
+
+    def test_disturbed_runs_are_repeated_and_left_out(self):
+        speeds = iter([10.0, 300.0, 20.0, 310.0] + compare.ATTEMPTS * [30.0])
+        shares = iter([0.9, 0.1, 0.5, 0.2] + compare.ATTEMPTS * [0.6])
+
+        class Ours(engines.Engine):
+            def parse(self, text):
+                speed = next(speeds)
+                return {engines.PROMPT: [speed], engines.DECODE: [speed], "reported": {}}
+
+        with tempfile.NamedTemporaryFile() as model:
+            options = compare.arguments([
+                "--pregate", sys.executable, "--model", f"m={model.name}", "-r", "3", "--others-limit", "0.25",
+                "--out", "raw.json"])
+        with (
+            mock.patch.object(compare, "output_of", return_value=""),
+            mock.patch.object(compare.OthersCpu, "share", lambda self: next(shares)),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            ours = Ours(engines.PREGATE, "", sys.executable, ())
+            made = compare.run_model(options.model[0], [ours], options, lambda record: None)
+        self.assertEqual([run[engines.PROMPT] for run in made["runs"]], [[300.0], [310.0]])
+        self.assertEqual([run["round"] for run in made["disturbed"]], [0, 1] + compare.ATTEMPTS * [2])
+        self.assertIn("7 disturbed runs left out.", report.table(made))
+        self.assertIn("**pregate failed**: 1 runs.", report.table(made))
 
 
 if __name__ == "__main__":
