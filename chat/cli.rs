@@ -161,6 +161,10 @@ pub struct SamplingArgs {
         allow_negative_numbers = true
     )]
     pub frequency_penalty: f32,
+    /// DRY: subtract this times 1.75 ^ (N - 2) from a token that would continue
+    /// a repetition of N tokens; 0.8 is usual, 0: off
+    #[arg(long, value_name = "M", default_value_t = 0.0, value_parser = dry)]
+    pub dry: f32,
     /// Same seed, same question, same answer [default: another one each time]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -381,6 +385,10 @@ fn repeat_penalty(text: &str) -> Result<f32, String> {
 
 fn penalty(text: &str) -> Result<f32, String> {
     number(text, "from -10 to 10", |value| (-10.0..=10.0).contains(&value))
+}
+
+fn dry(text: &str) -> Result<f32, String> {
+    number(text, "from 0 to 10", |value| (0.0..=10.0).contains(&value))
 }
 
 fn stop_text(text: &str) -> Result<String, String> {

@@ -9,8 +9,8 @@ use crate::{
 };
 use pregate_predictor::NoObserver;
 use pregate_runtime::{
-    Cancel, Event, GenerateOptions, Generated, Model, SamplerOptions, Session, SessionOptions,
-    text::{self, ChatTemplate, Moment, RenderOptions, TextKind, encode_chat},
+    Cancel, Dry, Event, GenerateOptions, Generated, Model, SamplerOptions, Session, SessionOptions,
+    text::{self, ChatTemplate, Moment, RenderOptions, TextKind, Tokenizer, encode_chat},
 };
 use std::{
     path::Path,
@@ -36,16 +36,13 @@ impl Local {
         is_demo: bool,
     ) -> Result<Self, Failure> {
         let tokenizer = model.tokenizer()?;
-        let template = match tokenizer.chat_template() {
-            Some(source) => ChatTemplate::compile(source, tokenizer.named_tokens())?,
-            None => ChatTemplate::fallback(),
-        };
+        let template = model.chat_template()?.clone();
         let options = SessionOptions {
             context: session.context,
             kv: session.kv.into(),
             ..SessionOptions::default()
         };
-        let options_of_answers = generate_options(sampling, is_demo);
+        let options_of_answers = generate_options(sampling, is_demo, tokenizer);
         options_of_answers.sampler.check()?;
         let session = Session::new(model, options)?;
         Ok(Self { session, template, options: options_of_answers })
@@ -141,7 +138,7 @@ impl Engine for Local {
     }
 }
 
-fn generate_options(args: &SamplingArgs, is_demo: bool) -> GenerateOptions {
+fn generate_options(args: &SamplingArgs, is_demo: bool, tokenizer: &Tokenizer) -> GenerateOptions {
     let temperature = if is_demo { TEMPERATURE_OF_DEMO } else { TEMPERATURE };
     GenerateOptions {
         max_tokens: args.max_tokens,
@@ -154,10 +151,23 @@ fn generate_options(args: &SamplingArgs, is_demo: bool) -> GenerateOptions {
             repetition_penalty: args.repeat_penalty,
             presence_penalty: args.presence_penalty,
             frequency_penalty: args.frequency_penalty,
+            dry: (args.dry > 0.0).then(|| Dry {
+                multiplier: args.dry,
+                breakers: repetition_breakers(tokenizer),
+                ..Dry::default()
+            }),
             seed: args.seed.unwrap_or_else(|| now_since_epoch().as_nanos() as u64),
             ..SamplerOptions::default()
         },
     }
+}
+
+/// Line ends and control tokens: lists and turns look alike without being a
+/// loop.
+fn repetition_breakers(tokenizer: &Tokenizer) -> Vec<u32> {
+    (0..tokenizer.vocab_size() as u32)
+        .filter(|&id| tokenizer.is_special(id) || tokenizer.token_bytes(id).contains(&b'\n'))
+        .collect()
 }
 
 fn now_since_epoch() -> std::time::Duration {
