@@ -5,7 +5,7 @@ use super::rows::{buffer, for_each_row};
 use super::{Mixing, project};
 use crate::model::description::{AttentionDescription, Mixer, NormKind, QkNorm};
 use crate::model::weights::AttentionWeights;
-use pregate_kernels::{AttentionCall, ops};
+use pregate_kernels::{AttentionCall, contract, ops};
 
 /// `normed` and `out` are `[tokens, hidden]`.
 pub fn run(
@@ -71,7 +71,7 @@ pub fn run(
     });
     if a.output_gate {
         for (value, gate) in mixed.iter_mut().zip(&*gate) {
-            *value *= 1.0 / (1.0 + (-gate).exp());
+            *value *= contract::sigmoid(*gate);
         }
     }
     project(engine.files, engine.backend, &[&weights.output], mixed, tokens, &mut [out]);

@@ -7,6 +7,7 @@ use super::rows::{buffer, for_each_mut, for_each_row};
 use super::{Mixing, project};
 use crate::model::description::{DeltaNetDescription, HeadOrder, Mixer};
 use crate::model::weights::DeltaNetWeights;
+use pregate_kernels::contract::{self, sigmoid};
 use pregate_kernels::ops;
 
 /// The published implementations' guard in the key and query normalisation.
@@ -76,7 +77,7 @@ pub fn run(
             let at = token * d.value_heads + head;
             let log_decay = weights.decay[head] * softplus(alpha[at] + weights.decay_bias[head]);
             let strength = sigmoid(beta[at]);
-            step(memory, q, k, v, log_decay.exp(), strength, &mut delta, answer);
+            step(memory, q, k, v, contract::exp(log_decay), strength, &mut delta, answer);
             ops::rms_norm_in_place(answer, &weights.norm, d.norm_epsilon);
             let gate = &gate[token * values + head * d.value_dim..];
             for (value, z) in answer.iter_mut().zip(gate) {
@@ -162,10 +163,6 @@ fn convolve(
         past.copy_within(tokens * channels.., 0);
         past[(history - tokens) * channels..].copy_from_slice(raw);
     }
-}
-
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
 }
 
 fn softplus(x: f32) -> f32 {

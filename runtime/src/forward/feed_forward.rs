@@ -5,7 +5,7 @@ use super::{Chunk, Engine, project};
 use crate::model::description::FeedForward;
 use crate::model::router::RouterState;
 use crate::model::weights::{FeedForwardWeights, MoeWeights};
-use pregate_kernels::{Choice, ExpertCall, GatedActivation, Linear, Routes};
+use pregate_kernels::{Choice, ExpertCall, GatedActivation, Linear, Routes, contract};
 use pregate_predictor::Observer;
 
 /// Buffers of the routed blocks.
@@ -117,7 +117,7 @@ fn add_shared(
             let weight = weight.view(engine.files);
             let job = Linear { weight, bias: None, out: gates };
             engine.backend.linear(normed, chunk.tokens, &mut [job]);
-            gates.iter_mut().for_each(|gate| *gate = 1.0 / (1.0 + (-*gate).exp()));
+            gates.iter_mut().for_each(|gate| *gate = contract::sigmoid(*gate));
         }
     }
     let (shared, gates) = (&*shared, &*gates);

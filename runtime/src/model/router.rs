@@ -1,7 +1,7 @@
 //! Routing rules: logits in, a list of (expert, weight) of any length out.
 
 use super::description::{MoeDescription, RouterKind};
-use pregate_kernels::Choice;
+use pregate_kernels::{Choice, contract};
 
 /// What a router carries for one token from layer to layer: gating residuals
 /// (MoE++, 2410.07348) keep the last logits, recurrent routers (2408.06793) a
@@ -92,7 +92,7 @@ impl Router for Grouped {
         let mut scores = logits.to_vec();
         match self.scores {
             Scores::Softmax => softmax(&mut scores),
-            Scores::Sigmoid => scores.iter_mut().for_each(|s| *s = 1.0 / (1.0 + (-*s).exp())),
+            Scores::Sigmoid => scores.iter_mut().for_each(|s| *s = contract::sigmoid(*s)),
         }
         let mut ranking = scores.clone();
         if let Some(bias) = &self.selection_bias {
@@ -168,7 +168,7 @@ impl Router for SparseMixer {
                 .iter()
                 .zip(logits)
                 .filter(|(_, logit)| (best - **logit) / logit.abs().max(best) <= 2.0 * self.jitter)
-                .map(|(score, _)| (score - best).exp())
+                .map(|(score, _)| contract::exp(score - best))
                 .sum();
             choices.push(Choice { expert: expert as u32, weight: 1.0 / total });
             open[expert] = f32::NEG_INFINITY;
@@ -197,7 +197,7 @@ fn softmax(values: &mut [f32]) {
     let largest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut total = 0.0;
     for value in values.iter_mut() {
-        *value = (*value - largest).exp();
+        *value = contract::exp(*value - largest);
         total += *value;
     }
     values.iter_mut().for_each(|value| *value /= total);
