@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -10,9 +11,22 @@ PROMPT, DECODE = "prompt_tok_s", "decode_tok_s"
 METRICS = (PROMPT, DECODE)
 
 PREGATE, LLAMA, IK = "pregate", "llama.cpp", "ik_llama.cpp"
-# Fixed settings of the peers; `--llama-setting` and `--ik-setting` replace them.
-LLAMA_SETTINGS = ("repack=0: --repack 0", "repack=1: --repack 1")
-IK_SETTINGS = ("rtr=0: -fmoe 1 -rtr 0", "rtr=1: -fmoe 1 -rtr 1")
+# Settings of the peers; `--llama-setting` and `--ik-setting` replace them.
+# "huge": weights in memory that glibc asks 2 MiB pages for, instead of a
+# mapping of the file in 4 KiB pages.
+HUGE = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+LLAMA_SETTINGS = (
+    "repack=0: --repack 0",
+    f"repack=0 huge: {HUGE} --repack 0 --load-mode none",
+    "repack=1: --repack 1",
+    f"repack=1 huge: {HUGE} --repack 1",
+)
+IK_SETTINGS = (
+    "rtr=0: -fmoe 1 -rtr 0",
+    f"rtr=0 huge: {HUGE} -fmoe 1 -rtr 0 -mmp 0",
+    "rtr=1: -fmoe 1 -rtr 1",
+    f"rtr=1 huge: {HUGE} -fmoe 1 -rtr 1",
+)
 # Threads of an OpenMP build wander between cores without this.
 PEER_ENVIRONMENT = {"OMP_PROC_BIND": "true"}
 
@@ -110,7 +124,8 @@ class Engine:
     family: str
     setting: str
     binary: str
-    arguments: tuple
+    arguments: tuple = ()
+    variables: tuple = ()  # of the environment, as (name, value)
 
     @property
     def name(self):
@@ -125,30 +140,33 @@ class Engine:
 
     @property
     def environment(self):
-        return {} if self.family == PREGATE else PEER_ENVIRONMENT
+        return dict(self.variables) if self.family == PREGATE else {**PEER_ENVIRONMENT, **dict(self.variables)}
 
     def parse(self, text):
         return parse_pregate(text) if self.family == PREGATE else parse_llama_bench(text)
 
 
 def setting(text):
-    """'LABEL: ARGUMENTS' as (label, arguments)."""
-    label, separator, arguments = text.partition(":")
+    """'LABEL: [NAME=VALUE ...] ARGUMENTS' as (label, arguments, variables)."""
+    label, separator, rest = text.partition(":")
     if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 'LABEL: ARGUMENTS'")
-    return label.strip(), tuple(shlex.split(arguments))
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'LABEL: [NAME=VALUE ...] ARGUMENTS'")
+    words = shlex.split(rest)
+    variables = list(itertools.takewhile(re.compile(r"[A-Z_]+=").match, words))
+    pairs = (tuple(variable.split("=", 1)) for variable in variables)
+    return label.strip(), tuple(words[len(variables):]), tuple(pairs)
 
 
 def engines(options):
     """What the command line asks for, in the order of a round."""
     chosen = []
     if options.pregate:
-        chosen.append(Engine(PREGATE, "", options.pregate, ()))
+        chosen.append(Engine(PREGATE, "", options.pregate))
     for family, binary, settings, usual in (
         (LLAMA, options.llama_bench, options.llama_setting, LLAMA_SETTINGS),
         (IK, options.ik_llama_bench, options.ik_setting, IK_SETTINGS),
     ):
         if binary:
             named = settings or [setting(text) for text in usual]
-            chosen += [Engine(family, label, binary, extra) for label, extra in named]
+            chosen += [Engine(family, label, binary, *extra) for label, *extra in named]
     return chosen

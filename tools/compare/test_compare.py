@@ -115,6 +115,16 @@ class Parsing(unittest.TestCase):
             compare.arguments(["--help"])
         self.assertIn("--ik-llama-bench", printed.getvalue())
 
+    def test_setting_argument(self):
+        self.assertEqual(engines.setting("a b: -x 1 -y"), ("a b", ("-x", "1", "-y"), ()))
+        self.assertEqual(engines.setting("a: A_B=c.d=1 E= -x F=1"), ("a", ("-x", "F=1"), (("A_B", "c.d=1"), ("E", ""))))
+        huge = engines.Engine(engines.IK, *[(label, "ik", *rest) for label, *rest in
+                                            map(engines.setting, engines.IK_SETTINGS)][1])
+        self.assertEqual(huge.environment["GLIBC_TUNABLES"], "glibc.malloc.hugetlb=1")
+        self.assertEqual(huge.environment["OMP_PROC_BIND"], "true")
+        with self.assertRaises(argparse.ArgumentTypeError):
+            engines.setting("-rtr 1")
+
     def test_model_argument(self):
         self.assertEqual(engines.Model.parse("a=x.gguf"), engines.Model("a", "x.gguf", "x.gguf"))
         self.assertEqual(engines.Model.parse("a=x.gguf,ik=y.gguf"), engines.Model("a", "x.gguf", "y.gguf"))
@@ -211,15 +221,15 @@ class Running(unittest.TestCase):
                 status = compare.main(argv)
 
             names = [line.split()[0] for line in calls.read_text().splitlines()]
-            self.assertEqual(names, ["membw", "ours", "llama", "llama", "ik", "membw"] * 2)
+            self.assertEqual(names, 2 * ["membw", "ours", "llama", "llama", "llama", "llama", "ik", "membw"])
             lines = calls.read_text().splitlines()
             self.assertEqual(lines[1], f"ours  bench --model {model} -p 512 -n 64 -t 2 -r 1 --json")
             self.assertEqual(lines[2], f"llama true -m {model} -p 512 -n 64 -t 2 -r 1 --repack 0 -o json")
-            self.assertEqual(lines[4], f"ik true -m {model} -p 512 -n 64 -t 2 -r 1 -rtr 1 -o json")
+            self.assertEqual(lines[6], f"ik true -m {model} -p 512 -n 64 -t 2 -r 1 -rtr 1 -o json")
 
             self.assertEqual(status, 1)
             raw = json.loads((folder / "raw.json").read_text())
-            self.assertEqual(len(raw["models"][0]["runs"]), 6)
+            self.assertEqual(len(raw["models"][0]["runs"]), 10)
             self.assertEqual(len(raw["models"][0]["failures"]), 2)
             self.assertIn("exit status 3", raw["models"][0]["failures"][0]["error"])
             self.assertIn("**ik_llama.cpp best failed**: 2 runs.", printed.getvalue())
