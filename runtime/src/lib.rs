@@ -32,6 +32,7 @@ pub mod generate;
 pub mod model;
 pub mod sample;
 pub mod session;
+pub mod statistics;
 pub mod text;
 
 pub use error::{Error, Result};
@@ -41,3 +42,4 @@ pub use model::description::ModelDescription;
 pub use model::{LoadOptions, LoadProgress, Model, Residency};
 pub use sample::{Dry, Sampler, SamplerOptions};
 pub use session::{Cancel, Run, Session, SessionOptions};
+pub use statistics::StreamStats;
