@@ -75,6 +75,84 @@ impl Routes {
     }
 }
 
+/// The choices of a chunk gathered by expert: each choice has a row, and the
+/// rows of an expert follow each other.
+#[derive(Clone, Debug, Default)]
+pub struct Grouping {
+    /// Expert and first row, by expert.
+    groups: Vec<(u32, usize)>,
+    /// `[rows]`: the token of each row.
+    token_of: Vec<u32>,
+    /// `[choices]`: the row of each of [`Routes::all`].
+    row_of: Vec<u32>,
+    order: Vec<u32>,
+}
+
+impl Grouping {
+    /// Gathers `routes`, reusing the buffers.
+    pub fn gather(&mut self, routes: &Routes) {
+        let all = routes.all();
+        self.order.clear();
+        self.order.extend(0..all.len() as u32);
+        // Stable: an expert's tokens stay in order.
+        self.order.sort_by_key(|&choice| all[choice as usize].expert);
+        self.token_of.clear();
+        self.token_of.resize(all.len(), 0);
+        self.row_of.clear();
+        self.row_of.resize(all.len(), 0);
+        self.groups.clear();
+        for (row, &choice) in self.order.iter().enumerate() {
+            self.row_of[choice as usize] = row as u32;
+            let expert = all[choice as usize].expert;
+            if self.groups.last().is_none_or(|(last, _)| *last != expert) {
+                self.groups.push((expert, row));
+            }
+        }
+        for token in 0..routes.tokens() {
+            let start = routes.start(token);
+            for choice in start..start + routes.of(token).len() {
+                self.token_of[self.row_of[choice] as usize] = token as u32;
+            }
+        }
+    }
+
+    /// Distinct experts.
+    pub fn len(&self) -> usize {
+        self.groups.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    /// Rows of all experts together.
+    pub fn rows(&self) -> usize {
+        self.token_of.len()
+    }
+
+    /// The distinct experts, rising.
+    pub fn experts(&self) -> impl Iterator<Item = u32> {
+        self.groups.iter().map(|(expert, _)| *expert)
+    }
+
+    /// Group `index` with the weights of its expert.
+    pub fn group<'a>(&'a self, index: usize, weights: ExpertWeights<'a>) -> ExpertGroup<'a> {
+        let first_row = self.groups[index].1;
+        let end = self.groups.get(index + 1).map_or(self.rows(), |(_, row)| *row);
+        ExpertGroup { weights, tokens: &self.token_of[first_row..end], first_row }
+    }
+
+    /// The group of an expert.
+    pub fn index_of(&self, expert: u32) -> Option<usize> {
+        self.groups.binary_search_by_key(&expert, |(expert, _)| *expert).ok()
+    }
+
+    /// The row of choice `choice` of [`Routes::all`].
+    pub fn row_of(&self, choice: usize) -> usize {
+        self.row_of[choice] as usize
+    }
+}
+
 /// The three matrices of one expert, or of a dense feed-forward layer.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertWeights<'a> {
@@ -102,17 +180,27 @@ pub enum GatedActivation {
     ClampedSwiglu { alpha: f32, limit: f32 },
 }
 
-/// The routed experts of one layer for a chunk of tokens.
-pub struct ExpertCall<'a> {
+/// One expert and the tokens that chose it, for [`Backend::expert_rows`].
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertGroup<'a> {
+    pub weights: ExpertWeights<'a>,
+    /// Rows of the input, each once.
+    pub tokens: &'a [u32],
+    /// The first of `tokens.len()` rows of the answers.
+    pub first_row: usize,
+}
+
+/// Some of a layer's routed experts on the tokens that chose them.
+pub struct ExpertRows<'a> {
     /// `[tokens, hidden]`
     pub x: &'a [f32],
-    pub routes: &'a Routes,
-    /// Weights of an expert that `routes` names.
-    pub weights: &'a (dyn Fn(u32) -> ExpertWeights<'a> + Sync),
+    pub tokens: usize,
+    /// Not empty, of one shape, in rising order of `first_row`, rows
+    /// disjoint.
+    pub groups: &'a [ExpertGroup<'a>],
     pub activation: GatedActivation,
-    /// `[tokens, hidden]`, overwritten with
-    /// `fma(w_n, y_n, ... fma(w_1, y_1, 0))` in router order.
-    pub out: &'a mut [f32],
+    /// `[rows, hidden]`; the groups' rows are overwritten, others are left.
+    pub answers: &'a mut [f32],
 }
 
 /// The cells of a key or value cache.
@@ -170,8 +258,15 @@ pub trait Backend: Send + Sync {
     /// `x` is `[tokens, rows]`, `out` `[tokens, cols]`.
     fn linear_transposed(&self, x: &[f32], tokens: usize, weight: Matrix<'_>, out: &mut [f32]);
 
-    /// Routed experts, weighted and added in router order.
-    fn experts(&self, call: ExpertCall<'_>);
+    /// What each expert answers to each of its tokens. A row does not depend
+    /// on which groups share a call, so experts may be computed as they
+    /// arrive.
+    fn expert_rows(&self, call: ExpertRows<'_>);
+
+    /// `out[t] = fma(w_n, y_n, ... fma(w_1, y_1, 0))` over the choices of
+    /// token `t` in router order, `y_i` being the row of `answers` that
+    /// `grouping` gives the choice. `out` is `[tokens, hidden]`.
+    fn combine(&self, routes: &Routes, grouping: &Grouping, answers: &[f32], out: &mut [f32]);
 
     /// A feed-forward block that every token takes: `[tokens, hidden]` to
     /// `[tokens, hidden]`.

@@ -17,8 +17,8 @@ pub mod reference;
 pub mod testing;
 
 pub use backend::{
-    AttentionCall, Backend, Choice, ExpertCall, ExpertWeights, GatedActivation, KvCells, KvView,
-    Linear, Routes,
+    AttentionCall, Backend, Choice, ExpertGroup, ExpertRows, ExpertWeights, GatedActivation,
+    Grouping, KvCells, KvView, Linear, Routes,
 };
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use dequant::dequantize_row;

@@ -3,7 +3,8 @@
 //! kernels, so that a mistake in those shows as a difference.
 
 use crate::backend::{
-    AttentionCall, Backend, ExpertCall, ExpertWeights, GatedActivation, KvCells, KvView, Linear,
+    AttentionCall, Backend, ExpertRows, ExpertWeights, GatedActivation, Grouping, KvCells, KvView,
+    Linear, Routes,
 };
 use crate::dequant::dequantize_row;
 use crate::matrix::Matrix;
@@ -40,19 +41,24 @@ impl Backend for Reference {
         }
     }
 
-    fn experts(&self, call: ExpertCall<'_>) {
-        let tokens = call.routes.tokens();
-        let hidden = call.x.len() / tokens.max(1);
-        assert_eq!(call.out.len(), tokens * hidden);
-        let mut y = vec![0.0; hidden];
-        for t in 0..tokens {
-            let x = &call.x[t * hidden..(t + 1) * hidden];
-            let out = &mut call.out[t * hidden..(t + 1) * hidden];
+    fn expert_rows(&self, call: ExpertRows<'_>) {
+        let hidden = call.x.len() / call.tokens.max(1);
+        for group in call.groups {
+            for (row, token) in (group.first_row..).zip(group.tokens) {
+                let x = &call.x[*token as usize * hidden..][..hidden];
+                let answer = &mut call.answers[row * hidden..][..hidden];
+                gated_block(x, 1, &group.weights, call.activation, answer);
+            }
+        }
+    }
+
+    fn combine(&self, routes: &Routes, grouping: &Grouping, answers: &[f32], out: &mut [f32]) {
+        let hidden = out.len() / routes.tokens().max(1);
+        for (t, out) in out.chunks_exact_mut(hidden.max(1)).enumerate() {
             out.fill(0.0);
-            for choice in call.routes.of(t) {
-                let weights = (call.weights)(choice.expert);
-                gated_block(x, 1, &weights, call.activation, &mut y);
-                for (sum, value) in out.iter_mut().zip(&y) {
+            for (choice, at) in routes.of(t).iter().zip(routes.start(t)..) {
+                let row = grouping.row_of(at);
+                for (sum, value) in out.iter_mut().zip(&answers[row * hidden..][..hidden]) {
                     *sum += choice.weight * value;
                 }
             }

@@ -3,26 +3,15 @@
 use super::Cpu;
 use super::linear::{Prepared, TileRange, Tiles};
 use super::pool::{Columns, Grid, lock};
-use crate::backend::{ExpertCall, ExpertWeights, GatedActivation};
+use crate::backend::{ExpertGroup, ExpertRows, ExpertWeights, GatedActivation, Grouping, Routes};
 
 #[derive(Default)]
 pub(super) struct Buffers {
     input: Prepared,
     inner: Prepared,
     tiles: Tiles,
-    /// `[rows, inner]`, a row per token and expert, sorted by expert.
+    /// `[rows, inner]`, the rows of one call's groups in their order.
     hidden: Vec<f32>,
-    /// `[rows, hidden]`
-    answers: Vec<f32>,
-}
-
-/// The tokens of one expert.
-struct Group<'a> {
-    weights: ExpertWeights<'a>,
-    /// First row in the sorted buffers.
-    start: usize,
-    /// Tokens of the input.
-    tokens: Vec<u32>,
 }
 
 /// How the units of one pass over all groups are cut.
@@ -34,39 +23,31 @@ struct Pass {
 }
 
 impl Cpu {
-    pub(super) fn routed(&self, buffers: &mut Buffers, call: ExpertCall<'_>) {
-        let ExpertCall { x, routes, weights, activation, out } = call;
+    pub(super) fn rows_of_experts(&self, buffers: &mut Buffers, call: ExpertRows<'_>) {
+        let ExpertRows { x, tokens, groups, activation, answers } = call;
+        let Some(first) = groups.first() else { return };
+        let hidden = first.weights.down.rows();
+        assert_eq!(x.len(), tokens * hidden, "input [tokens, hidden]");
+        self.grouped(buffers, x, tokens, hidden, groups, activation, answers);
+    }
+
+    pub(super) fn combine_rows(
+        &self,
+        routes: &Routes,
+        grouping: &Grouping,
+        answers: &[f32],
+        out: &mut [f32],
+    ) {
         let tokens = routes.tokens();
         if tokens == 0 {
             return;
         }
         let hidden = out.len() / tokens;
         assert_eq!(out.len(), tokens * hidden, "output [tokens, hidden]");
-        assert_eq!(x.len(), out.len(), "input [tokens, hidden]");
-        // Choices sorted by expert, stable in token order.
-        let token_of: Vec<u32> =
-            (0..tokens).flat_map(|t| std::iter::repeat_n(t as u32, routes.of(t).len())).collect();
-        let mut order: Vec<usize> = (0..routes.all().len()).collect();
-        order.sort_by_key(|choice| routes.all()[*choice].expert);
-        let mut row_of = vec![0; order.len()];
-        let mut groups: Vec<Group<'_>> = Vec::new();
-        let mut last = None;
-        for (row, choice) in order.iter().enumerate() {
-            row_of[*choice] = row;
-            let expert = routes.all()[*choice].expert;
-            if last != Some(expert) {
-                groups.push(Group { weights: weights(expert), start: row, tokens: Vec::new() });
-                last = Some(expert);
-            }
-            groups.last_mut().expect("pushed").tokens.push(token_of[*choice]);
-        }
-        let mut answers = std::mem::take(&mut buffers.answers);
-        answers.resize(order.len() * hidden, 0.0);
-        self.grouped(buffers, x, tokens, hidden, &groups, activation, &mut answers);
         let combine = |t: usize, out: &mut [f32]| {
             out.fill(0.0);
-            for (n, choice) in routes.of(t).iter().enumerate() {
-                let row = row_of[routes.start(t) + n];
+            for (choice, at) in routes.of(t).iter().zip(routes.start(t)..) {
+                let row = grouping.row_of(at);
                 self.kernels.axpy(choice.weight, &answers[row * hidden..(row + 1) * hidden], out);
             }
         };
@@ -76,7 +57,6 @@ impl Cpu {
             let mut rows: Vec<&mut [f32]> = out.chunks_exact_mut(hidden).collect();
             self.pool.each_mut(&mut rows, |_, t, out| combine(t, out));
         }
-        buffers.answers = answers;
     }
 
     pub(super) fn dense(
@@ -93,12 +73,12 @@ impl Cpu {
         }
         let hidden = weights.down.rows();
         assert_eq!(out.len(), tokens * hidden, "output [tokens, hidden]");
-        let group = Group { weights, start: 0, tokens: (0..tokens as u32).collect() };
+        let all: Vec<u32> = (0..tokens as u32).collect();
+        let group = ExpertGroup { weights, tokens: &all, first_row: 0 };
         self.grouped(buffers, x, tokens, hidden, &[group], activation, out);
     }
 
-    /// Every group's experts on its tokens: `answers` is `[rows, hidden]` in
-    /// sorted order.
+    /// Every group's expert on its tokens; see [`ExpertRows`].
     #[allow(clippy::too_many_arguments)]
     fn grouped(
         &self,
@@ -106,13 +86,13 @@ impl Cpu {
         x: &[f32],
         tokens: usize,
         hidden: usize,
-        groups: &[Group<'_>],
+        groups: &[ExpertGroup<'_>],
         activation: GatedActivation,
         answers: &mut [f32],
     ) {
         let Some(first) = groups.first() else { return };
         let inner = first.weights.gate.rows();
-        for Group { weights, .. } in groups {
+        for ExpertGroup { weights, .. } in groups {
             check(weights, hidden, inner);
         }
         let Buffers { input, inner: inner_prepared, tiles, hidden: buffer, .. } = buffers;
@@ -121,7 +101,7 @@ impl Cpu {
         // Gate, up and the activation.
         let formats = groups.iter().flat_map(|g| [g.weights.gate.format(), g.weights.up.format()]);
         self.prepare(input, x, tokens, hidden, formats);
-        let lists: Vec<&[u32]> = groups.iter().map(|group| group.tokens.as_slice()).collect();
+        let lists: Vec<&[u32]> = groups.iter().map(|group| group.tokens).collect();
         let pass = self.plan(tiles, groups, |w| [w.gate, w.up]);
         self.pack(tiles, input, &lists);
         buffer.resize(rows * inner, 0.0);
@@ -129,7 +109,7 @@ impl Cpu {
         let cells = pass.cut.len() - 1;
         self.pool.run(groups.len() * cells, &|worker, unit| {
             let (g, c) = (unit / cells, unit % cells);
-            let Group { weights, tokens, .. } = &groups[g];
+            let ExpertGroup { weights, tokens, .. } = &groups[g];
             let scratch = &mut *lock(&self.scratch[worker]);
             let mut gate = grid.take(g, c);
             let [gate_tiles, up_tiles] =
@@ -152,16 +132,15 @@ impl Cpu {
         // Down.
         let formats = groups.iter().map(|group| group.weights.down.format());
         self.prepare(inner_prepared, buffer, rows, inner, formats);
-        let own_rows: Vec<Vec<u32>> = groups
-            .iter()
-            .map(|group| {
-                (group.start..group.start + group.tokens.len()).map(|r| r as u32).collect()
-            })
-            .collect();
-        let lists: Vec<&[u32]> = own_rows.iter().map(Vec::as_slice).collect();
+        let own_rows: Vec<u32> = (0..rows as u32).collect();
+        let lists: Vec<&[u32]> =
+            pass.row_bounds.windows(2).map(|rows| &own_rows[rows[0]..rows[1]]).collect();
         let pass = self.plan(tiles, groups, |w| [w.down, w.down]);
         self.pack(tiles, inner_prepared, &lists);
-        let grid = Grid::new(answers, hidden, &pass.row_bounds, &pass.cut);
+        // Bounds of the groups' rows, and of the gaps between them, in turn.
+        let bounds: Vec<usize> =
+            groups.iter().flat_map(|g| [g.first_row, g.first_row + g.tokens.len()]).collect();
+        let grid = Grid::new(answers, hidden, &bounds, &pass.cut);
         let cells = pass.cut.len() - 1;
         self.pool.run(groups.len() * cells, &|worker, unit| {
             let (g, c) = (unit / cells, unit % cells);
@@ -176,7 +155,7 @@ impl Cpu {
                 lists[g],
                 down_tiles,
                 scratch,
-                &mut grid.take(g, c),
+                &mut grid.take(2 * g, c),
             );
         });
     }
@@ -184,7 +163,7 @@ impl Cpu {
     fn plan<'a>(
         &self,
         tiles: &mut Tiles,
-        groups: &[Group<'a>],
+        groups: &[ExpertGroup<'a>],
         matrices: impl Fn(&ExpertWeights<'a>) -> [crate::Matrix<'a>; 2],
     ) -> Pass {
         tiles.clear();
@@ -195,7 +174,7 @@ impl Cpu {
         for (g, group) in groups.iter().enumerate() {
             let count = group.tokens.len();
             most = most.max(count);
-            row_bounds.push(group.start + count);
+            row_bounds.push(row_bounds[g] + count);
             let pair = matrices(&group.weights)
                 .map(|matrix| tiles.plan(self.kernels, matrix.format(), g, count));
             any_batch |= pair.iter().any(Option::is_some);

@@ -22,7 +22,9 @@ mod tests;
 
 pub use kernels::Isa;
 
-use crate::backend::{AttentionCall, Backend, ExpertCall, ExpertWeights, GatedActivation, Linear};
+use crate::backend::{
+    AttentionCall, Backend, ExpertRows, ExpertWeights, GatedActivation, Grouping, Linear, Routes,
+};
 use crate::matrix::Matrix;
 use kernels::{Kernels, Scratch};
 use pool::{Pool, lock};
@@ -106,8 +108,13 @@ impl Backend for Cpu {
         self.transposed(x, tokens, weight, out);
     }
 
-    fn experts(&self, call: ExpertCall<'_>) {
-        self.routed(&mut lock(&self.workspace).experts, call);
+    fn expert_rows(&self, call: ExpertRows<'_>) {
+        self.rows_of_experts(&mut lock(&self.workspace).experts, call);
+    }
+
+    fn combine(&self, routes: &Routes, grouping: &Grouping, answers: &[f32], out: &mut [f32]) {
+        let _turn = lock(&self.workspace);
+        self.combine_rows(routes, grouping, answers, out);
     }
 
     fn feed_forward(

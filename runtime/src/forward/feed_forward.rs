@@ -5,7 +5,9 @@ use super::{Chunk, Engine, project};
 use crate::model::description::FeedForward;
 use crate::model::router::RouterState;
 use crate::model::weights::{FeedForwardWeights, MoeWeights};
-use pregate_kernels::{Choice, ExpertCall, GatedActivation, Linear, Routes, contract};
+use pregate_kernels::{
+    Choice, ExpertGroup, ExpertRows, GatedActivation, Grouping, Linear, Routes, contract,
+};
 use pregate_predictor::Observer;
 
 /// Buffers of the routed blocks.
@@ -15,6 +17,9 @@ pub struct Scratch {
     shared: Vec<f32>,
     shared_gate: Vec<f32>,
     routes: Routes,
+    grouping: Grouping,
+    /// `[rows, hidden]`, see [`Grouping`]
+    answers: Vec<f32>,
     choices: Vec<Choice>,
     /// One per token of the chunk, carried from layer to layer.
     states: Vec<RouterState>,
@@ -51,13 +56,18 @@ pub fn run(
         }
         (FeedForwardWeights::Moe(moe), FeedForward::Moe(m)) => {
             route(engine, chunk, layer, moe, m.experts, scratch, normed, observer);
-            backend.experts(ExpertCall {
-                x: normed,
-                routes: &scratch.routes,
-                weights: &|expert| moe.experts[expert as usize].view(files),
-                activation: m.activation,
-                out,
-            });
+            scratch.grouping.gather(&scratch.routes);
+            let hidden = description.hidden;
+            let answers = buffer(&mut scratch.answers, scratch.grouping.rows() * hidden);
+            let groups: Vec<ExpertGroup<'_>> = (scratch.grouping.experts().enumerate())
+                .map(|(index, expert)| {
+                    scratch.grouping.group(index, moe.experts[expert as usize].view(files))
+                })
+                .collect();
+            let (tokens, activation) = (chunk.tokens, m.activation);
+            let rows = ExpertRows { x: normed, tokens, groups: &groups, activation, answers };
+            backend.expert_rows(rows);
+            backend.combine(&scratch.routes, &scratch.grouping, answers, out);
             if moe.shared.is_some() {
                 add_shared(engine, chunk, moe, m.activation, scratch, normed, out);
             }
