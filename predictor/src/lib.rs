@@ -3,8 +3,12 @@
 //!
 //! No GPU, no file, no clock, no thread.
 
+pub mod cache;
 pub mod observer;
+pub mod policy;
 pub mod vocabulary;
 
+pub use cache::{Admission, Cache, CapacityError, Scope};
 pub use observer::{NoObserver, Observer};
+pub use policy::{Event, Policy};
 pub use vocabulary::{ExpertId, LayerShape, NoOutlook, Outlook, Shape};

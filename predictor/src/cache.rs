@@ -1,0 +1,339 @@
+//! Who is resident: slots per layer, and who leaves for whom.
+//!
+//! Everything is event-atomic: the experts of a token and layer (or of a
+//! chunk and layer) are requested together and none of them may evict
+//! another before it was computed.
+
+use crate::policy::{Event, Policy};
+use crate::vocabulary::{ExpertId, Outlook, Shape};
+use std::fmt;
+
+/// How slots are divided between the layers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scope {
+    /// Each layer keeps its own slots.
+    Layer,
+    /// Layers of one class share their slots; no layer gives a slot away
+    /// while it has no more than top-k experts.
+    Pool,
+}
+
+/// What became of an expert that had arrived.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Admission {
+    /// A slot was free.
+    Added,
+    /// This expert left; its frame is free.
+    Replaced(ExpertId),
+    /// It does not stay; its own frame is free.
+    Bypassed,
+}
+
+/// Slots that no cache can work with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CapacityError {
+    /// `slots` has another length than the model has layers.
+    Layers { found: usize, layers: usize },
+    /// A layer cannot hold the experts of one token.
+    TooFew { layer: usize, slots: usize, top_k: usize },
+}
+
+impl fmt::Display for CapacityError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layers { found, layers } => {
+                write!(f, "slots for {found} layers of a model with {layers}")
+            }
+            Self::TooFew { layer, slots, top_k } => write!(
+                f,
+                "layer {layer} has {slots} expert slots and needs at least {top_k}, \
+                 the experts of one token"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for CapacityError {}
+
+/// A set of experts of one layer.
+#[derive(Clone, Debug, Default)]
+struct Set {
+    words: Vec<u64>,
+    len: usize,
+}
+
+impl Set {
+    fn new(experts: usize) -> Self {
+        Self { words: vec![0; experts.div_ceil(64)], len: 0 }
+    }
+
+    fn contains(&self, expert: u32) -> bool {
+        let word = self.words.get(expert as usize / 64);
+        word.is_some_and(|word| word >> (expert % 64) & 1 == 1)
+    }
+
+    /// Did it join?
+    fn insert(&mut self, expert: u32) -> bool {
+        let word = &mut self.words[expert as usize / 64];
+        let joins = *word >> (expert % 64) & 1 == 0;
+        *word |= 1 << (expert % 64);
+        self.len += usize::from(joins);
+        joins
+    }
+
+    /// Did it leave?
+    fn remove(&mut self, expert: u32) -> bool {
+        let leaves = self.contains(expert);
+        if leaves {
+            self.words[expert as usize / 64] &= !(1 << (expert % 64));
+            self.len -= 1;
+        }
+        leaves
+    }
+
+    fn clear(&mut self) {
+        self.words.fill(0);
+        self.len = 0;
+    }
+
+    fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.words.iter().enumerate().flat_map(|(index, &word)| ones(index, word))
+    }
+}
+
+/// The members of one word of a set, ascending.
+fn ones(index: usize, mut word: u64) -> impl Iterator<Item = u32> {
+    std::iter::from_fn(move || {
+        let bit = (word != 0).then(|| word.trailing_zeros())?;
+        word &= word - 1;
+        Some(index as u32 * 64 + bit)
+    })
+}
+
+#[derive(Clone, Debug, Default)]
+struct Layer {
+    resident: Set,
+    slots: usize,
+    top_k: usize,
+    class: usize,
+    experts: usize,
+}
+
+/// The experts that may leave for an incoming one.
+pub struct Candidates<'a> {
+    layers: &'a [Layer],
+    protected: Protected<'a>,
+    pinned: &'a dyn Fn(ExpertId) -> bool,
+    incoming: ExpertId,
+    scope: Scope,
+}
+
+#[derive(Clone, Copy)]
+struct Protected<'a> {
+    layer: usize,
+    set: &'a Set,
+}
+
+impl Candidates<'_> {
+    /// Layers that may give a slot, ascending.
+    pub fn layers(&self) -> impl Iterator<Item = usize> + '_ {
+        let own = self.incoming.layer();
+        let all = match self.scope {
+            Scope::Layer => own..own + 1,
+            Scope::Pool => 0..self.layers.len(),
+        };
+        all.filter(move |&layer| self.gives(layer))
+    }
+
+    fn gives(&self, layer: usize) -> bool {
+        let own = self.incoming.layer();
+        let Some(state) = self.layers.get(layer) else { return false };
+        layer == own
+            || self.scope == Scope::Pool
+                && state.class == self.layers[own].class
+                && state.resident.len > state.top_k
+    }
+
+    /// The experts of `layer` that may leave, ascending. `layer` is one of
+    /// [`Candidates::layers`].
+    pub fn experts(&self, layer: usize) -> impl Iterator<Item = u32> + '_ {
+        let words = &self.layers[layer].resident.words;
+        words
+            .iter()
+            .enumerate()
+            .flat_map(move |(index, &word)| {
+                let kept = match self.protected.layer == layer {
+                    true => self.protected.set.words[index],
+                    false => 0,
+                };
+                ones(index, word & !kept)
+            })
+            .filter(move |&expert| !(self.pinned)(ExpertId::new(layer, expert)))
+    }
+
+    /// May `id` leave?
+    pub fn allows(&self, id: ExpertId) -> bool {
+        let layer = id.layer();
+        let protected = self.protected.layer == layer && self.protected.set.contains(id.expert);
+        self.gives(layer)
+            && !protected
+            && self.layers[layer].resident.contains(id.expert)
+            && !(self.pinned)(id)
+    }
+}
+
+/// Who is resident.
+pub struct Cache {
+    layers: Vec<Layer>,
+    /// Per class, for [`Scope::Pool`]: slots and residents.
+    pools: Vec<(usize, usize)>,
+    policy: Box<dyn Policy>,
+    /// The current event's layer and its experts that are not computed yet.
+    event: usize,
+    waiting: Set,
+}
+
+impl Cache {
+    /// `slots` is `[layers]`, 0 for dense layers. Fails where a layer has
+    /// fewer slots than experts per token.
+    pub fn new(
+        shape: &Shape,
+        slots: &[usize],
+        mut policy: Box<dyn Policy>,
+    ) -> Result<Self, CapacityError> {
+        if slots.len() != shape.layers.len() {
+            return Err(CapacityError::Layers { found: slots.len(), layers: shape.layers.len() });
+        }
+        let mut layers = vec![Layer::default(); slots.len()];
+        let mut pools = vec![(0, 0); shape.classes()];
+        for (index, layer) in shape.moe() {
+            let (slots, top_k) = (slots[index], layer.top_k);
+            if slots < top_k {
+                return Err(CapacityError::TooFew { layer: index, slots, top_k });
+            }
+            let (class, experts) = (layer.class, layer.experts);
+            layers[index] = Layer { resident: Set::new(experts), slots, top_k, class, experts };
+            pools[class].0 += slots;
+        }
+        policy.prepare(shape, slots);
+        Ok(Self { layers, pools, policy, event: usize::MAX, waiting: Set::default() })
+    }
+
+    /// The policy's name.
+    pub fn policy(&self) -> &'static str {
+        self.policy.name()
+    }
+
+    /// Is `id` resident? False for an expert that the model does not have.
+    pub fn contains(&self, id: ExpertId) -> bool {
+        self.layers.get(id.layer()).is_some_and(|layer| layer.resident.contains(id.expert))
+    }
+
+    /// The resident experts of `layer`, ascending.
+    pub fn resident(&self, layer: usize) -> impl Iterator<Item = u32> + '_ {
+        self.layers[layer].resident.iter()
+    }
+
+    /// Resident experts of `layer`.
+    pub fn len(&self, layer: usize) -> usize {
+        self.layers[layer].resident.len
+    }
+
+    /// Slots that `layer` brought in; in a pool it may hold more or fewer.
+    pub fn slots(&self, layer: usize) -> usize {
+        self.layers[layer].slots
+    }
+
+    /// Is a slot for an expert of `layer` free, so that nobody has to leave?
+    pub fn has_free_slot(&self, layer: usize) -> bool {
+        let state = &self.layers[layer];
+        match self.policy.scope() {
+            Scope::Layer => state.resident.len < state.slots,
+            Scope::Pool => self.pools[state.class].1 < self.pools[state.class].0,
+        }
+    }
+
+    /// One event begins: its experts are protected until they are
+    /// [`Cache::computed`] or the next event begins.
+    ///
+    /// Panics on experts that the layer does not have.
+    pub fn used(&mut self, event: &Event<'_>) {
+        let layer = &self.layers[event.layer];
+        self.event = event.layer;
+        self.waiting.clear();
+        self.waiting.words.resize(layer.resident.words.len(), 0);
+        for &expert in event.experts {
+            assert!((expert as usize) < layer.experts, "layer {}: {expert}", event.layer);
+            self.waiting.insert(expert);
+        }
+        self.policy.used(event);
+    }
+
+    /// `id` was computed and may leave for another expert of its event. A
+    /// decode event has no use for it: with at least top-k slots all its
+    /// experts can stay. A chunk's experts may be more than the slots.
+    pub fn computed(&mut self, id: ExpertId) {
+        if id.layer() == self.event {
+            self.waiting.remove(id.expert);
+        }
+    }
+
+    /// `id` has arrived and was computed: who leaves for it? Never an expert
+    /// of the current event that is not computed, never one in `pinned`.
+    pub fn admit(
+        &mut self,
+        id: ExpertId,
+        pinned: &dyn Fn(ExpertId) -> bool,
+        outlook: &dyn Outlook,
+    ) -> Admission {
+        debug_assert!(!self.contains(id), "{id} is resident and was admitted");
+        if self.contains(id) {
+            return Admission::Bypassed;
+        }
+        if self.has_free_slot(id.layer()) {
+            self.insert(id);
+            return Admission::Added;
+        }
+        let candidates = Candidates {
+            layers: &self.layers,
+            protected: Protected { layer: self.event, set: &self.waiting },
+            pinned,
+            incoming: id,
+            scope: self.policy.scope(),
+        };
+        let Some(victim) = self.policy.victim(&candidates, id, outlook) else {
+            return Admission::Bypassed;
+        };
+        assert!(candidates.allows(victim), "{victim} may not leave for {id}");
+        self.remove(victim);
+        self.insert(id);
+        Admission::Replaced(victim)
+    }
+
+    fn insert(&mut self, id: ExpertId) {
+        let layer = &mut self.layers[id.layer()];
+        if layer.resident.insert(id.expert) {
+            self.pools[layer.class].1 += 1;
+            self.policy.inserted(id);
+        }
+    }
+
+    /// `id` is no longer resident: its frame is lost.
+    pub fn remove(&mut self, id: ExpertId) {
+        let Some(layer) = self.layers.get_mut(id.layer()) else { return };
+        if layer.resident.remove(id.expert) {
+            self.pools[layer.class].1 -= 1;
+            self.policy.removed(id);
+        }
+    }
+
+    /// A token (or a chunk) begins.
+    pub fn next_token(&mut self) {
+        self.policy.next_token();
+    }
+
+    /// The text that follows has nothing to do with what came before.
+    pub fn new_sequence(&mut self) {
+        self.policy.new_sequence();
+    }
+}
