@@ -31,6 +31,10 @@ pub enum Error {
     #[error("{0}")]
     Request(String),
 
+    /// Memory that was asked for cannot be had.
+    #[error("{bytes} bytes of memory for {what}: {source}; give a smaller --ram")]
+    Memory { what: &'static str, bytes: usize, source: std::io::Error },
+
     /// More tokens than the context holds.
     #[error(
         "context full: {needed} tokens needed, {limit} fit; shorten the prompt or raise --context"

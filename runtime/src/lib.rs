@@ -33,6 +33,7 @@ pub mod model;
 pub mod sample;
 pub mod session;
 pub mod statistics;
+pub mod store;
 pub mod text;
 
 pub use error::{Error, Result};

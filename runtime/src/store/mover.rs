@@ -9,6 +9,7 @@
 //! happens to the disk, the file, or the mover itself.
 
 use super::frames::{FrameId, Ticket};
+use super::slot::Generation;
 use std::{io, path::PathBuf, sync::Arc};
 use thiserror::Error;
 
@@ -60,7 +61,7 @@ pub struct Fill {
 pub struct Done {
     pub key: u64,
     pub frame: FrameId,
-    pub generation: u32,
+    pub generation: Generation,
     /// `Ok`: the frame is Ready, with every byte that was needed. Otherwise
     /// it is Failed, and claimable again at once.
     pub result: Result<(), MoveError>,
