@@ -1,5 +1,6 @@
 //! The one error type of this crate.
 
+use crate::budget::TooSmall;
 use std::{fmt, path::PathBuf};
 use thiserror::Error;
 
@@ -40,6 +41,10 @@ pub enum Error {
         "context full: {needed} tokens needed, {limit} fit; shorten the prompt or raise --context"
     )]
     ContextFull { needed: usize, limit: usize },
+
+    /// The model needs more memory than the budget.
+    #[error(transparent)]
+    Memory(#[from] Box<TooSmall>),
 
     /// The computation produced NaN or infinite logits.
     #[error("the model computed {found} logits at position {position}: its weights are damaged")]

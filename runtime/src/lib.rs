@@ -25,6 +25,7 @@
 //! # }
 //! ```
 
+pub mod budget;
 pub mod error;
 pub mod files;
 pub mod forward;

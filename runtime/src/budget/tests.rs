@@ -1,0 +1,211 @@
+use super::*;
+use proptest::prelude::*;
+
+fn experts(experts: usize, top_k: usize, frame_bytes: u64) -> Option<ExpertSizes> {
+    Some(ExpertSizes { experts, top_k, frame_bytes, expert_bytes: frame_bytes - 100 })
+}
+
+fn request(budget_bytes: u64) -> Request {
+    Request { budget_bytes, process_bytes: 30, kv_bytes: 50, scratch_bytes: 20, ring: None }
+}
+
+/// Two dense layers of five, two classes.
+fn mixed() -> Sizes {
+    let layers = vec![None, experts(8, 2, 4096), experts(16, 2, 8192), None, experts(8, 2, 4096)];
+    Sizes { whole_bytes: 400_000, dense_bytes: 10_000, layers }
+}
+
+#[test]
+fn a_model_that_fits_is_left_where_it_is() {
+    let plan = divide(&mixed(), &request(400_100)).unwrap();
+    assert_eq!(plan.placement, Placement::Whole);
+    assert_eq!((plan.parts.weights_bytes, plan.left_bytes), (400_000, 0));
+    assert!(!divide(&mixed(), &request(400_099)).unwrap().is_whole());
+}
+
+#[test]
+fn one_byte_less_than_the_smallest_plan_is_refused_with_that_byte() {
+    // Two layers of two small frames, one of two large ones, a ring frame of
+    // each size.
+    let smallest = 100 + 10_000 + (4 + 1) * 4096 + (2 + 1) * 8192;
+    let plan = divide(&mixed(), &request(smallest)).unwrap();
+    assert_eq!(plan.slots(), Some(&[0, 2, 2, 0, 2][..]));
+    assert_eq!(plan.left_bytes, 0);
+    let refusal = divide(&mixed(), &request(smallest - 1)).unwrap_err();
+    assert_eq!((refusal.missing_bytes(), refusal.parts.total()), (1, smallest));
+    let text = refusal.to_string();
+    assert!(text.contains("0.1 MiB too small"), "{text}");
+    assert!(text.contains("the 6 experts of one token in 3 layers"), "{text}");
+}
+
+#[test]
+fn rings_grow_first_then_the_emptiest_layer() {
+    let rings = 100 + 10_000 + (4 + 4) * 4096 + (2 + 4) * 8192;
+    let plan = divide(&mixed(), &request(rings)).unwrap();
+    let Placement::Streaming { slots, classes } = plan.placement else { panic!("streaming") };
+    assert_eq!(slots, [0, 2, 2, 0, 2]);
+    let of = |frame_bytes, slots| ClassPlan { frame_bytes, slots, ring: 4 };
+    assert_eq!(classes, [of(4096, 4), of(8192, 2)]);
+    // 2 of 16 is less than 2 of 8: the large layer catches up.
+    let plan = divide(&mixed(), &request(rings + 2 * 8192 + 4096)).unwrap();
+    assert_eq!(plan.slots(), Some(&[0, 3, 4, 0, 2][..]));
+}
+
+#[test]
+fn a_model_without_experts_fits_or_does_not() {
+    let sizes = Sizes { whole_bytes: 1000, dense_bytes: 900, layers: vec![None; 3] };
+    assert!(divide(&sizes, &request(1100)).unwrap().is_whole());
+    let refusal = divide(&sizes, &request(1099)).unwrap_err();
+    assert!(refusal.is_whole);
+    assert_eq!(refusal.parts.total(), 1100);
+    assert!(!refusal.to_string().contains("ring"), "{refusal}");
+}
+
+#[test]
+fn sizes_beyond_any_machine_are_refused_and_not_wrapped() {
+    let layers = vec![experts(1 << 40, 1 << 20, 1 << 62)];
+    let sizes = Sizes { whole_bytes: u64::MAX, dense_bytes: u64::MAX, layers };
+    let refusal = divide(&sizes, &request(u64::MAX - 1)).unwrap_err();
+    assert_eq!(refusal.parts.total(), u64::MAX);
+}
+
+#[test]
+fn figures_in_messages_are_rounded_up() {
+    assert_eq!(Mib(1 << 20).to_string(), "1.0 MiB");
+    assert_eq!(Mib((1 << 20) + 1).to_string(), "1.1 MiB");
+    assert_eq!(Mib(u64::MAX).to_string(), "17592186044416.0 MiB");
+}
+
+fn any_sizes() -> impl Strategy<Value = Sizes> {
+    let layer = (1usize..40, 1usize..10, prop::sample::select(vec![1u64, 2, 5]), any::<bool>());
+    (prop::collection::vec(layer, 1..12), 0u64..200_000, 0u64..100_000).prop_map(
+        |(layers, dense_bytes, embedding)| {
+            let layers: Vec<_> = layers
+                .into_iter()
+                .map(
+                    |(more, top_k, pages, is_moe)| {
+                        if is_moe { experts(top_k + more - 1, top_k, pages * 4096) } else { None }
+                    },
+                )
+                .collect();
+            let bytes = |layer: &Option<ExpertSizes>| {
+                layer.map_or(0, |layer| layer.experts as u64 * layer.expert_bytes)
+            };
+            let whole_bytes = dense_bytes + embedding + layers.iter().map(bytes).sum::<u64>();
+            Sizes { whole_bytes, dense_bytes, layers }
+        },
+    )
+}
+
+/// What must hold of every plan.
+fn check(sizes: &Sizes, request: &Request, plan: &Plan) {
+    assert_eq!(plan.budget_bytes, request.budget_bytes);
+    assert_eq!(plan.parts.total() + plan.left_bytes, plan.budget_bytes, "every byte has a place");
+    assert_eq!(plan.parts.process_bytes, request.process_bytes);
+    assert_eq!(plan.parts.kv_bytes, request.kv_bytes);
+    assert_eq!(plan.parts.scratch_bytes, request.scratch_bytes);
+    let Placement::Streaming { slots, classes } = &plan.placement else {
+        assert_eq!(plan.parts.weights_bytes, sizes.whole_bytes);
+        return;
+    };
+    assert_eq!(plan.parts.weights_bytes, sizes.dense_bytes);
+    assert_eq!(slots.len(), sizes.layers.len());
+    let mut counted = vec![0; classes.len()];
+    for (slots, layer) in slots.iter().zip(&sizes.layers) {
+        let Some(layer) = layer else {
+            assert_eq!(*slots, 0);
+            continue;
+        };
+        assert!((layer.top_k..=layer.experts).contains(slots), "{slots} of {layer:?}");
+        let class = classes.iter().position(|class| class.frame_bytes == layer.frame_bytes);
+        counted[class.unwrap()] += slots;
+    }
+    let slots: Vec<usize> = classes.iter().map(|class| class.slots).collect();
+    assert_eq!(slots, counted);
+    assert!(classes.iter().all(|class| class.ring >= 1));
+    let bytes = |count: fn(&ClassPlan) -> usize| -> u64 {
+        classes.iter().map(|class| class.frame_bytes * count(class) as u64).sum()
+    };
+    assert_eq!(plan.parts.slots_bytes, bytes(|class| class.slots));
+    assert_eq!(plan.parts.ring_bytes, bytes(|class| class.ring));
+    // What is left would not hold one more expert, if any is without a slot.
+    let all_in = sizes.moe().all(|(layer, sizes)| plan.slots().unwrap()[layer] == sizes.experts);
+    let largest = classes.iter().map(|class| class.frame_bytes).max().unwrap();
+    assert!(all_in || plan.left_bytes < largest);
+}
+
+proptest! {
+    #[test]
+    fn plans_account_for_every_byte_and_grow_with_the_budget(
+        sizes in any_sizes(),
+        (from, more) in (0u64..800_000, 0u64..200_000),
+        ring in prop::option::of(0usize..12),
+    ) {
+        let request = |budget_bytes| Request { ring, ..request(budget_bytes) };
+        let (small, large) = (request(from), request(from + more));
+        let plans = (divide(&sizes, &small), divide(&sizes, &large));
+        if let Ok(plan) = &plans.1 {
+            check(&sizes, &large, plan);
+        }
+        match plans {
+            (Err(refusal), _) => {
+                let needed = refusal.parts.total();
+                prop_assert!(needed > from);
+                let smallest = request(needed);
+                let plan = divide(&sizes, &smallest).expect("the budget that the refusal named");
+                check(&sizes, &smallest, &plan);
+                prop_assert_eq!(plan.left_bytes, 0);
+                prop_assert!(divide(&sizes, &request(needed - 1)).is_err());
+            }
+            (Ok(_), Err(_)) => prop_assert!(false, "more memory was refused"),
+            (Ok(small), Ok(large)) => match (small.slots(), large.slots()) {
+                (Some(less), Some(slots)) => {
+                    prop_assert!(less.iter().zip(slots).all(|(less, slots)| less <= slots));
+                    prop_assert!(small.parts.ring_bytes <= large.parts.ring_bytes);
+                }
+                (None, Some(_)) => prop_assert!(false, "more memory is not whole any more"),
+                (_, None) => {}
+            },
+        }
+    }
+}
+
+/// The blocks of 4096 bytes that the experts of a layer touch, from the
+/// stacked tensors' own shapes.
+#[test]
+fn a_frame_holds_every_block_that_an_expert_touches() {
+    use crate::{LoadOptions, Model, Residency};
+    use std::{collections::BTreeSet, path::Path, sync::Arc};
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data");
+    let gguf =
+        ["blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"];
+    let hf = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"];
+    for (name, tensors) in [
+        ("gguf/qwen3_moe_k256.Q4_K_M.gguf", &gguf[..]),
+        ("gguf/olmoe.f32.gguf", &gguf[..]),
+        ("hf/gpt_oss", &hf[..]),
+    ] {
+        let backend = Arc::new(pregate_kernels::Reference);
+        let options = LoadOptions { backend, residency: Residency::Lazy };
+        let model = Model::load(&root.join(name), options, &mut |_| {}).unwrap();
+        let sizes = Sizes::of(model.files(), model.description(), model.weights(), |layer| {
+            frame_bytes(model.files(), &model.weights().layers[layer].feed_forward)
+        });
+        let layer = sizes.layers[1].expect("an MoE layer");
+        let touched = |expert: usize| {
+            let mut blocks = BTreeSet::new();
+            for tensor in model.files().tensors() {
+                if tensors.contains(&tensor.name.as_str()) {
+                    let each = (tensor.bytes / layer.experts) as u64;
+                    let start = tensor.offset + expert as u64 * each;
+                    blocks.extend(
+                        (start / 4096..(start + each).div_ceil(4096)).map(|b| (tensor.file, b)),
+                    );
+                }
+            }
+            4096 * blocks.len() as u64
+        };
+        assert_eq!((0..layer.experts).map(touched).max(), Some(layer.frame_bytes), "{name}");
+        assert!(layer.expert_bytes <= layer.frame_bytes);
+    }
+}
