@@ -4,6 +4,8 @@
 //! No GPU, no file, no clock, no thread.
 
 pub mod cache;
+pub mod forecast;
+pub mod ledger;
 pub mod observer;
 pub mod policy;
 pub mod vocabulary;

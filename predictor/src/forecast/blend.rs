@@ -1,0 +1,192 @@
+//! The blend: logistic regression over what the sources say, learned online.
+//! Its answers are probabilities.
+
+/// Which sources answered, one bit each, and how far ahead.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Situation {
+    pub ahead: u8,
+    pub sources: u32,
+}
+
+/// Sources at most, so that their set fits [`Situation::sources`].
+pub const MAX_SOURCES: usize = 32;
+/// Two slopes per source: above and below its own threshold.
+const PER_SOURCE: usize = 2;
+/// A feature's largest magnitude.
+const CLAMP: f32 = 4.0;
+const WEIGHT_LIMIT: f32 = 16.0;
+/// Step of AdaGrad, and how slowly its memory of past gradients fades.
+const STEP: f32 = 0.15;
+const FADE: f32 = 0.998;
+const SCALE_FADE: f32 = 0.02;
+
+/// What the sources said about one layer's experts at one moment, `[features,
+/// experts]`. Features of sources that did not answer are zero.
+#[derive(Clone, Debug)]
+pub struct Features {
+    experts: usize,
+    values: Vec<f32>,
+    pub situation: Situation,
+    /// `[experts]`, the answer.
+    pub probabilities: Vec<f32>,
+}
+
+impl Features {
+    pub fn new(sources: usize, experts: usize) -> Self {
+        Self {
+            experts,
+            values: vec![0.0; sources * PER_SOURCE * experts],
+            situation: Situation { ahead: 0, sources: 0 },
+            probabilities: vec![0.0; experts],
+        }
+    }
+
+    pub fn clear(&mut self, ahead: u8) {
+        self.situation = Situation { ahead, sources: 0 };
+    }
+
+    /// Source `source` gave the finite `scores[experts]`; `threshold` lies
+    /// between those that it would choose and the others, `scale` is the usual
+    /// spread of its scores.
+    pub fn set(&mut self, source: usize, scores: &[f32], threshold: f32, scale: f32) {
+        self.situation.sources |= 1 << source;
+        let inverse = 1.0 / scale.max(1e-6);
+        let start = source * PER_SOURCE * self.experts;
+        let (above, below) =
+            self.values[start..start + PER_SOURCE * self.experts].split_at_mut(self.experts);
+        for ((above, below), &score) in above.iter_mut().zip(below).zip(scores) {
+            let x = ((score - threshold) * inverse).clamp(-CLAMP, CLAMP);
+            *above = x.max(0.0);
+            *below = x.min(0.0);
+        }
+    }
+
+    fn answered(&self) -> impl Iterator<Item = (usize, &[f32])> {
+        let sources = self.situation.sources;
+        self.values
+            .chunks_exact(self.experts.max(1))
+            .enumerate()
+            .filter(move |(feature, _)| sources >> (feature / PER_SOURCE) & 1 == 1)
+    }
+}
+
+/// Weights for one situation.
+#[derive(Clone, Debug)]
+struct Weights {
+    situation: Situation,
+    bias: f32,
+    bias_energy: f32,
+    weights: Vec<f32>,
+    energy: Vec<f32>,
+}
+
+impl Weights {
+    fn new(sources: usize, situation: Situation) -> Self {
+        let start = 1.5 / situation.sources.count_ones().max(1) as f32;
+        Self {
+            situation,
+            bias: -0.3,
+            bias_energy: 0.1,
+            weights: vec![start; sources * PER_SOURCE],
+            energy: vec![0.1; sources * PER_SOURCE],
+        }
+    }
+
+    fn predict(&self, features: &mut Features) {
+        let mut out = std::mem::take(&mut features.probabilities);
+        out.fill(self.bias);
+        for (feature, values) in features.answered() {
+            let weight = self.weights[feature];
+            for (out, value) in out.iter_mut().zip(values) {
+                *out += weight * value;
+            }
+        }
+        out.iter_mut().for_each(|z| *z = 1.0 / (1.0 + (-*z).exp()));
+        features.probabilities = out;
+    }
+
+    /// One step downhill; `errors[experts]` is prediction less truth.
+    fn learn(&mut self, features: &Features, errors: &[f32], top_k: usize) {
+        let norm = 1.0 / top_k.max(1) as f32;
+        let step = |weight: &mut f32, energy: &mut f32, gradient: f32| {
+            if gradient.is_finite() {
+                *energy = *energy * FADE + gradient * gradient;
+                *weight -= STEP * gradient / energy.sqrt();
+                *weight = weight.clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT);
+            }
+        };
+        let all: f32 = errors.iter().sum();
+        step(&mut self.bias, &mut self.bias_energy, all * norm);
+        for (feature, values) in features.answered() {
+            let gradient: f32 = values.iter().zip(errors).map(|(x, e)| x * e).sum();
+            step(&mut self.weights[feature], &mut self.energy[feature], gradient * norm);
+        }
+    }
+}
+
+/// The weights of one group of layers.
+#[derive(Clone, Debug)]
+pub struct Blend {
+    sources: usize,
+    /// One per situation that occurred; a runtime has few.
+    known: Vec<Weights>,
+    /// `[sources]`, the usual spread of the scores.
+    scales: Vec<f32>,
+    learns: bool,
+    errors: Vec<f32>,
+}
+
+/// Situations that get their own weights; later ones share the first's.
+const MAX_SITUATIONS: usize = 32;
+
+impl Blend {
+    pub fn new(sources: usize, learns: bool) -> Self {
+        Self { sources, known: Vec::new(), scales: vec![0.0; sources], learns, errors: Vec::new() }
+    }
+
+    /// The usual spread of the source's scores, after seeing these.
+    pub fn scale(&mut self, source: usize, scores: &[f32]) -> f32 {
+        let count = scores.len().max(1) as f32;
+        let mean = scores.iter().sum::<f32>() / count;
+        let variance = scores.iter().map(|s| (s - mean) * (s - mean)).sum::<f32>() / count;
+        let spread = variance.sqrt();
+        let scale = &mut self.scales[source];
+        if *scale == 0.0 {
+            *scale = spread;
+        } else {
+            *scale += SCALE_FADE * (spread - *scale);
+        }
+        *scale
+    }
+
+    fn weights(&mut self, situation: Situation) -> usize {
+        if let Some(index) = self.known.iter().position(|known| known.situation == situation) {
+            return index;
+        }
+        if self.known.len() == MAX_SITUATIONS {
+            return 0;
+        }
+        self.known.push(Weights::new(self.sources, situation));
+        self.known.len() - 1
+    }
+
+    /// Fills `features.probabilities`.
+    pub fn predict(&mut self, features: &mut Features) {
+        let index = self.weights(features.situation);
+        self.known[index].predict(features);
+    }
+
+    /// The layer asked for `experts`.
+    pub fn learn(&mut self, features: &Features, experts: &[u32]) {
+        if !self.learns {
+            return;
+        }
+        self.errors.clear();
+        self.errors.extend_from_slice(&features.probabilities);
+        for &expert in experts {
+            self.errors[expert as usize] -= 1.0;
+        }
+        let index = self.weights(features.situation);
+        self.known[index].learn(features, &self.errors, experts.len());
+    }
+}
