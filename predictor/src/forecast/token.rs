@@ -106,7 +106,7 @@ impl TokenMemory {
     }
 
     /// Adds what the token's occurrences say; `false` if there are none.
-    fn from_token(&self, token: u32, layer: &Layer, scores: &mut [f32], votes: &mut [f32]) -> bool {
+    fn add_token(&self, token: u32, layer: &Layer, scores: &mut [f32], votes: &mut [f32]) -> bool {
         let Some(slot) = self.row(token) else { return false };
         votes.fill(0.0);
         let mut occurrences = 0.0;
@@ -130,7 +130,12 @@ impl TokenMemory {
         occurrences > 0.0
     }
 
-    fn from_previous(layer: &Layer, prior: &mut [f32], odds: &mut [f32], scores: &mut [f32]) -> bool {
+    fn add_previous(
+        layer: &Layer,
+        prior: &mut [f32],
+        odds: &mut [f32],
+        scores: &mut [f32],
+    ) -> bool {
         let (Some(pairs), false) = (&layer.pairs, layer.last.is_empty()) else { return false };
         (0..prior.len()).for_each(|expert| prior[expert] = layer.marginal.probability(expert));
         for experts in layer.last.chunks(8) {
@@ -156,9 +161,9 @@ impl Forecast for TokenMemory {
         if let Some(Some(layer)) = self.layers.get(target) {
             layer.marginal.log_odds(scores);
             let (odds, prior) = (&mut odds[..scores.len()], &mut prior[..scores.len()]);
-            answered |= Self::from_previous(layer, prior, odds, scores);
+            answered |= Self::add_previous(layer, prior, odds, scores);
             if let Some(token) = known.token {
-                answered |= self.from_token(token, layer, scores, odds);
+                answered |= self.add_token(token, layer, scores, odds);
             }
         }
         (self.odds, self.prior) = (odds, prior);

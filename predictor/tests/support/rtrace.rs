@@ -13,6 +13,11 @@ pub struct Trace {
     /// First token of each sequence.
     pub starts: Vec<usize>,
     ids: Vec<u8>,
+    /// Little-endian halves in the layout of `ids`; empty if not recorded.
+    weights: Vec<u8>,
+    /// `[tokens]`, anonymous but consistent; empty if not recorded.
+    #[allow(dead_code)]
+    pub token_ids: Vec<u32>,
 }
 
 impl Trace {
@@ -36,7 +41,24 @@ impl Trace {
         let starts: Vec<usize> =
             sequences.iter().map(|s| start(s).expect("a start") as usize).collect();
         assert!(starts.iter().all(|&start| start < tokens), "{what}: starts");
-        Self { tokens, layers, top_k, experts, starts, ids }
+        let weights = std::fs::read(manifest.with_extension("w.f16")).unwrap_or_default();
+        assert!(weights.is_empty() || weights.len() == 2 * ids.len(), "{what}: weights");
+        let token_ids = std::fs::read(manifest.with_extension("tok.u32")).unwrap_or_default();
+        assert!(token_ids.is_empty() || token_ids.len() == 4 * tokens, "{what}: token ids");
+        let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+        let token_ids = token_ids.chunks_exact(4).map(number).collect();
+        Self { tokens, layers, top_k, experts, starts, ids, weights, token_ids }
+    }
+
+    /// The gate weights of [`Self::experts`]; equal ones if not recorded.
+    #[allow(dead_code)]
+    pub fn weights(&self, token: usize, layer: usize) -> impl Iterator<Item = f32> + '_ {
+        let at = (token * self.layers + layer) * self.top_k;
+        let recorded = (at..at + self.top_k).filter(|&at| self.ids[at] != 255);
+        recorded.map(|at| match self.weights.get(2 * at..2 * at + 2) {
+            Some(bytes) => half(u16::from_le_bytes([bytes[0], bytes[1]])),
+            None => 1.0,
+        })
     }
 
     /// The experts of `token` at `layer` in rank order; those that were not
@@ -44,6 +66,15 @@ impl Trace {
     pub fn experts(&self, token: usize, layer: usize) -> impl Iterator<Item = u32> + '_ {
         let at = (token * self.layers + layer) * self.top_k;
         self.ids[at..at + self.top_k].iter().filter(|&&id| id != 255).map(|&id| u32::from(id))
+    }
+}
+
+/// A positive half-precision number.
+fn half(bits: u16) -> f32 {
+    let (exponent, fraction) = (i32::from(bits >> 10 & 31), f32::from(bits & 1023) / 1024.0);
+    match exponent {
+        0 => fraction * 2f32.powi(-14),
+        _ => (1.0 + fraction) * 2f32.powi(exponent - 15),
     }
 }
 
