@@ -7,10 +7,12 @@ pub mod cache;
 pub mod forecast;
 pub mod ledger;
 pub mod observer;
+pub mod planner;
 pub mod policy;
 pub mod vocabulary;
 
 pub use cache::{Admission, Cache, CapacityError, Scope};
 pub use observer::{NoObserver, Observer};
+pub use planner::{Arrival, Counts, Landing, Planner, Request, Retire, Room};
 pub use policy::{Event, Policy};
 pub use vocabulary::{ExpertId, LayerShape, NoOutlook, Outlook, Shape};

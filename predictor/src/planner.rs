@@ -1,0 +1,446 @@
+//! The order of moves: what a layer can compute at once, what it waits for,
+//! what comes ahead of its layer, and whose frame becomes free.
+//!
+//! Runtime and replay run the same planner. It moves nothing itself: a caller
+//! owns frames and fills and tells the planner what became of them.
+//!
+//! For each layer of a token, or of a chunk of tokens:
+//! 1. [`Planner::routed`] with each token's answer of the router, then
+//!    [`Planner::request`] with the experts of all of them;
+//! 2. start a fill for each missing expert as frames are free
+//!    ([`Planner::filling`]); [`Planner::make_room`] where none is; then [`Planner::fetch_ahead`];
+//! 3. compute residents, and what [`Planner::arrived`] says is to be used;
+//!    tell [`Planner::computed`], and [`Planner::admit`] what was in no slot;
+//! 4. [`Planner::end`], also after an error.
+//!
+//! Invariants, asserted in debug builds and by `tests/planner.rs`: at most
+//! one fill is in flight per expert; what the open event needs is neither
+//! evicted nor released before it was computed; an expert is in exactly one
+//! of slot, frame outside the slots, flight, or nowhere; with one frame more
+//! than slots every demand completes.
+
+use crate::cache::{Admission, Cache};
+use crate::policy::Event;
+use crate::vocabulary::{ExpertId, NoOutlook, Shape};
+
+/// Where an expert is that no slot holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Absent,
+    /// The open event needs it and no fill has started.
+    Needed,
+    Filling(Purpose),
+    /// Prefetched and ready, for a layer that is still ahead.
+    Early,
+    /// Ready outside the slots, and the open event uses it.
+    InUse,
+}
+
+/// Who waits for a fill.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Purpose {
+    Demand,
+    Prefetch,
+    /// Nobody any more; its discard was ordered.
+    Dropped,
+}
+
+/// What became of a fill.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Landing {
+    /// All bytes are there.
+    Ready,
+    /// They could not be read.
+    Failed,
+    /// It was given up as ordered.
+    Discarded,
+}
+
+/// What to do with a fill that has landed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Arrival {
+    /// The open event waits for it: compute it, then admit it.
+    Use,
+    /// It waits for its layer where it is.
+    Keep,
+    /// It is ready and nobody wants it: its frame is free.
+    Release,
+    /// It did not come and the open event needs it: fill it again.
+    Again,
+    /// The open event needs it and it cannot be read: the event fails, unless
+    /// the caller fills it again.
+    Fail,
+    /// It did not come and nobody wants it.
+    Nothing,
+}
+
+/// Frames that are needed no longer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retire {
+    /// Ready and unwanted: their frames are free.
+    pub release: Vec<ExpertId>,
+    /// In flight and unwanted: discard the fills. They still land.
+    pub discard: Vec<ExpertId>,
+}
+
+impl Retire {
+    fn clear(&mut self) {
+        self.release.clear();
+        self.discard.clear();
+    }
+}
+
+/// What a layer needs, by where it is; each in the order of the request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Request {
+    /// In slots: compute them at once.
+    pub resident: Vec<ExpertId>,
+    /// Prefetched and ready outside the slots: compute them at once, then
+    /// admit them.
+    pub early: Vec<ExpertId>,
+    /// Prefetches on their way, which are demands now: promote their fills.
+    pub in_flight: Vec<ExpertId>,
+    /// Nowhere: fill them, and say [`Planner::filling`] of each.
+    pub missing: Vec<ExpertId>,
+    /// What was prefetched for this layer and is not needed.
+    pub retire: Retire,
+}
+
+/// A frame that a demand may have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Room {
+    /// This prefetched expert's frame is free now.
+    Released(ExpertId),
+    /// Discard this prefetch; its frame is free when it lands.
+    Discard(ExpertId),
+}
+
+/// How the experts of one layer were found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// In a slot.
+    pub resident: u64,
+    /// Prefetched in time.
+    pub early: u64,
+    /// Prefetched, and still on their way.
+    pub in_flight: u64,
+    /// Not there and not on their way.
+    pub missing: u64,
+    /// Fills that were started ahead.
+    pub prefetched: u64,
+    /// Of these, those that nobody used.
+    pub wasted: u64,
+    /// Time that the layer waited for experts.
+    pub stall_ns: u64,
+}
+
+/// The open event.
+#[derive(Debug, Default)]
+struct Open {
+    layer: Option<usize>,
+    /// `[experts]`: tokens of this event that chose each.
+    counts: Vec<u32>,
+    tokens: usize,
+    experts: Vec<u32>,
+    event_counts: Vec<u32>,
+}
+
+/// Residency, and what is on its way.
+pub struct Planner {
+    shape: Shape,
+    cache: Cache,
+    states: Vec<Vec<State>>,
+    /// Every expert that is early or whose prefetch is in flight.
+    ahead: Vec<ExpertId>,
+    open: Open,
+    counts: Vec<Counts>,
+    /// Scratch: free frames per class.
+    room: Vec<usize>,
+}
+
+impl Planner {
+    /// `cache` was made for `shape`.
+    pub fn new(shape: &Shape, cache: Cache) -> Self {
+        let experts = |layer: usize| shape.layer(layer).map_or(0, |layer| layer.experts);
+        let layers = 0..shape.layers.len();
+        Self {
+            states: layers.map(|layer| vec![State::Absent; experts(layer)]).collect(),
+            counts: vec![Counts::default(); shape.layers.len()],
+            shape: shape.clone(),
+            cache,
+            ahead: Vec::new(),
+            open: Open::default(),
+            room: Vec::new(),
+        }
+    }
+
+    /// Who is resident.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// How the layers' experts were found, `[layers]`.
+    pub fn counts(&self) -> &[Counts] {
+        &self.counts
+    }
+
+    /// A token enters the first layer.
+    pub fn begin_token(&mut self, _token: u32) {
+        self.cache.next_token();
+    }
+
+    /// A chunk of a prompt enters the first layer.
+    pub fn begin_chunk(&mut self, _tokens: &[u32]) {
+        self.cache.next_token();
+    }
+
+    /// What follows has nothing to do with what came before.
+    pub fn new_sequence(&mut self) {
+        self.cache.new_sequence();
+    }
+
+    /// The router of `layer` chose `experts` (rank order, distinct) for one
+    /// token of the event that the next [`Planner::request`] opens.
+    pub fn routed(&mut self, layer: usize, experts: &[u32], _weights: &[f32]) {
+        debug_assert!(self.open.layer.is_none(), "layer {layer} is routed inside an event");
+        let limit = self.states[layer].len();
+        self.open.counts.resize(limit.max(self.open.counts.len()), 0);
+        self.open.tokens += 1;
+        for &expert in experts {
+            self.open.counts[expert as usize] += 1;
+        }
+    }
+
+    /// Opens the event of `layer`: it needs `experts`, distinct, in rank
+    /// order for a token, in the order of reading for a chunk. None of them
+    /// is evicted before it was computed.
+    ///
+    /// Panics on experts that the layer does not have.
+    pub fn request(&mut self, layer: usize, experts: &[u32], out: &mut Request) {
+        debug_assert!(self.open.layer.is_none(), "layer {layer} inside another event");
+        self.open.layer = Some(layer);
+        self.open.experts.clear();
+        self.open.experts.extend_from_slice(experts);
+        out.clear();
+        for &expert in experts {
+            let id = ExpertId::new(layer, expert);
+            let list = match self.state(id) {
+                _ if self.cache.contains(id) => &mut out.resident,
+                State::Absent => &mut out.missing,
+                State::Early => &mut out.early,
+                State::Filling(_) => &mut out.in_flight,
+                State::Needed | State::InUse => unreachable!("{id} is in use outside an event"),
+            };
+            list.push(id);
+        }
+        for &id in &out.early {
+            self.set(id, State::InUse);
+        }
+        for &id in &out.in_flight {
+            self.set(id, State::Filling(Purpose::Demand));
+        }
+        for &id in &out.missing {
+            self.set(id, State::Needed);
+        }
+        let counts = &mut self.counts[layer];
+        counts.resident += out.resident.len() as u64;
+        counts.early += out.early.len() as u64;
+        counts.in_flight += out.in_flight.len() as u64;
+        counts.missing += out.missing.len() as u64;
+        self.tell_cache(layer);
+        self.retire(Some(layer), &mut out.retire);
+    }
+
+    fn tell_cache(&mut self, layer: usize) {
+        let open = &mut self.open;
+        let count = |&expert: &u32| open.counts.get(expert as usize).map_or(1, |&n| n.max(1));
+        open.event_counts.clear();
+        open.event_counts.extend(open.experts.iter().map(count));
+        let tokens = open.tokens.max(1);
+        let (experts, counts) = (&open.experts, &open.event_counts);
+        self.cache.used(&Event { layer, experts, counts, tokens });
+        open.counts.fill(0);
+        open.tokens = 0;
+    }
+
+    /// Gives up prefetches of `layer` (`None`: of all layers) that are not
+    /// part of the open event.
+    fn retire(&mut self, layer: Option<usize>, out: &mut Retire) {
+        out.clear();
+        let mut ahead = std::mem::take(&mut self.ahead);
+        ahead.retain(|&id| {
+            let stays = match self.state(id) {
+                State::Early | State::Filling(Purpose::Prefetch) => {
+                    layer.is_some_and(|layer| layer != id.layer())
+                }
+                _ => return false,
+            };
+            if !stays {
+                self.give_up(id, out);
+            }
+            stays
+        });
+        self.ahead = ahead;
+    }
+
+    /// The prefetch of `id` was for nothing.
+    fn give_up(&mut self, id: ExpertId, out: &mut Retire) {
+        self.counts[id.layer()].wasted += 1;
+        if self.state(id) == State::Early {
+            self.set(id, State::Absent);
+            out.release.push(id);
+        } else {
+            self.set(id, State::Filling(Purpose::Dropped));
+            out.discard.push(id);
+        }
+    }
+
+    /// Marks those of `wanted` (best first) that are nowhere as in flight, as
+    /// long as their class has frames left, `room(class)`; `out` gets them.
+    /// Nothing is evicted for them. What the model does not have is left out.
+    pub fn fetch_ahead(
+        &mut self,
+        wanted: impl IntoIterator<Item = ExpertId>,
+        room: &dyn Fn(usize) -> usize,
+        out: &mut Vec<ExpertId>,
+    ) {
+        out.clear();
+        self.room.clear();
+        self.room.extend((0..self.shape.classes()).map(room));
+        for id in wanted {
+            let Some(layer) = self.shape.layer(id.layer()) else { continue };
+            let is_free = id.expert() < layer.experts
+                && self.room[layer.class] > 0
+                && self.open.layer != Some(id.layer())
+                && self.state(id) == State::Absent
+                && !self.cache.contains(id);
+            if is_free {
+                self.room[layer.class] -= 1;
+                self.counts[id.layer()].prefetched += 1;
+                self.set(id, State::Filling(Purpose::Prefetch));
+                self.ahead.push(id);
+                out.push(id);
+            }
+        }
+    }
+
+    /// No frame of `class` is free for a demand: which prefetch gives way?
+    /// `None`: none is left; a frame becomes free when a fill lands or an
+    /// expert that was computed is admitted.
+    pub fn make_room(&mut self, class: usize) -> Option<Room> {
+        let of_class =
+            |id: &ExpertId| self.shape.layer(id.layer()).is_some_and(|layer| layer.class == class);
+        // The farthest goes first; of these, one that frees its frame at once.
+        let current = self.open.layer.unwrap_or(0);
+        let layers = self.shape.layers.len();
+        let distance = |id: ExpertId| (id.layer() + layers - current) % layers;
+        let index = (0..self.ahead.len())
+            .filter(|&index| of_class(&self.ahead[index]))
+            .max_by_key(|&index| {
+                let id = self.ahead[index];
+                (distance(id), self.state(id) == State::Early)
+            })?;
+        let id = self.ahead.remove(index);
+        let mut retire = Retire::default();
+        self.give_up(id, &mut retire);
+        Some(if retire.release.is_empty() { Room::Discard(id) } else { Room::Released(id) })
+    }
+
+    /// The fill of a missing expert has started.
+    pub fn filling(&mut self, id: ExpertId) {
+        assert_eq!(self.state(id), State::Needed, "a fill of {id} starts");
+        self.set(id, State::Filling(Purpose::Demand));
+    }
+
+    /// The fill of `id` has landed.
+    pub fn arrived(&mut self, id: ExpertId, landing: Landing) -> Arrival {
+        let State::Filling(purpose) = self.state(id) else {
+            debug_assert!(false, "{id} landed and was not in flight");
+            return Arrival::Nothing;
+        };
+        let (state, arrival) = match (purpose, landing) {
+            (Purpose::Demand, Landing::Ready) => (State::InUse, Arrival::Use),
+            (Purpose::Demand, Landing::Failed) => (State::Needed, Arrival::Fail),
+            (Purpose::Demand, Landing::Discarded) => (State::Needed, Arrival::Again),
+            (Purpose::Prefetch, Landing::Ready) => (State::Early, Arrival::Keep),
+            (Purpose::Dropped, Landing::Ready) => (State::Absent, Arrival::Release),
+            (_, Landing::Failed | Landing::Discarded) => (State::Absent, Arrival::Nothing),
+        };
+        self.set(id, state);
+        if purpose == Purpose::Prefetch && arrival == Arrival::Nothing {
+            self.counts[id.layer()].wasted += 1;
+            self.ahead.retain(|&other| other != id);
+        }
+        arrival
+    }
+
+    /// `id` of the open event was computed; nothing reads its frame any more.
+    pub fn computed(&mut self, id: ExpertId) {
+        self.cache.computed(id);
+    }
+
+    /// `id` was computed and is in no slot: who leaves for it? Never one in
+    /// `pinned`, never one that the open event still needs.
+    pub fn admit(&mut self, id: ExpertId, pinned: &dyn Fn(ExpertId) -> bool) -> Admission {
+        assert_eq!(self.state(id), State::InUse, "{id} is admitted");
+        self.cache.computed(id);
+        let admission = self.cache.admit(id, pinned, &NoOutlook);
+        self.set(id, State::Absent);
+        admission
+    }
+
+    /// The event of `layer` is over, after `stall_ns` of waiting. What it
+    /// asked for and did not use, because it failed or was cancelled, is
+    /// given up.
+    pub fn end(&mut self, layer: usize, stall_ns: u64, out: &mut Retire) {
+        debug_assert_eq!(self.open.layer, Some(layer));
+        out.clear();
+        self.counts[layer].stall_ns += stall_ns;
+        for index in 0..self.open.experts.len() {
+            let id = ExpertId::new(layer, self.open.experts[index]);
+            match self.state(id) {
+                State::InUse => {
+                    self.set(id, State::Absent);
+                    out.release.push(id);
+                }
+                State::Filling(Purpose::Demand) => {
+                    self.set(id, State::Filling(Purpose::Dropped));
+                    out.discard.push(id);
+                }
+                State::Needed => self.set(id, State::Absent),
+                _ => {}
+            }
+            self.cache.computed(id);
+        }
+        self.open.layer = None;
+        self.open.experts.clear();
+    }
+
+    /// The frame of a resident expert is lost.
+    pub fn lost(&mut self, id: ExpertId) {
+        self.cache.remove(id);
+    }
+
+    fn state(&self, id: ExpertId) -> State {
+        self.states[id.layer()][id.expert()]
+    }
+
+    fn set(&mut self, id: ExpertId, state: State) {
+        debug_assert!(
+            state == State::Absent || !self.cache.contains(id),
+            "{id} is in a slot and becomes {state:?}"
+        );
+        self.states[id.layer()][id.expert()] = state;
+    }
+}
+
+impl Request {
+    fn clear(&mut self) {
+        self.resident.clear();
+        self.early.clear();
+        self.in_flight.clear();
+        self.missing.clear();
+        self.retire.clear();
+    }
+}

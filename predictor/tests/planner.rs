@@ -1,0 +1,249 @@
+//! The planner's invariants under random events, failures, discards and
+//! prefetches, with a model of the frames that the runtime owns.
+
+use pregate_predictor::policy::Lru;
+use pregate_predictor::{
+    Admission, Arrival, Cache, ExpertId, Landing, LayerShape, Planner, Request, Retire, Room, Shape,
+};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What the runtime knows: frames per class, and who is in them.
+struct Machine {
+    shape: Shape,
+    planner: Planner,
+    frames: Vec<usize>,
+    /// Experts with a frame, ready.
+    ready: BTreeSet<ExpertId>,
+    /// Fills in flight; `true`: their discard was ordered.
+    flight: BTreeMap<ExpertId, bool>,
+    computed: BTreeSet<ExpertId>,
+    random: u64,
+}
+
+impl Machine {
+    fn new(shape: Shape, slots: usize, ring: usize, seed: u64) -> Self {
+        let per_layer: Vec<usize> =
+            shape.layers.iter().map(|layer| layer.map_or(0, |l| slots.max(l.top_k))).collect();
+        let cache = Cache::new(&shape, &per_layer, Box::new(Lru::default())).unwrap();
+        let mut frames = vec![ring; shape.classes()];
+        shape.moe().for_each(|(index, layer)| frames[layer.class] += per_layer[index]);
+        Self {
+            planner: Planner::new(&shape, cache),
+            shape,
+            frames,
+            ready: BTreeSet::new(),
+            flight: BTreeMap::new(),
+            computed: BTreeSet::new(),
+            random: seed | 1,
+        }
+    }
+
+    /// splitmix64, below `limit`.
+    fn below(&mut self, limit: usize) -> usize {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % limit as u64) as usize
+    }
+
+    fn class(&self, id: ExpertId) -> usize {
+        self.shape.layer(id.layer()).unwrap().class
+    }
+
+    fn room(&self) -> Vec<usize> {
+        let mut room = self.frames.clone();
+        for &id in self.ready.iter().chain(self.flight.keys()) {
+            room[self.class(id)] =
+                room[self.class(id)].checked_sub(1).expect("more experts than frames");
+        }
+        room
+    }
+
+    fn start(&mut self, id: ExpertId) {
+        assert!(self.room()[self.class(id)] > 0, "{id} has no frame");
+        assert!(!self.ready.contains(&id), "{id} is there and is filled");
+        assert!(self.flight.insert(id, false).is_none(), "two fills of {id}");
+    }
+
+    fn demand(&mut self, id: ExpertId) {
+        self.start(id);
+        self.planner.filling(id);
+    }
+
+    fn release(&mut self, id: ExpertId) {
+        assert!(self.ready.remove(&id), "{id} is released and has no frame");
+    }
+
+    fn retire(&mut self, retire: &Retire) {
+        retire.release.iter().for_each(|&id| self.release(id));
+        for id in &retire.discard {
+            *self.flight.get_mut(id).expect("a fill to discard") = true;
+        }
+    }
+
+    /// One fill lands, whichever. `Some`: the open event's, with what to do.
+    fn land(&mut self, faults: bool) -> Option<(ExpertId, Arrival)> {
+        let ids: Vec<ExpertId> = self.flight.keys().copied().collect();
+        let id = ids[self.below(ids.len())];
+        let discarded = self.flight.remove(&id).unwrap();
+        let landing = match self.below(10) {
+            0 if faults => Landing::Failed,
+            0..6 if discarded => Landing::Discarded,
+            _ => Landing::Ready,
+        };
+        if landing == Landing::Ready {
+            self.ready.insert(id);
+        }
+        let arrival = self.planner.arrived(id, landing);
+        match arrival {
+            Arrival::Release => self.release(id),
+            Arrival::Again => self.demand(id),
+            Arrival::Use | Arrival::Keep => assert_eq!(landing, Landing::Ready),
+            Arrival::Fail | Arrival::Nothing => assert_ne!(landing, Landing::Ready),
+        }
+        matches!(arrival, Arrival::Use | Arrival::Fail).then_some((id, arrival))
+    }
+
+    fn admit(&mut self, id: ExpertId, event: &BTreeSet<ExpertId>) {
+        assert!(self.computed.insert(id), "{id} twice");
+        let computed = &self.computed;
+        let admission =
+            self.planner.admit(id, &|other| event.contains(&other) && !computed.contains(&other));
+        match admission {
+            Admission::Added => {}
+            Admission::Bypassed => self.release(id),
+            Admission::Replaced(victim) => {
+                assert!(!event.contains(&victim) || self.computed.contains(&victim));
+                self.release(victim);
+            }
+        }
+    }
+
+    fn prefetch(&mut self, layer: usize) {
+        let layers = self.shape.layers.len();
+        // Guesses of every quality, some of them about nothing that exists.
+        let wanted: Vec<ExpertId> = (0..self.below(6))
+            .map(|_| ExpertId::new(layer + self.below(layers + 1), self.below(40) as u32))
+            .collect();
+        let (room, mut issued) = (self.room(), Vec::new());
+        self.planner.fetch_ahead(wanted, &|class| room[class], &mut issued);
+        issued.into_iter().for_each(|id| self.start(id));
+    }
+
+    /// One event from request to end. An expert that cannot be read, or
+    /// `cancelled`, ends it early.
+    fn event(&mut self, layer: usize, experts: &[u32], faults: bool, cancelled: bool) {
+        let event: BTreeSet<ExpertId> =
+            experts.iter().map(|&expert| ExpertId::new(layer, expert)).collect();
+        self.computed.clear();
+        let mut request = Request::default();
+        self.planner.request(layer, experts, &mut request);
+        let Request { resident, early, in_flight, missing, retire } = request;
+        let all: BTreeSet<ExpertId> =
+            resident.iter().chain(&early).chain(&in_flight).chain(&missing).copied().collect();
+        assert_eq!(all, event);
+        self.retire(&retire);
+        resident.iter().chain(&early).for_each(|id| assert!(self.ready.contains(id), "{id}"));
+        in_flight.iter().for_each(|id| assert!(self.flight.contains_key(id), "{id}"));
+        for &id in &resident {
+            self.planner.computed(id);
+            self.computed.insert(id);
+        }
+        early.iter().for_each(|&id| self.admit(id, &event));
+        let mut missing = missing.into_iter().peekable();
+        let mut steps = 0;
+        while self.computed.len() < event.len() && !(cancelled && self.below(4) == 0) {
+            steps += 1;
+            assert!(steps < 10_000, "no progress");
+            while let Some(id) = missing.next_if(|&id| self.room()[self.class(id)] > 0) {
+                self.demand(id);
+            }
+            if let Some(&id) = missing.peek() {
+                match self.planner.make_room(self.class(id)) {
+                    Some(Room::Released(other)) => {
+                        self.release(other);
+                        continue;
+                    }
+                    Some(Room::Discard(other)) => *self.flight.get_mut(&other).unwrap() = true,
+                    None => {}
+                }
+            }
+            if self.below(2) == 0 {
+                self.prefetch(layer);
+            }
+            assert!(!self.flight.is_empty(), "{layer}: waits for nothing");
+            match self.land(faults) {
+                Some((id, Arrival::Use)) => self.admit(id, &event),
+                Some((_, _)) => break,
+                None => {}
+            }
+        }
+        let mut retire = Retire::default();
+        self.planner.end(layer, 0, &mut retire);
+        self.retire(&retire);
+        self.check();
+    }
+
+    /// Every frame is accounted for.
+    fn check(&self) {
+        for (layer, shape) in self.shape.moe() {
+            assert!(self.planner.cache().len(layer) <= self.planner.cache().slots(layer));
+            for expert in 0..shape.experts {
+                let id = ExpertId::new(layer, expert as u32);
+                if self.planner.cache().contains(id) {
+                    assert!(self.ready.contains(&id), "{id} is resident without a frame");
+                    assert!(!self.flight.contains_key(&id), "{id} is resident and in flight");
+                }
+            }
+        }
+    }
+}
+
+fn model(layers: usize, experts: usize, top_k: usize) -> Shape {
+    let layer = |index: usize| LayerShape {
+        experts,
+        top_k,
+        expert_bytes: 1,
+        // Every third layer has larger experts; the first is dense.
+        class: usize::from(index % 3 == 2),
+    };
+    Shape { layers: (0..layers).map(|index| (index > 0).then(|| layer(index))).collect() }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn invariants_hold_and_every_demand_completes(
+        seed in any::<u64>(),
+        layers in 2..7usize,
+        experts in 2..20usize,
+        top_k in 1..5usize,
+        more_slots in 0..6usize,
+        ring in 1..6usize,
+        faults in any::<bool>(),
+    ) {
+        let top_k = top_k.min(experts);
+        let shape = model(layers, experts, top_k);
+        let mut machine = Machine::new(shape, top_k + more_slots, ring, seed);
+        for token in 0..12 {
+            let chunk = machine.below(4) == 0;
+            machine.planner.begin_token(token);
+            for layer in 1..layers {
+                let most = if chunk { experts } else { top_k };
+                let mut ids: Vec<u32> = (0..experts as u32).collect();
+                for at in (1..ids.len()).rev() {
+                    ids.swap(at, machine.below(at + 1));
+                }
+                ids.truncate(1 + machine.below(most));
+                for &id in &ids {
+                    machine.planner.routed(layer, &[id], &[1.0]);
+                }
+                let cancelled = faults && machine.below(8) == 0;
+                machine.event(layer, &ids, faults, cancelled);
+            }
+        }
+    }
+}
