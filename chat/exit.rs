@@ -50,7 +50,7 @@ impl Failure {
             Failure::Resources(_) => RESOURCES,
             Failure::Interrupted | Failure::Runtime(Error::Cancelled) => INTERRUPTED,
             Failure::Runtime(Error::Request(_) | Error::ContextFull { .. }) => USAGE,
-            Failure::Runtime(Error::Memory(_)) => RESOURCES,
+            Failure::Runtime(Error::Memory { .. } | Error::Budget(_)) => RESOURCES,
             Failure::Runtime(Error::Io { source, .. }) if out_of_memory(source) => RESOURCES,
             Failure::Runtime(_) => MODEL,
             Failure::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => USAGE,

@@ -44,7 +44,7 @@ pub enum Error {
 
     /// The model needs more memory than the budget.
     #[error(transparent)]
-    Memory(#[from] Box<TooSmall>),
+    Budget(#[from] Box<TooSmall>),
 
     /// The computation produced NaN or infinite logits.
     #[error("the model computed {found} logits at position {position}: its weights are damaged")]
