@@ -1,6 +1,10 @@
 //! What forecasts were worth: how often they were right, what their bytes
 //! saved and cost, and the switch that stops them where they lose.
 
+mod price;
+
+pub use price::{Pricing, Switch};
+
 use crate::Shape;
 
 /// How good a forecast's guesses were. It guesses as many experts as the
@@ -67,20 +71,109 @@ pub struct Recall {
     pub tally: Tally,
 }
 
+/// What a layer's prefetches moved, saved and cost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Traffic {
+    /// Prefetches that were ordered.
+    pub issued: u64,
+    pub issued_bytes: u64,
+    /// Those that the layer asked for.
+    pub useful: u64,
+    pub useful_bytes: u64,
+    /// Those that the layer did not ask for; `issued - useful - wasted` are
+    /// still open.
+    pub wasted: u64,
+    pub wasted_bytes: u64,
+    /// Stall that useful ones saved, estimated at the link's speed.
+    pub saved_ns: u64,
+    /// Stall that useless ones caused, estimated at the link's speed.
+    pub lost_ns: u64,
+    /// Time that the layer waited for experts, measured.
+    pub stall_ns: u64,
+}
+
+impl Traffic {
+    /// The share of the bytes that were asked for, of those that are settled:
+    /// precision at the issued budget.
+    pub fn precision(&self) -> Option<f64> {
+        let settled = self.useful_bytes.saturating_add(self.wasted_bytes);
+        (settled > 0).then(|| self.useful_bytes as f64 / settled as f64)
+    }
+
+    fn add(&mut self, other: &Traffic) {
+        self.issued = self.issued.saturating_add(other.issued);
+        self.issued_bytes = self.issued_bytes.saturating_add(other.issued_bytes);
+        self.useful = self.useful.saturating_add(other.useful);
+        self.useful_bytes = self.useful_bytes.saturating_add(other.useful_bytes);
+        self.wasted = self.wasted.saturating_add(other.wasted);
+        self.wasted_bytes = self.wasted_bytes.saturating_add(other.wasted_bytes);
+        self.saved_ns = self.saved_ns.saturating_add(other.saved_ns);
+        self.lost_ns = self.lost_ns.saturating_add(other.lost_ns);
+        self.stall_ns = self.stall_ns.saturating_add(other.stall_ns);
+    }
+}
+
+/// What the link to the experts did.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Link {
+    pub bytes: u64,
+    /// At least one read was under way.
+    pub busy_ns: u64,
+    pub idle_ns: u64,
+    /// What a byte takes, lately; 0 before anything was measured.
+    pub ns_per_byte: f64,
+}
+
+/// One layer of the price list.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct LayerPrice {
+    pub layer: usize,
+    pub traffic: Traffic,
+    /// Prefetching for this layer is on.
+    pub on: bool,
+    /// How often it was switched off.
+    pub switched_off: u64,
+    /// Saved less lost time in the window.
+    pub balance_ns: f64,
+}
+
 /// The ledger of one run.
 pub struct Ledger {
     columns: Vec<&'static str>,
     horizon: usize,
     /// `[layers][columns][horizon + 1]`.
     tallies: Vec<Tally>,
+    /// `[layers]`.
+    traffic: Vec<Traffic>,
+    switches: Vec<Switch>,
+    link: Link,
+    pricing: Pricing,
 }
 
 impl Ledger {
     /// For the forecasts `columns` (see [`crate::forecast::Forecaster::columns`])
     /// and guesses up to `horizon` layers ahead.
     pub fn new(shape: &Shape, columns: Vec<&'static str>, horizon: usize) -> Self {
-        let tallies = vec![Tally::default(); shape.layers.len() * columns.len() * (horizon + 1)];
-        Self { columns, horizon, tallies }
+        Self::with_pricing(shape, columns, horizon, Pricing::default())
+    }
+
+    /// The same with other settings of the switch.
+    pub fn with_pricing(
+        shape: &Shape,
+        columns: Vec<&'static str>,
+        horizon: usize,
+        pricing: Pricing,
+    ) -> Self {
+        let layers = shape.layers.len();
+        Self {
+            tallies: vec![Tally::default(); layers * columns.len() * (horizon + 1)],
+            traffic: vec![Traffic::default(); layers],
+            switches: vec![Switch::new(&pricing); layers],
+            link: Link::default(),
+            columns,
+            horizon,
+            pricing,
+        }
     }
 
     /// The names of the forecasts.
@@ -144,5 +237,106 @@ impl Ledger {
             }
         }
         totals
+    }
+
+    /// A prefetch for `layer` was ordered.
+    pub fn issued(&mut self, layer: usize, bytes: u64) {
+        let Some(traffic) = self.traffic.get_mut(layer) else { return };
+        traffic.issued += 1;
+        traffic.issued_bytes = traffic.issued_bytes.saturating_add(bytes);
+    }
+
+    /// `layer` asked for a prefetched expert for the first time and had to
+    /// wait `waited_ns` until it was there (0: it was). As a demand it would
+    /// have taken `bytes` at the link's speed.
+    pub fn useful(&mut self, layer: usize, bytes: u64, waited_ns: u64) {
+        let demand_ns = (bytes as f64 * self.link.ns_per_byte) as u64;
+        let saved_ns = demand_ns.saturating_sub(waited_ns);
+        let (Some(traffic), Some(switch)) =
+            (self.traffic.get_mut(layer), self.switches.get_mut(layer))
+        else {
+            return;
+        };
+        traffic.useful += 1;
+        traffic.useful_bytes = traffic.useful_bytes.saturating_add(bytes);
+        traffic.saved_ns = traffic.saved_ns.saturating_add(saved_ns);
+        switch.settled(saved_ns as f64);
+    }
+
+    /// `layer` ran without an expert that was prefetched for it, or the
+    /// expert was dropped before. `in_the_way_bytes` of it were moved while a
+    /// demand waited.
+    pub fn wasted(&mut self, layer: usize, bytes: u64, in_the_way_bytes: u64) {
+        let surcharge = self.pricing.surcharge * bytes as f64;
+        let lost_ns = ((in_the_way_bytes as f64 + surcharge) * self.link.ns_per_byte) as u64;
+        let (Some(traffic), Some(switch)) =
+            (self.traffic.get_mut(layer), self.switches.get_mut(layer))
+        else {
+            return;
+        };
+        traffic.wasted += 1;
+        traffic.wasted_bytes = traffic.wasted_bytes.saturating_add(bytes);
+        traffic.lost_ns = traffic.lost_ns.saturating_add(lost_ns);
+        switch.settled(-(lost_ns as f64));
+    }
+
+    /// `layer` waited for its experts.
+    pub fn stalled(&mut self, layer: usize, stall_ns: u64) {
+        if let Some(traffic) = self.traffic.get_mut(layer) {
+            traffic.stall_ns = traffic.stall_ns.saturating_add(stall_ns);
+        }
+    }
+
+    /// The link moved `bytes` in `busy_ns` and was idle for `idle_ns` since
+    /// the last call. Also tells the ledger what a byte takes: before the
+    /// first token, give it the measured speed of the plan.
+    pub fn link(&mut self, bytes: u64, busy_ns: u64, idle_ns: u64) {
+        let link = &mut self.link;
+        link.bytes = link.bytes.saturating_add(bytes);
+        link.busy_ns = link.busy_ns.saturating_add(busy_ns);
+        link.idle_ns = link.idle_ns.saturating_add(idle_ns);
+        if bytes > 0 && busy_ns > 0 {
+            let now = busy_ns as f64 / bytes as f64;
+            // A call about more bytes says more.
+            let share = (bytes as f64 / self.pricing.link_window_bytes).min(1.0);
+            let first = link.ns_per_byte == 0.0;
+            link.ns_per_byte += if first { now } else { share * (now - link.ns_per_byte) };
+        }
+    }
+
+    /// A token is done: the window moves on.
+    pub fn next_token(&mut self) {
+        self.switches.iter_mut().for_each(|switch| switch.next_token(&self.pricing));
+    }
+
+    /// Is prefetching for `layer` worth its price?
+    pub fn allows(&self, layer: usize) -> bool {
+        self.switches.get(layer).is_some_and(Switch::on)
+    }
+
+    /// The price list of the layers that prefetched something or stalled.
+    pub fn prices(&self) -> Vec<LayerPrice> {
+        let layers = self.traffic.iter().zip(&self.switches).enumerate();
+        let used = layers.filter(|(_, (traffic, _))| **traffic != Traffic::default());
+        let price = |(layer, (traffic, switch)): (usize, (&Traffic, &Switch))| LayerPrice {
+            layer,
+            traffic: *traffic,
+            on: switch.on(),
+            switched_off: switch.switched_off(),
+            balance_ns: switch.balance_ns(),
+        };
+        used.map(price).collect()
+    }
+
+    /// All layers together.
+    pub fn traffic(&self) -> Traffic {
+        let mut total = Traffic::default();
+        self.traffic.iter().for_each(|traffic| total.add(traffic));
+        total
+    }
+
+    /// What the link did.
+    pub fn link_use(&self) -> Link {
+        self.link
     }
 }
