@@ -8,7 +8,7 @@
 //! 1. [`Planner::routed`] with each token's answer of the router, then
 //!    [`Planner::request`] with the experts of all of them;
 //! 2. start a fill for each missing expert as frames are free
-//!    ([`Planner::filling`]); [`Planner::make_room`] where none is; then [`Planner::fetch_ahead`];
+//!    ([`Planner::filling`]); [`Planner::make_room`] where none is; then [`Planner::prefetch`];
 //! 3. compute residents, and what [`Planner::arrived`] says is to be used;
 //!    tell [`Planner::computed`], and [`Planner::admit`] what was in no slot;
 //! 4. [`Planner::end`], also after an error.
@@ -20,8 +20,14 @@
 //! than slots every demand completes.
 
 use crate::cache::{Admission, Cache};
+use crate::forecast::{External, Forecaster};
+use crate::ledger::Ledger;
 use crate::policy::Event;
-use crate::vocabulary::{ExpertId, NoOutlook, Shape};
+use crate::vocabulary::{ExpertId, NoOutlook, Outlook, Shape};
+
+mod prompt;
+
+use prompt::Prompt;
 
 /// Where an expert is that no slot holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -146,10 +152,35 @@ struct Open {
     event_counts: Vec<u32>,
 }
 
-/// Residency, and what is on its way.
+/// When a forecast becomes a fill.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Ahead {
+    /// An expert is fetched ahead if it is needed with at least this
+    /// probability.
+    pub threshold: f32,
+    /// Fetched ahead and not used yet, at most.
+    pub most: usize,
+}
+
+impl Default for Ahead {
+    fn default() -> Self {
+        Self { threshold: 0.5, most: 64 }
+    }
+}
+
+/// Residency, forecasts, and what is on its way.
 pub struct Planner {
     shape: Shape,
     cache: Cache,
+    forecaster: Option<Forecaster>,
+    ledger: Ledger,
+    limits: Ahead,
+    /// The layer that was routed last; `None` at the start of a token.
+    after: Option<usize>,
+    /// Something is known that the forecaster was not asked about yet.
+    ask: bool,
+    /// The chunk of a prompt that is on its way through the layers.
+    prompt: Option<Prompt>,
     states: Vec<Vec<State>>,
     /// Every expert that is early or whose prefetch is in flight.
     ahead: Vec<ExpertId>,
@@ -157,18 +188,30 @@ pub struct Planner {
     counts: Vec<Counts>,
     /// Scratch: free frames per class.
     room: Vec<usize>,
+    /// Scratch: what forecasts ask for.
+    wanted: Vec<(f32, ExpertId)>,
 }
 
 impl Planner {
-    /// `cache` was made for `shape`.
-    pub fn new(shape: &Shape, cache: Cache) -> Self {
+    /// `cache` and `forecaster` were made for `shape`. Without a forecaster
+    /// nothing is fetched ahead.
+    pub fn new(shape: &Shape, cache: Cache, forecaster: Option<Forecaster>, limits: Ahead) -> Self {
+        let columns = forecaster.as_ref().map(Forecaster::columns).unwrap_or_default();
+        let horizon = forecaster.as_ref().map_or(0, Forecaster::horizon);
         let experts = |layer: usize| shape.layer(layer).map_or(0, |layer| layer.experts);
         let layers = 0..shape.layers.len();
         Self {
             states: layers.map(|layer| vec![State::Absent; experts(layer)]).collect(),
             counts: vec![Counts::default(); shape.layers.len()],
+            ledger: Ledger::new(shape, columns, horizon),
             shape: shape.clone(),
             cache,
+            forecaster,
+            limits,
+            after: None,
+            ask: false,
+            prompt: None,
+            wanted: Vec::new(),
             ahead: Vec::new(),
             open: Open::default(),
             room: Vec::new(),
@@ -185,30 +228,78 @@ impl Planner {
         &self.counts
     }
 
+    /// The forecaster, if there is one.
+    pub fn forecaster(&self) -> Option<&Forecaster> {
+        self.forecaster.as_ref()
+    }
+
+    /// What the forecasts were worth.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
     /// A token enters the first layer.
-    pub fn begin_token(&mut self, _token: u32) {
-        self.cache.next_token();
+    pub fn begin_token(&mut self, token: u32) {
+        self.begin();
+        if let Some(forecaster) = &mut self.forecaster {
+            forecaster.begin_token(token);
+        }
     }
 
     /// A chunk of a prompt enters the first layer.
-    pub fn begin_chunk(&mut self, _tokens: &[u32]) {
+    pub fn begin_chunk(&mut self, tokens: &[u32]) {
+        self.begin();
+        self.prompt = Some(Prompt::new(tokens, self.shape.layers.len()));
+    }
+
+    fn begin(&mut self) {
+        self.end_of_prompt();
         self.cache.next_token();
+        self.after = None;
+        self.ask = false;
+    }
+
+    /// Teaches the forecasts the chunk that went through the layers.
+    fn end_of_prompt(&mut self) {
+        if let (Some(prompt), Some(forecaster)) = (self.prompt.take(), &mut self.forecaster) {
+            prompt.teach(forecaster);
+        }
     }
 
     /// What follows has nothing to do with what came before.
     pub fn new_sequence(&mut self) {
+        self.end_of_prompt();
         self.cache.new_sequence();
+        if let Some(forecaster) = &mut self.forecaster {
+            forecaster.new_sequence();
+        }
     }
 
-    /// The router of `layer` chose `experts` (rank order, distinct) for one
-    /// token of the event that the next [`Planner::request`] opens.
-    pub fn routed(&mut self, layer: usize, experts: &[u32], _weights: &[f32]) {
+    /// The router of `layer` chose `experts` (rank order, distinct) with
+    /// `weights` for one token of the event that the next
+    /// [`Planner::request`] opens; a chunk's tokens come in their order.
+    pub fn routed(&mut self, layer: usize, experts: &[u32], weights: &[f32]) {
         debug_assert!(self.open.layer.is_none(), "layer {layer} is routed inside an event");
         let limit = self.states[layer].len();
         self.open.counts.resize(limit.max(self.open.counts.len()), 0);
         self.open.tokens += 1;
         for &expert in experts {
             self.open.counts[expert as usize] += 1;
+        }
+        self.after = Some(layer);
+        self.ask = true;
+        if let Some(prompt) = &mut self.prompt {
+            prompt.routed(layer, experts);
+        } else if let Some(forecaster) = &mut self.forecaster {
+            forecaster.routed(layer, experts, weights, &mut self.ledger);
+        }
+    }
+
+    /// Scores for a later layer that the runtime computed.
+    pub fn external(&mut self, external: &External<'_>) {
+        if let Some(forecaster) = &mut self.forecaster {
+            forecaster.external(external);
+            self.ask = true;
         }
     }
 
@@ -296,6 +387,33 @@ impl Planner {
         }
     }
 
+    /// Which experts of later layers are worth a fill now? They are marked as
+    /// in flight; `out` gets them, best first. Takes free frames only,
+    /// `room(class)` many. May be called whenever the link is idle.
+    pub fn prefetch(&mut self, room: &dyn Fn(usize) -> usize, out: &mut Vec<ExpertId>) {
+        out.clear();
+        let Some(forecaster) = &mut self.forecaster else { return };
+        let mut wanted = std::mem::take(&mut self.wanted);
+        wanted.clear();
+        if let Some(prompt) = &self.prompt {
+            prompt.wanted(&self.shape, self.after, &mut wanted);
+        } else {
+            if std::mem::take(&mut self.ask) {
+                forecaster.forecast(self.after);
+            }
+            for &layer in forecaster.ahead(self.after) {
+                let start = wanted.len();
+                let probabilities = forecaster.probabilities(layer).unwrap_or_default();
+                let likely = probabilities.iter().zip(0..);
+                let likely = likely.filter(|&(&p, _)| p >= self.limits.threshold);
+                wanted.extend(likely.map(|(&p, expert)| (p, ExpertId::new(layer, expert))));
+                wanted[start..].sort_by(|a, b| b.0.total_cmp(&a.0));
+            }
+        }
+        self.fetch_ahead(wanted.iter().map(|&(_, id)| id), room, out);
+        self.wanted = wanted;
+    }
+
     /// Marks those of `wanted` (best first) that are nowhere as in flight, as
     /// long as their class has frames left, `room(class)`; `out` gets them.
     /// Nothing is evicted for them. What the model does not have is left out.
@@ -312,6 +430,7 @@ impl Planner {
             let Some(layer) = self.shape.layer(id.layer()) else { continue };
             let is_free = id.expert() < layer.experts
                 && self.room[layer.class] > 0
+                && self.ahead.len() < self.limits.most
                 && self.open.layer != Some(id.layer())
                 && self.state(id) == State::Absent
                 && !self.cache.contains(id);
@@ -385,7 +504,11 @@ impl Planner {
     pub fn admit(&mut self, id: ExpertId, pinned: &dyn Fn(ExpertId) -> bool) -> Admission {
         assert_eq!(self.state(id), State::InUse, "{id} is admitted");
         self.cache.computed(id);
-        let admission = self.cache.admit(id, pinned, &NoOutlook);
+        let outlook: &dyn Outlook = match &self.forecaster {
+            Some(forecaster) => forecaster,
+            None => &NoOutlook,
+        };
+        let admission = self.cache.admit(id, pinned, outlook);
         self.set(id, State::Absent);
         admission
     }

@@ -1,9 +1,11 @@
 //! The planner's invariants under random events, failures, discards and
 //! prefetches, with a model of the frames that the runtime owns.
 
+use pregate_predictor::forecast::{Forecaster, NAMES};
 use pregate_predictor::policy::Lru;
 use pregate_predictor::{
-    Admission, Arrival, Cache, ExpertId, Landing, LayerShape, Planner, Request, Retire, Room, Shape,
+    Admission, Ahead, Arrival, Cache, ExpertId, Landing, LayerShape, Planner, Request, Retire,
+    Room, Shape,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,14 +24,16 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(shape: Shape, slots: usize, ring: usize, seed: u64) -> Self {
+    fn new(shape: Shape, slots: usize, ring: usize, forecast: &str, seed: u64) -> Self {
+        let forecaster = Forecaster::by_name(forecast, &shape, 2);
+        let limits = Ahead { threshold: 0.3, most: 8 };
         let per_layer: Vec<usize> =
             shape.layers.iter().map(|layer| layer.map_or(0, |l| slots.max(l.top_k))).collect();
         let cache = Cache::new(&shape, &per_layer, Box::new(Lru::default())).unwrap();
         let mut frames = vec![ring; shape.classes()];
         shape.moe().for_each(|(index, layer)| frames[layer.class] += per_layer[index]);
         Self {
-            planner: Planner::new(&shape, cache),
+            planner: Planner::new(&shape, cache, forecaster, limits),
             shape,
             frames,
             ready: BTreeSet::new(),
@@ -122,12 +126,17 @@ impl Machine {
     }
 
     fn prefetch(&mut self, layer: usize) {
+        let (room, mut issued) = (self.room(), Vec::new());
+        if self.below(2) == 0 {
+            self.planner.prefetch(&|class| room[class], &mut issued);
+            issued.into_iter().for_each(|id| self.start(id));
+            return;
+        }
         let layers = self.shape.layers.len();
         // Guesses of every quality, some of them about nothing that exists.
         let wanted: Vec<ExpertId> = (0..self.below(6))
             .map(|_| ExpertId::new(layer + self.below(layers + 1), self.below(40) as u32))
             .collect();
-        let (room, mut issued) = (self.room(), Vec::new());
         self.planner.fetch_ahead(wanted, &|class| room[class], &mut issued);
         issued.into_iter().for_each(|id| self.start(id));
     }
@@ -223,14 +232,19 @@ proptest! {
         top_k in 1..5usize,
         more_slots in 0..6usize,
         ring in 1..6usize,
+        forecast in 0..NAMES.len() + 2,
         faults in any::<bool>(),
     ) {
         let top_k = top_k.min(experts);
         let shape = model(layers, experts, top_k);
-        let mut machine = Machine::new(shape, top_k + more_slots, ring, seed);
+        let forecast = NAMES.get(forecast).copied().unwrap_or("blend");
+        let mut machine = Machine::new(shape, top_k + more_slots, ring, forecast, seed);
         for token in 0..12 {
             let chunk = machine.below(4) == 0;
-            machine.planner.begin_token(token);
+            match chunk {
+                true => machine.planner.begin_chunk(&[token; 5]),
+                false => machine.planner.begin_token(token),
+            }
             for layer in 1..layers {
                 let most = if chunk { experts } else { top_k };
                 let mut ids: Vec<u32> = (0..experts as u32).collect();
@@ -238,8 +252,9 @@ proptest! {
                     ids.swap(at, machine.below(at + 1));
                 }
                 ids.truncate(1 + machine.below(most));
-                for &id in &ids {
-                    machine.planner.routed(layer, &[id], &[1.0]);
+                // A chunk's tokens share the experts out.
+                for row in ids.chunks(if chunk { ids.len().div_ceil(5) } else { ids.len() }) {
+                    machine.planner.routed(layer, row, &vec![0.5; row.len()]);
                 }
                 let cancelled = faults && machine.below(8) == 0;
                 machine.event(layer, &ids, faults, cancelled);
