@@ -10,8 +10,9 @@ mod scratch;
 mod sizes;
 
 pub use scratch::{Chunk, scratch_bytes};
-pub use sizes::{ExpertSizes, Sizes, frame_bytes};
+pub use sizes::Sizes;
 
+use pregate_predictor::LayerShape;
 use serde::Serialize;
 use std::fmt;
 
@@ -26,8 +27,8 @@ pub struct Request {
     pub kv_bytes: u64,
     /// Of the forward pass; see [`scratch_bytes`].
     pub scratch_bytes: u64,
-    /// Frames of a class that are no slots; `None`: twice the experts of a
-    /// token, and at least four. Fewer, at least one, where memory is short.
+    /// Frames of each class that are no slots; `None`: twice the experts of
+    /// a token, and at least four. Fewer, at least one, where memory is short.
     pub ring: Option<usize>,
 }
 
@@ -63,8 +64,6 @@ pub struct ClassPlan {
     pub frame_bytes: u64,
     /// Frames that hold experts between tokens, of all layers of the class.
     pub slots: usize,
-    /// Further frames, which experts are read into.
-    pub ring: usize,
 }
 
 /// How the experts are kept.
@@ -76,7 +75,9 @@ pub enum Placement {
     Streaming {
         /// Per layer of the model, 0 for dense layers.
         slots: Vec<usize>,
-        /// In the order of [`Sizes::classes`].
+        /// Further frames of each class, which experts are read into.
+        ring: usize,
+        /// As in [`Sizes::class_bytes`].
         classes: Vec<ClassPlan>,
     },
 }
@@ -192,23 +193,23 @@ pub fn divide(sizes: &Sizes, request: &Request) -> Result<Plan, TooSmall> {
     if whole.total() <= budget_bytes {
         return Ok(plan(whole, Placement::Whole));
     }
-    let streaming = Parts { weights_bytes: sizes.dense_bytes, ..base };
-    let mut frames = Frames::smallest(sizes, streaming);
-    let is_whole = frames.slots.iter().all(|slots| *slots == 0) || whole.total() <= frames.total();
-    if is_whole || frames.total() > budget_bytes {
-        let parts = if is_whole { whole } else { frames.parts() };
+    let base = Parts { weights_bytes: sizes.dense_bytes, ..base };
+    let mut frames = Frames::smallest(sizes, base);
+    let smallest = frames.parts();
+    if sizes.shape.moe().next().is_none() || smallest.total() > budget_bytes {
+        let is_whole = sizes.shape.moe().next().is_none() || whole.total() <= smallest.total();
         return Err(TooSmall {
             budget_bytes,
-            parts,
+            parts: if is_whole { whole } else { smallest },
             is_whole,
-            moe_layers: sizes.moe().count(),
-            experts: sizes.moe().map(|(_, layer)| layer.top_k).sum(),
+            moe_layers: sizes.shape.moe().count(),
+            experts: frames.slots.iter().sum(),
         });
     }
     frames.grow(budget_bytes, request.ring);
-    let parts = frames.parts();
-    let classes = frames.class_plans();
-    Ok(plan(parts, Placement::Streaming { slots: frames.slots, classes }))
+    let (parts, classes) = (frames.parts(), frames.class_plans());
+    let Frames { slots, ring, .. } = frames;
+    Ok(plan(parts, Placement::Streaming { slots, ring, classes }))
 }
 
 /// Frames while they are being handed out.
@@ -216,98 +217,74 @@ struct Frames<'a> {
     sizes: &'a Sizes,
     /// Everything but the frames.
     base: Parts,
-    classes: Vec<u64>,
-    /// Per layer, the class of its frames.
-    class_of: Vec<usize>,
+    /// Per layer of the model.
     slots: Vec<usize>,
-    ring: Vec<usize>,
+    /// Of each class.
+    ring: usize,
 }
 
 impl<'a> Frames<'a> {
     fn smallest(sizes: &'a Sizes, base: Parts) -> Self {
-        let classes = sizes.classes();
-        let class = |layer: &Option<ExpertSizes>| {
-            let frame_bytes = layer.as_ref().map(|layer| layer.frame_bytes);
-            classes.iter().position(|class| Some(*class) == frame_bytes).unwrap_or(0)
-        };
-        let slots = |layer: &Option<ExpertSizes>| layer.as_ref().map_or(0, |layer| layer.top_k);
-        Self {
-            sizes,
-            base,
-            class_of: sizes.layers.iter().map(class).collect(),
-            slots: sizes.layers.iter().map(slots).collect(),
-            ring: vec![1; classes.len()],
-            classes,
-        }
+        let top_k = |layer: &Option<LayerShape>| layer.map_or(0, |layer| layer.top_k);
+        let slots = sizes.shape.layers.iter().map(top_k).collect();
+        Self { sizes, base, slots, ring: 1 }
     }
 
     fn parts(&self) -> Parts {
-        let bytes = |count: usize, class: usize| self.classes[class].saturating_mul(count as u64);
-        let sum = |parts: &mut dyn Iterator<Item = u64>| parts.fold(0, u64::saturating_add);
-        let moe = self.sizes.moe().map(|(layer, _)| bytes(self.slots[layer], self.class_of[layer]));
-        let ring = self.ring.iter().enumerate().map(|(class, frames)| bytes(*frames, class));
-        Parts { slots_bytes: sum(&mut { moe }), ring_bytes: sum(&mut { ring }), ..self.base }
+        let slots = self.sizes.shape.moe().map(|(index, layer)| {
+            let frame_bytes = self.sizes.class_bytes[layer.class];
+            frame_bytes.saturating_mul(self.slots[index] as u64)
+        });
+        Parts {
+            slots_bytes: slots.fold(0, u64::saturating_add),
+            ring_bytes: self.ring_step().saturating_mul(self.ring as u64),
+            ..self.base
+        }
     }
 
-    fn total(&self) -> u64 {
-        self.parts().total()
+    /// One frame more of each class.
+    fn ring_step(&self) -> u64 {
+        self.sizes.class_bytes.iter().copied().fold(0, u64::saturating_add)
     }
 
     /// Hands out frames in an order that does not depend on the budget, up to
     /// the first that does not fit.
     fn grow(&mut self, budget_bytes: u64, ring: Option<usize>) {
-        let mut left = budget_bytes - self.total();
-        let mut take = |bytes: u64| match left.checked_sub(bytes) {
-            Some(rest) => {
-                left = rest;
-                true
-            }
-            None => false,
-        };
-        for class in 0..self.classes.len() {
-            let of_class = self.sizes.moe().filter(|(layer, _)| self.class_of[*layer] == class);
-            let per_token = of_class.map(|(_, layer)| layer.top_k).max().unwrap_or(0);
-            let wanted = ring.unwrap_or((2 * per_token).max(SMALLEST_RING));
-            while self.ring[class] < wanted {
-                if !take(self.classes[class]) {
-                    return;
-                }
-                self.ring[class] += 1;
-            }
+        let mut left = budget_bytes - self.parts().total();
+        let top_k = self.sizes.shape.moe().map(|(_, layer)| layer.top_k).max().unwrap_or(0);
+        let wanted = ring.unwrap_or((2 * top_k).max(SMALLEST_RING));
+        while self.ring < wanted {
+            let Some(rest) = left.checked_sub(self.ring_step()) else { return };
+            left = rest;
+            self.ring += 1;
         }
-        while let Some(layer) = self.emptiest() {
-            if !take(self.classes[self.class_of[layer]]) {
-                return;
-            }
-            self.slots[layer] += 1;
+        while let Some((index, layer)) = self.emptiest() {
+            let Some(rest) = left.checked_sub(self.sizes.class_bytes[layer.class]) else { return };
+            left = rest;
+            self.slots[index] += 1;
         }
     }
 
     /// The layer with the smallest share of its experts in slots; of equal
     /// ones the first. `None` when every expert has a slot.
-    fn emptiest(&self) -> Option<usize> {
-        let open = self.sizes.moe().filter(|(layer, sizes)| self.slots[*layer] < sizes.experts);
-        let share = |layer: usize, experts: usize| (self.slots[layer] as u128, experts as u128);
-        let least = open.min_by(|(a, x), (b, y)| {
-            // a / x against b / y, without division.
-            let ((a, x), (b, y)) = (share(*a, x.experts), share(*b, y.experts));
-            (a * y).cmp(&(b * x))
-        });
-        least.map(|(layer, _)| layer)
+    fn emptiest(&self) -> Option<(usize, &'a LayerShape)> {
+        let sizes = self.sizes;
+        let open = sizes.shape.moe().filter(|(index, layer)| self.slots[*index] < layer.experts);
+        open.min_by(|(a, x), (b, y)| {
+            // slots[a] / x.experts against slots[b] / y.experts.
+            let [slots_a, slots_b] = [self.slots[*a] as u128, self.slots[*b] as u128];
+            (slots_a * y.experts as u128).cmp(&(slots_b * x.experts as u128))
+        })
     }
 
     fn class_plans(&self) -> Vec<ClassPlan> {
         let slots = |class: usize| {
-            let of_class = self.slots.iter().zip(&self.class_of);
-            of_class.filter(|(_, of)| **of == class).map(|(slots, _)| slots).sum()
+            let of_class = self.sizes.shape.moe().filter(|(_, layer)| layer.class == class);
+            of_class.map(|(index, _)| self.slots[index]).sum()
         };
-        let classes = self.classes.iter().zip(&self.ring).enumerate();
+        let classes = self.sizes.class_bytes.iter().enumerate();
         classes
-            .map(|(class, (frame_bytes, ring))| ClassPlan {
-                frame_bytes: *frame_bytes,
-                slots: slots(class),
-                ring: *ring,
-            })
+            .map(|(class, &frame_bytes)| ClassPlan { frame_bytes, slots: slots(class) })
             .collect()
     }
 }

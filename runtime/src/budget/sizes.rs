@@ -1,85 +1,72 @@
 //! What a model asks of memory.
 
 use crate::files::ModelFiles;
-use crate::model::description::{FeedForward, ModelDescription};
+use crate::model::description::ModelDescription;
 use crate::model::weights::{FeedForwardWeights, GatedBlock, ModelWeights, Place, Weight};
+use pregate_predictor::{LayerShape, Shape};
+use std::collections::HashSet;
 use std::ops::Range;
-
-/// The routed experts of one layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExpertSizes {
-    pub experts: usize,
-    /// Experts of one token; slots that the layer needs at least.
-    pub top_k: usize,
-    /// Bytes that one expert takes in memory, a multiple of 4096.
-    pub frame_bytes: u64,
-    /// Weight bytes of one expert.
-    pub expert_bytes: u64,
-}
 
 /// A model's sizes in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// Of all files: what a mapped model takes.
     pub whole_bytes: u64,
-    /// What streaming keeps in memory: all matrices but the routed experts,
-    /// and but the embedding table where it is not also the head.
+    /// What streaming keeps in memory: all tensors but those of routed
+    /// experts, and but the embedding table where it is not also the head.
     pub dense_bytes: u64,
-    /// One per layer of the model; `None`: no routed experts.
-    pub layers: Vec<Option<ExpertSizes>>,
+    /// The layers' experts; classes index `class_bytes`.
+    pub shape: Shape,
+    /// Bytes of a frame per class: one expert with its alignment, a multiple
+    /// of 4096.
+    pub class_bytes: Vec<u64>,
 }
 
 impl Sizes {
-    /// `frame_bytes` says what one expert of a layer takes in memory; see
-    /// [`frame_bytes`].
-    pub fn of(
-        files: &ModelFiles,
-        description: &ModelDescription,
-        weights: &ModelWeights,
-        frame_bytes: impl Fn(usize) -> u64,
-    ) -> Self {
-        let layers = description.layers.iter().zip(&weights.layers).enumerate();
-        let experts = layers.map(|(index, (layer, weights))| match layer.feed_forward {
-            FeedForward::Dense { .. } => None,
-            FeedForward::Moe(ref moe) => Some(ExpertSizes {
-                experts: moe.experts,
-                top_k: moe.top_k,
-                frame_bytes: frame_bytes(index),
-                expert_bytes: largest_expert(&weights.feed_forward),
-            }),
-        });
+    pub fn of(files: &ModelFiles, description: &ModelDescription, weights: &ModelWeights) -> Self {
+        let mut class_bytes = Vec::new();
+        let mut layers = vec![None; description.layers.len()];
+        for (index, moe) in description.moe_layers() {
+            let frame_bytes = frame_bytes(files, &weights.layers[index].feed_forward);
+            let class = class_bytes.iter().position(|class| *class == frame_bytes);
+            let class = class.unwrap_or_else(|| {
+                class_bytes.push(frame_bytes);
+                class_bytes.len() - 1
+            });
+            let (experts, top_k) = (moe.experts, moe.top_k);
+            layers[index] = Some(LayerShape { experts, top_k, expert_bytes: frame_bytes, class });
+        }
         Self {
             whole_bytes: files.total_bytes(),
-            dense_bytes: weights.bytes_per_token(|_| 0),
-            layers: experts.collect(),
+            dense_bytes: dense_bytes(files, weights),
+            shape: Shape { layers },
+            class_bytes,
         }
-    }
-
-    /// The MoE layers with their indices.
-    pub fn moe(&self) -> impl Iterator<Item = (usize, &ExpertSizes)> {
-        self.layers.iter().enumerate().filter_map(|(index, layer)| Some((index, layer.as_ref()?)))
-    }
-
-    /// The distinct frame sizes in the order of their first layers. Layers of
-    /// one class may share frames.
-    pub fn classes(&self) -> Vec<u64> {
-        let mut classes = Vec::new();
-        for (_, layer) in self.moe() {
-            if !classes.contains(&layer.frame_bytes) {
-                classes.push(layer.frame_bytes);
-            }
-        }
-        classes
     }
 }
 
-fn largest_expert(weights: &FeedForwardWeights) -> u64 {
-    match weights {
-        FeedForwardWeights::Dense(_) => 0,
-        FeedForwardWeights::Moe(moe) => {
-            moe.experts.iter().map(|expert| expert.bytes()).max().unwrap_or(0)
+/// Tensors in memory start at multiples of this.
+const TENSOR_ALIGN: usize = 64;
+
+fn dense_bytes(files: &ModelFiles, weights: &ModelWeights) -> u64 {
+    let mut streamed = HashSet::new();
+    for layer in &weights.layers {
+        if let FeedForwardWeights::Moe(moe) = &layer.feed_forward {
+            for expert in &moe.experts {
+                for projection in [&expert.gate, &expert.up, &expert.down] {
+                    streamed.insert(projection.weight.tensor);
+                    if let Place::Pairs { scales, .. } = projection.weight.place {
+                        streamed.insert(scales);
+                    }
+                }
+            }
         }
     }
+    if weights.head.weight.tensor != weights.embedding.tensor {
+        streamed.insert(weights.embedding.tensor);
+    }
+    let kept = files.tensors().iter().enumerate().filter(|(index, _)| !streamed.contains(index));
+    kept.map(|(_, tensor)| tensor.bytes.next_multiple_of(TENSOR_ALIGN) as u64).sum()
 }
 
 /// What whole blocks of files are read in.
@@ -88,7 +75,7 @@ const ALIGN: u64 = 4096;
 /// Bytes of a frame that holds any one expert of a layer: every contiguous
 /// range of the files, widened to whole blocks of 4096 bytes. 0 for a dense
 /// layer.
-pub fn frame_bytes(files: &ModelFiles, weights: &FeedForwardWeights) -> u64 {
+fn frame_bytes(files: &ModelFiles, weights: &FeedForwardWeights) -> u64 {
     match weights {
         FeedForwardWeights::Dense(_) => 0,
         FeedForwardWeights::Moe(moe) => {

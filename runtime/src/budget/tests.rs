@@ -1,8 +1,17 @@
 use super::*;
+use pregate_predictor::Shape;
 use proptest::prelude::*;
 
-fn experts(experts: usize, top_k: usize, frame_bytes: u64) -> Option<ExpertSizes> {
-    Some(ExpertSizes { experts, top_k, frame_bytes, expert_bytes: frame_bytes - 100 })
+const CLASSES: [u64; 3] = [4096, 8192, 20480];
+
+fn experts(experts: usize, top_k: usize, class: usize) -> Option<LayerShape> {
+    Some(LayerShape { experts, top_k, expert_bytes: CLASSES[class] - 100, class })
+}
+
+fn sizes(whole_bytes: u64, dense_bytes: u64, layers: Vec<Option<LayerShape>>) -> Sizes {
+    let shape = Shape { layers };
+    let class_bytes = CLASSES[..shape.classes()].to_vec();
+    Sizes { whole_bytes, dense_bytes, shape, class_bytes }
 }
 
 fn request(budget_bytes: u64) -> Request {
@@ -11,8 +20,8 @@ fn request(budget_bytes: u64) -> Request {
 
 /// Two dense layers of five, two classes.
 fn mixed() -> Sizes {
-    let layers = vec![None, experts(8, 2, 4096), experts(16, 2, 8192), None, experts(8, 2, 4096)];
-    Sizes { whole_bytes: 400_000, dense_bytes: 10_000, layers }
+    let layers = vec![None, experts(8, 2, 0), experts(16, 2, 1), None, experts(8, 2, 0)];
+    sizes(400_000, 10_000, layers)
 }
 
 #[test]
@@ -42,10 +51,9 @@ fn one_byte_less_than_the_smallest_plan_is_refused_with_that_byte() {
 fn rings_grow_first_then_the_emptiest_layer() {
     let rings = 100 + 10_000 + (4 + 4) * 4096 + (2 + 4) * 8192;
     let plan = divide(&mixed(), &request(rings)).unwrap();
-    let Placement::Streaming { slots, classes } = plan.placement else { panic!("streaming") };
-    assert_eq!(slots, [0, 2, 2, 0, 2]);
-    let of = |frame_bytes, slots| ClassPlan { frame_bytes, slots, ring: 4 };
-    assert_eq!(classes, [of(4096, 4), of(8192, 2)]);
+    let (slots, of) = (vec![0, 2, 2, 0, 2], |frame_bytes, slots| ClassPlan { frame_bytes, slots });
+    let classes = vec![of(4096, 4), of(8192, 2)];
+    assert_eq!(plan.placement, Placement::Streaming { slots, ring: 4, classes });
     // 2 of 16 is less than 2 of 8: the large layer catches up.
     let plan = divide(&mixed(), &request(rings + 2 * 8192 + 4096)).unwrap();
     assert_eq!(plan.slots(), Some(&[0, 3, 4, 0, 2][..]));
@@ -53,7 +61,7 @@ fn rings_grow_first_then_the_emptiest_layer() {
 
 #[test]
 fn a_model_without_experts_fits_or_does_not() {
-    let sizes = Sizes { whole_bytes: 1000, dense_bytes: 900, layers: vec![None; 3] };
+    let sizes = sizes(1000, 900, vec![None; 3]);
     assert!(divide(&sizes, &request(1100)).unwrap().is_whole());
     let refusal = divide(&sizes, &request(1099)).unwrap_err();
     assert!(refusal.is_whole);
@@ -63,8 +71,8 @@ fn a_model_without_experts_fits_or_does_not() {
 
 #[test]
 fn sizes_beyond_any_machine_are_refused_and_not_wrapped() {
-    let layers = vec![experts(1 << 40, 1 << 20, 1 << 62)];
-    let sizes = Sizes { whole_bytes: u64::MAX, dense_bytes: u64::MAX, layers };
+    let mut sizes = sizes(u64::MAX, u64::MAX, vec![experts(1 << 40, 1 << 20, 0)]);
+    sizes.class_bytes = vec![1 << 62];
     let refusal = divide(&sizes, &request(u64::MAX - 1)).unwrap_err();
     assert_eq!(refusal.parts.total(), u64::MAX);
 }
@@ -77,22 +85,15 @@ fn figures_in_messages_are_rounded_up() {
 }
 
 fn any_sizes() -> impl Strategy<Value = Sizes> {
-    let layer = (1usize..40, 1usize..10, prop::sample::select(vec![1u64, 2, 5]), any::<bool>());
+    let layer = (1usize..40, 1usize..10, 0..CLASSES.len(), any::<bool>());
     (prop::collection::vec(layer, 1..12), 0u64..200_000, 0u64..100_000).prop_map(
         |(layers, dense_bytes, embedding)| {
-            let layers: Vec<_> = layers
-                .into_iter()
-                .map(
-                    |(more, top_k, pages, is_moe)| {
-                        if is_moe { experts(top_k + more - 1, top_k, pages * 4096) } else { None }
-                    },
-                )
-                .collect();
-            let bytes = |layer: &Option<ExpertSizes>| {
-                layer.map_or(0, |layer| layer.experts as u64 * layer.expert_bytes)
-            };
-            let whole_bytes = dense_bytes + embedding + layers.iter().map(bytes).sum::<u64>();
-            Sizes { whole_bytes, dense_bytes, layers }
+            let layers = layers.into_iter().map(|(more, top_k, class, is_moe)| {
+                if is_moe { experts(top_k + more - 1, top_k, class) } else { None }
+            });
+            let sizes = sizes(0, dense_bytes, layers.collect());
+            let experts = sizes.shape.moe().map(|(_, l)| l.experts as u64 * l.expert_bytes);
+            Sizes { whole_bytes: dense_bytes + embedding + experts.sum::<u64>(), ..sizes }
         },
     )
 }
@@ -104,34 +105,31 @@ fn check(sizes: &Sizes, request: &Request, plan: &Plan) {
     assert_eq!(plan.parts.process_bytes, request.process_bytes);
     assert_eq!(plan.parts.kv_bytes, request.kv_bytes);
     assert_eq!(plan.parts.scratch_bytes, request.scratch_bytes);
-    let Placement::Streaming { slots, classes } = &plan.placement else {
+    let Placement::Streaming { slots, ring, classes } = &plan.placement else {
         assert_eq!(plan.parts.weights_bytes, sizes.whole_bytes);
         return;
     };
     assert_eq!(plan.parts.weights_bytes, sizes.dense_bytes);
-    assert_eq!(slots.len(), sizes.layers.len());
+    assert_eq!((slots.len(), classes.len()), (sizes.shape.layers.len(), sizes.class_bytes.len()));
+    assert!(*ring >= 1);
     let mut counted = vec![0; classes.len()];
-    for (slots, layer) in slots.iter().zip(&sizes.layers) {
+    let mut bytes = 0;
+    for (slots, layer) in slots.iter().zip(&sizes.shape.layers) {
         let Some(layer) = layer else {
             assert_eq!(*slots, 0);
             continue;
         };
         assert!((layer.top_k..=layer.experts).contains(slots), "{slots} of {layer:?}");
-        let class = classes.iter().position(|class| class.frame_bytes == layer.frame_bytes);
-        counted[class.unwrap()] += slots;
+        counted[layer.class] += slots;
+        bytes += CLASSES[layer.class] * *slots as u64;
     }
-    let slots: Vec<usize> = classes.iter().map(|class| class.slots).collect();
-    assert_eq!(slots, counted);
-    assert!(classes.iter().all(|class| class.ring >= 1));
-    let bytes = |count: fn(&ClassPlan) -> usize| -> u64 {
-        classes.iter().map(|class| class.frame_bytes * count(class) as u64).sum()
-    };
-    assert_eq!(plan.parts.slots_bytes, bytes(|class| class.slots));
-    assert_eq!(plan.parts.ring_bytes, bytes(|class| class.ring));
+    assert_eq!(classes.iter().map(|class| class.slots).collect::<Vec<_>>(), counted);
+    assert_eq!(plan.parts.slots_bytes, bytes);
+    let ring_step: u64 = sizes.class_bytes.iter().sum();
+    assert_eq!(plan.parts.ring_bytes, ring_step * *ring as u64);
     // What is left would not hold one more expert, if any is without a slot.
-    let all_in = sizes.moe().all(|(layer, sizes)| plan.slots().unwrap()[layer] == sizes.experts);
-    let largest = classes.iter().map(|class| class.frame_bytes).max().unwrap();
-    assert!(all_in || plan.left_bytes < largest);
+    let all_in = sizes.shape.moe().all(|(index, layer)| slots[index] == layer.experts);
+    assert!(all_in || plan.left_bytes < ring_step.max(CLASSES[CLASSES.len() - 1]));
 }
 
 proptest! {
@@ -188,10 +186,8 @@ fn a_frame_holds_every_block_that_an_expert_touches() {
         let backend = Arc::new(pregate_kernels::Reference);
         let options = LoadOptions { backend, residency: Residency::Lazy };
         let model = Model::load(&root.join(name), options, &mut |_| {}).unwrap();
-        let sizes = Sizes::of(model.files(), model.description(), model.weights(), |layer| {
-            frame_bytes(model.files(), &model.weights().layers[layer].feed_forward)
-        });
-        let layer = sizes.layers[1].expect("an MoE layer");
+        let sizes = Sizes::of(model.files(), model.description(), model.weights());
+        let layer = sizes.shape.layers[1].expect("an MoE layer");
         let touched = |expert: usize| {
             let mut blocks = BTreeSet::new();
             for tensor in model.files().tensors() {
@@ -205,7 +201,7 @@ fn a_frame_holds_every_block_that_an_expert_touches() {
             }
             4096 * blocks.len() as u64
         };
-        assert_eq!((0..layer.experts).map(touched).max(), Some(layer.frame_bytes), "{name}");
-        assert!(layer.expert_bytes <= layer.frame_bytes);
+        let frame_bytes = sizes.class_bytes[layer.class];
+        assert_eq!((0..layer.experts).map(touched).max(), Some(frame_bytes), "{name}");
     }
 }
