@@ -100,6 +100,20 @@ def run_once(engine, model, options, round_number):
         return {**run, "error": str(failure)}
 
 
+def add_run(record, options, attempt):
+    """Adds what `attempt` gives to the record; it is repeated while other programs take too much."""
+    for _ in range(ATTEMPTS):
+        run = attempt()
+        if run.get("others_cpu", 0) <= options.others_limit:
+            break
+        record["disturbed"].append(run)
+    else:
+        run = {**run, "error": f"others took more than {options.others_limit:.0%} of the CPU in every attempt"}
+    record["failures" if "error" in run else "runs"].append(run)
+    if "error" in run:
+        print(f"{record['label']}: {run['engine']}: {run['error']}", file=sys.stderr)
+
+
 def run_model(model, chosen, options, keep):
     """All rounds of one model. `keep` gets the growing record after each round."""
     record = {**dataclasses.asdict(model), "bandwidth_gb_s": [], "runs": [], "disturbed": [], "failures": []}
@@ -112,16 +126,7 @@ def run_model(model, chosen, options, keep):
     for round_number in range(options.rounds):
         bandwidth(round_number, "before")
         for engine in chosen:
-            for _ in range(ATTEMPTS):
-                run = run_once(engine, model, options, round_number)
-                if run.get("others_cpu", 0) <= options.others_limit:
-                    break
-                record["disturbed"].append(run)
-            else:
-                run = {**run, "error": f"others took more than {options.others_limit:.0%} of the CPU in every attempt"}
-            record["failures" if "error" in run else "runs"].append(run)
-            if "error" in run:
-                print(f"{model.label}: {engine.name}: {run['error']}", file=sys.stderr)
+            add_run(record, options, lambda: run_once(engine, model, options, round_number))
         bandwidth(round_number, "after")
         keep(record)
         print(f"{model.label}: round {round_number + 1} of {options.rounds}", file=sys.stderr)
@@ -159,19 +164,13 @@ def fingerprint(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def common_arguments(parser):
+    """What every comparison asks for: models, sizes, quiet, output."""
     parser.add_argument("--pregate", metavar="PATH")
     parser.add_argument("--llama-bench", metavar="PATH", help="llama-bench of llama.cpp")
     parser.add_argument("--ik-llama-bench", metavar="PATH", help="llama-bench of ik_llama.cpp")
-    parser.add_argument("--membw", metavar="PATH", help="bandwidth test: `membw THREADS MIB 1` prints 'median X GB/s'")
     parser.add_argument("--model", metavar="LABEL=FILE[,ik=FILE]", type=Model.parse, action="append", required=True)
-    parser.add_argument("--llama-setting", metavar="'LABEL: [NAME=VALUE] ARGS'", type=setting, action="append",
-                        help=f"replaces {', '.join(map(repr, LLAMA_SETTINGS))}; may be repeated")
-    parser.add_argument("--ik-setting", metavar="'LABEL: [NAME=VALUE] ARGS'", type=setting, action="append",
-                        help=f"replaces {', '.join(map(repr, IK_SETTINGS))}; may be repeated")
     parser.add_argument("-t", dest="threads", type=int, default=2)
-    parser.add_argument("-p", dest="n_prompt", type=int, default=512)
     parser.add_argument("-n", dest="n_gen", type=int, default=64)
     parser.add_argument("-r", dest="rounds", type=int, default=QUOTABLE_ROUNDS)
     parser.add_argument("--limit-s", type=int, default=900, help="most seconds that one run may take")
@@ -182,24 +181,38 @@ def arguments(argv):
                         help="repeat a run during which other programs took more of the CPU time than this (0 to 1; "
                              f"at most {ATTEMPTS} attempts)")
     parser.add_argument("--out", required=True, metavar="FILE", help="every sample, as JSON")
-    options = parser.parse_args(argv)
-    if not (options.pregate or options.llama_bench or options.ik_llama_bench):
-        parser.error("name at least one engine")
-    for number in ("threads", "n_prompt", "n_gen", "rounds", "limit_s"):
+
+
+def check(parser, options, binaries, numbers):
+    """Ends with a usage error where a number is below 1 or a file is missing."""
+    for number in numbers:
         if getattr(options, number) < 1:
             parser.error(f"{number} must be at least 1")
-    given = [options.pregate, options.llama_bench, options.ik_llama_bench, options.membw]
-    for path in [*filter(None, given), *(path for model in options.model for path in (model.path, model.ik_path))]:
+    for path in [*filter(None, binaries), *(path for model in options.model for path in (model.path, model.ik_path))]:
         if not Path(path).is_file():
             parser.error(f"no file {path}")
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_arguments(parser)
+    parser.add_argument("--membw", metavar="PATH", help="bandwidth test: `membw THREADS MIB 1` prints 'median X GB/s'")
+    parser.add_argument("--llama-setting", metavar="'LABEL: [NAME=VALUE] ARGS'", type=setting, action="append",
+                        help=f"replaces {', '.join(map(repr, LLAMA_SETTINGS))}; may be repeated")
+    parser.add_argument("--ik-setting", metavar="'LABEL: [NAME=VALUE] ARGS'", type=setting, action="append",
+                        help=f"replaces {', '.join(map(repr, IK_SETTINGS))}; may be repeated")
+    parser.add_argument("-p", dest="n_prompt", type=int, default=512)
+    options = parser.parse_args(argv)
+    given = [options.pregate, options.llama_bench, options.ik_llama_bench]
+    if not any(given):
+        parser.error("name at least one engine")
+    check(parser, options, [*given, options.membw], ("threads", "n_prompt", "n_gen", "rounds", "limit_s"))
     return options
 
 
-def main(argv=None):
-    options = arguments(argv)
-    chosen = engines(options)
-    binaries = {engine.binary for engine in chosen} | ({options.membw} if options.membw else set())
-    raw = {
+def provenance(binaries, argv):
+    """Machine, commit, command and binaries: the head of a raw file."""
+    return {
         "machine": machine(),
         "commit": commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -207,6 +220,13 @@ def main(argv=None):
         "binaries": {path: fingerprint(path) for path in sorted(binaries)},
         "models": [],
     }
+
+
+def main(argv=None):
+    options = arguments(argv)
+    chosen = engines(options)
+    binaries = {engine.binary for engine in chosen} | ({options.membw} if options.membw else set())
+    raw = provenance(binaries, argv)
 
     def keep(record):
         raw["models"] = [done for done in raw["models"] if done["label"] != record["label"]] + [record]

@@ -47,7 +47,7 @@ def first_json(text, opening):
     raise Failure(f"no JSON value that starts with {opening!r} in the output: {text[:200]!r}")
 
 
-def parse_llama_bench(text):
+def parse_llama_bench(text, metrics=METRICS):
     """Output of `llama-bench -o json`: one record for the prompt, one for the generation."""
     found = {}
     for record in first_json(text, "["):
@@ -63,22 +63,22 @@ def parse_llama_bench(text):
         found["reported"] = {
             key: record[key] for key in ("build_commit", "build_number", "model_type") if key in record
         }
-    return checked(found)
+    return checked(found, metrics)
 
 
-def parse_pregate(text):
+def parse_pregate(text, metrics=METRICS):
     """Output of `pregate bench --json`: one object."""
     report = first_json(text, "{")
     try:
-        found = {metric: [float(sample) for sample in report[metric]] for metric in METRICS}
+        found = {metric: [float(sample) for sample in report[metric]] for metric in metrics}
     except (KeyError, TypeError, ValueError) as error:
         raise Failure(f"pregate's report without {error}") from error
     found["reported"] = {key: value for key, value in report.items() if key not in METRICS}
-    return checked(found)
+    return checked(found, metrics)
 
 
-def checked(found):
-    for metric in METRICS:
+def checked(found, metrics):
+    for metric in metrics:
         samples = found.get(metric)
         if not samples or not all(sample > 0 for sample in samples):
             raise Failure(f"no positive samples of {metric}")

@@ -9,15 +9,15 @@ from engines import DECODE, IK, LLAMA, METRICS, PREGATE
 QUOTABLE_ROUNDS = 5
 
 
-def medians(record):
+def medians(record, metrics=METRICS):
     """Medians per engine, in the order the engines ran: {name: {family, metric: median}}."""
     samples = {}
     for run in record["runs"]:
-        of_engine = samples.setdefault(run["engine"], {"family": run["family"], **{metric: [] for metric in METRICS}})
-        for metric in METRICS:
+        of_engine = samples.setdefault(run["engine"], {"family": run["family"], **{metric: [] for metric in metrics}})
+        for metric in metrics:
             of_engine[metric] += run[metric]
     return {
-        name: {**of_engine, **{metric: statistics.median(of_engine[metric]) for metric in METRICS}}
+        name: {**of_engine, **{metric: statistics.median(of_engine[metric]) for metric in metrics}}
         for name, of_engine in samples.items()
     }
 
@@ -57,6 +57,21 @@ def bytes_per_token(record):
         return None
 
 
+def run_notes(record):
+    """What limits the worth of a record's figures."""
+    notes = []
+    others = [run["others_cpu"] for run in record["runs"]]
+    if others:
+        notes.append(f"Other programs took {min(others):.0%}–{max(others):.0%} of the CPU time.")
+    if record["disturbed"]:
+        notes.append(f"{len(record['disturbed'])} disturbed runs left out.")
+    for engine in dict.fromkeys(failure["engine"] for failure in record["failures"]):
+        notes.append(f"**{engine} failed**: {sum(f['engine'] == engine for f in record['failures'])} runs.")
+    if len({run["round"] for run in record["runs"]}) < QUOTABLE_ROUNDS:
+        notes.append(f"**Fewer than {QUOTABLE_ROUNDS} rounds: not a figure to quote.**")
+    return notes
+
+
 def table(record):
     rows = medians(record)
     measured = [sample["gb_s"] for sample in record["bandwidth_gb_s"]]
@@ -88,13 +103,5 @@ def table(record):
         notes.append(f"{per_token / 1e6:.1f} MB per token.")
     if record["ik_path"] != record["path"]:
         notes.append(f"ik_llama.cpp read {Path(record['ik_path']).name}.")
-    others = [run["others_cpu"] for run in record["runs"]]
-    if others:
-        notes.append(f"Other programs took {min(others):.0%}–{max(others):.0%} of the CPU time.")
-    if record["disturbed"]:
-        notes.append(f"{len(record['disturbed'])} disturbed runs left out.")
-    for engine in dict.fromkeys(failure["engine"] for failure in record["failures"]):
-        notes.append(f"**{engine} failed**: {sum(f['engine'] == engine for f in record['failures'])} runs.")
-    if rounds < QUOTABLE_ROUNDS:
-        notes.append(f"**Fewer than {QUOTABLE_ROUNDS} rounds: not a figure to quote.**")
+    notes += run_notes(record)
     return "\n".join([*lines, "", " ".join(notes)])
