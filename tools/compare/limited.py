@@ -19,7 +19,7 @@ from pathlib import Path
 
 import limits
 from compare import add_run, check, common_arguments, provenance, wait_until_quiet, OthersCpu
-from engines import DECODE, IK, LLAMA, PREGATE, Engine, Failure, parse_llama_bench, parse_pregate, setting
+from engines import DECODE, IK, LLAMA, PREGATE, Engine, Failure, Model, parse_llama_bench, parse_pregate, setting
 from limited_report import STREAMED, table
 
 # Weights stay in the mapping: a copy of them would not fit.
@@ -223,6 +223,11 @@ def arguments(argv):
     if not all(0 < share <= 100 for share in options.share) or len(set(options.share)) < len(options.share):
         parser.error("shares are different percentages between 1 and 100")
     check(parser, options, given, ("threads", "n_gen", "rounds", "limit_s", "readahead_kib", "machine_readahead_n"))
+    # Runs have another working folder.
+    for binary in ("pregate", "llama_bench", "ik_llama_bench", "ik_sweep_bench"):
+        setattr(options, binary, getattr(options, binary) and os.path.abspath(getattr(options, binary)))
+    options.model = [Model(model.label, os.path.abspath(model.path), os.path.abspath(model.ik_path))
+                     for model in options.model]
     return options
 
 

@@ -247,13 +247,17 @@ def read_bytes(process):
 
 
 def watch(command, environment, limit_s):
-    """Runs a program to its end and samples what it holds and reads."""
+    """Runs a program to its end, in a folder of its own, and samples what it holds and reads."""
     peak, read = 0, []
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with (
+        tempfile.TemporaryDirectory() as folder,  # llama-sweep-bench leaves a log where it runs
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
         started = time.monotonic()
         try:
             process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=out, stderr=err,
-                                       stdin=subprocess.DEVNULL)
+                                       stdin=subprocess.DEVNULL, cwd=folder)
         except OSError as error:
             raise Failure(str(error)) from error
         try:

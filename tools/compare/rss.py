@@ -25,7 +25,7 @@ ARGUMENTS = "bench -p 256 -n 32 -r 1 --json"
 
 def measure(pregate, arguments, model, share, limit_s):
     budget = os.path.getsize(model) * share // 100
-    command = [pregate, *arguments, "--model", model, "--ram", str(budget)]
+    command = [os.path.abspath(pregate), *arguments, "--model", os.path.abspath(model), "--ram", str(budget)]
     ran = limits.watch(command, {}, limit_s)
     return {"model": model, "share": share, "budget_bytes": budget, "command": shlex.join(command),
             "peak_anonymous_bytes": ran.peak_anonymous_bytes, "samples": len(ran.read), "wall_s": ran.wall_s}

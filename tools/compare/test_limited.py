@@ -171,12 +171,14 @@ class Disk(unittest.TestCase):
 
 class Watching(unittest.TestCase):
     def test_memory_and_output(self):
-        code = "import sys, time; x = b'1' * (64 << 20); print('out'); print('err', file=sys.stderr); time.sleep(0.3)"
+        code = "import sys, time; x = b'1' * (64 << 20); print('out'); print('err', file=sys.stderr); time.sleep(0.3); " \
+               "open('left-behind', 'w')"
         ran = limits.watch([sys.executable, "-c", code], {}, 60)
         self.assertEqual((ran.stdout, ran.stderr), ("out\n", "err\n"))
         self.assertGreater(ran.peak_anonymous_bytes, 64 << 20)
         self.assertLess(ran.peak_anonymous_bytes, 128 << 20)
         self.assertGreater(ran.wall_s, 0.3)
+        self.assertFalse(Path("left-behind").exists())
 
     def test_what_fails_or_takes_too_long_is_a_failure(self):
         with self.assertRaisesRegex(engines.Failure, "exit status 3: why"):
@@ -222,6 +224,12 @@ class Parsing(unittest.TestCase):
         self.assertEqual(engines.parse_pregate(PREGATE, (engines.DECODE,))[engines.DECODE], [3.0])
         with self.assertRaises(engines.Failure):
             engines.parse_pregate(PREGATE)
+
+    def test_paths_hold_in_another_folder(self):
+        here = os.path.relpath(sys.executable)
+        options = limited.arguments(["--pregate", here, "--model", f"m={here}", "--out", "x"])
+        self.assertEqual([options.pregate, options.model[0].path, options.model[0].ik_path, options.llama_bench],
+                         [*3 * [os.path.abspath(here)], None])
 
     def test_shares_are_checked(self):
         for wrong in (["0"], ["101"], ["50", "50"]):
