@@ -56,15 +56,22 @@ impl fmt::Display for CapacityError {
 impl std::error::Error for CapacityError {}
 
 /// A set of experts of one layer.
+///
+/// Members are counted when asked for: an optimised build by rustc 1.95 lost
+/// the increments of a counter beside the bits (`tests/replay.rs` in release
+/// mode shows such a loss).
 #[derive(Clone, Debug, Default)]
 struct Set {
     words: Vec<u64>,
-    len: usize,
 }
 
 impl Set {
     fn new(experts: usize) -> Self {
-        Self { words: vec![0; experts.div_ceil(64)], len: 0 }
+        Self { words: vec![0; experts.div_ceil(64)] }
+    }
+
+    fn len(&self) -> usize {
+        self.words.iter().map(|word| word.count_ones() as usize).sum()
     }
 
     fn contains(&self, expert: u32) -> bool {
@@ -72,28 +79,18 @@ impl Set {
         word.is_some_and(|word| word >> (expert % 64) & 1 == 1)
     }
 
-    /// Did it join?
-    fn insert(&mut self, expert: u32) -> bool {
-        let word = &mut self.words[expert as usize / 64];
-        let joins = *word >> (expert % 64) & 1 == 0;
-        *word |= 1 << (expert % 64);
-        self.len += usize::from(joins);
-        joins
+    fn insert(&mut self, expert: u32) {
+        self.words[expert as usize / 64] |= 1 << (expert % 64);
     }
 
-    /// Did it leave?
-    fn remove(&mut self, expert: u32) -> bool {
-        let leaves = self.contains(expert);
-        if leaves {
-            self.words[expert as usize / 64] &= !(1 << (expert % 64));
-            self.len -= 1;
+    fn remove(&mut self, expert: u32) {
+        if let Some(word) = self.words.get_mut(expert as usize / 64) {
+            *word &= !(1 << (expert % 64));
         }
-        leaves
     }
 
     fn clear(&mut self) {
         self.words.fill(0);
-        self.len = 0;
     }
 
     fn iter(&self) -> impl Iterator<Item = u32> + '_ {
@@ -151,7 +148,7 @@ impl Candidates<'_> {
         layer == own
             || self.scope == Scope::Pool
                 && state.class == self.layers[own].class
-                && state.resident.len > state.top_k
+                && state.resident.len() > state.top_k
     }
 
     /// The experts of `layer` that may leave, ascending. `layer` is one of
@@ -236,7 +233,7 @@ impl Cache {
 
     /// Resident experts of `layer`.
     pub fn len(&self, layer: usize) -> usize {
-        self.layers[layer].resident.len
+        self.layers[layer].resident.len()
     }
 
     /// Slots that `layer` brought in; in a pool it may hold more or fewer.
@@ -248,7 +245,7 @@ impl Cache {
     pub fn has_free_slot(&self, layer: usize) -> bool {
         let state = &self.layers[layer];
         match self.policy.scope() {
-            Scope::Layer => state.resident.len < state.slots,
+            Scope::Layer => state.resident.len() < state.slots,
             Scope::Pool => self.pools[state.class].1 < self.pools[state.class].0,
         }
     }
@@ -312,16 +309,16 @@ impl Cache {
 
     fn insert(&mut self, id: ExpertId) {
         let layer = &mut self.layers[id.layer()];
-        if layer.resident.insert(id.expert) {
-            self.pools[layer.class].1 += 1;
-            self.policy.inserted(id);
-        }
+        layer.resident.insert(id.expert);
+        self.pools[layer.class].1 += 1;
+        self.policy.inserted(id);
     }
 
     /// `id` is no longer resident: its frame is lost.
     pub fn remove(&mut self, id: ExpertId) {
-        let Some(layer) = self.layers.get_mut(id.layer()) else { return };
-        if layer.resident.remove(id.expert) {
+        if self.contains(id) {
+            let layer = &mut self.layers[id.layer()];
+            layer.resident.remove(id.expert);
             self.pools[layer.class].1 -= 1;
             self.policy.removed(id);
         }
