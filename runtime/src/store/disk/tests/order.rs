@@ -1,0 +1,218 @@
+//! Who is served when.
+
+use super::*;
+use crate::store::mover::MoveError;
+use std::{
+    io,
+    sync::{Condvar, Mutex},
+};
+
+/// A disk whose bytes are the number of their block, that writes down the
+/// offsets that were read and stands still until it is let go.
+#[derive(Default)]
+struct Gate {
+    offsets: Mutex<Vec<u64>>,
+    is_open: Mutex<bool>,
+    opened: Condvar,
+}
+
+const FILE_BYTES: u64 = 1 << 30;
+
+impl Gate {
+    fn open(&self) {
+        *self.is_open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+
+    fn offsets(&self) -> Vec<u64> {
+        self.offsets.lock().unwrap().clone()
+    }
+
+    /// Waits until so many reads have come to the gate.
+    fn await_reads(&self, count: usize) {
+        while self.offsets().len() < count {
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl ReadAt for Arc<Gate> {
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.offsets.lock().unwrap().push(offset);
+        let mut is_open = self.is_open.lock().unwrap();
+        while !*is_open {
+            is_open = self.opened.wait(is_open).unwrap();
+        }
+        bytes.fill((offset / ALIGN as u64) as u8);
+        Ok(bytes.len())
+    }
+
+    fn identity(&self) -> io::Result<Identity> {
+        Ok(Identity { len: FILE_BYTES, modified: None, device: 1, inode: 0 })
+    }
+}
+
+/// One thread on a closed gate; chunks are blocks.
+fn gated() -> (Arc<Gate>, DiskMover) {
+    let gate = Arc::new(Gate::default());
+    let mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 1, ALIGN);
+    (gate, mover)
+}
+
+/// A fill of `blocks` blocks from block `first` on, in frame `key`.
+fn submit(mover: &mut dyn Mover, frames: &Arc<Frames>, key: u64, first: usize, urgency: Urgency) {
+    let ticket = frames.claim(frame(key as usize)).unwrap();
+    let piece = piece(first * ALIGN..(first + 3) * ALIGN);
+    mover.submit(fill(key, ticket, &[piece], urgency));
+}
+
+fn blocks(gate: &Gate) -> Vec<u64> {
+    gate.offsets().iter().map(|offset| offset / ALIGN as u64).collect()
+}
+
+#[test]
+fn a_demand_overtakes_prefetches_at_the_border_of_a_chunk() {
+    let (gate, mut mover) = gated();
+    let frames = frames(4 * ALIGN, 4);
+    submit(&mut mover, &frames, 0, 10, Urgency::Prefetch);
+    submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
+    gate.await_reads(1);
+    submit(&mut mover, &frames, 2, 30, Urgency::Demand);
+    submit(&mut mover, &frames, 3, 40, Urgency::Demand);
+    gate.open();
+    let ended: Vec<u64> = (0..4).map(|_| wait(&mut mover).key).collect();
+    assert_eq!(ended, [2, 3, 0, 1]);
+    assert_eq!(blocks(&gate), [10, 30, 31, 32, 40, 41, 42, 11, 12, 20, 21, 22]);
+    let counters = mover.counters();
+    assert_eq!((counters.demands_landed, counters.prefetches_landed), (2, 2));
+}
+
+#[test]
+fn a_promoted_prefetch_goes_behind_the_demands() {
+    let (gate, mut mover) = gated();
+    let frames = frames(4 * ALIGN, 4);
+    for (key, first) in [(0, 10), (1, 20), (2, 30)] {
+        submit(&mut mover, &frames, key, first, Urgency::Prefetch);
+    }
+    gate.await_reads(1);
+    submit(&mut mover, &frames, 3, 40, Urgency::Demand);
+    mover.promote(2);
+    mover.promote(2);
+    mover.promote(77);
+    gate.open();
+    let ended: Vec<u64> = (0..4).map(|_| wait(&mut mover).key).collect();
+    assert_eq!(ended, [3, 2, 0, 1]);
+    assert_eq!(blocks(&gate), [10, 40, 41, 42, 30, 31, 32, 11, 12, 20, 21, 22]);
+    assert_eq!(mover.counters().demands_landed, 2);
+}
+
+#[test]
+fn a_discarded_fill_gives_up_what_is_not_read_yet() {
+    let (gate, mut mover) = gated();
+    let frames = frames(4 * ALIGN, 3);
+    submit(&mut mover, &frames, 0, 10, Urgency::Prefetch);
+    submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
+    gate.await_reads(1);
+    mover.discard(1);
+    // Nothing of it was with the disk, so it lands at once.
+    let done = mover.next(0).unwrap();
+    assert_eq!((done.key, done.bytes), (1, 0));
+    assert!(matches!(done.result, Err(MoveError::Discarded)));
+    assert!(frames.claim(frame(1)).is_some(), "its frame is free");
+    // One block of the other is with the disk: the frame is not free yet.
+    mover.discard(0);
+    assert!(mover.next(0).is_none());
+    assert!(frames.claim(frame(0)).is_none(), "a frame that is being written was given out");
+    gate.open();
+    let done = wait(&mut mover);
+    assert_eq!((done.key, done.bytes), (0, ALIGN as u64));
+    assert!(matches!(done.result, Err(MoveError::Discarded)));
+    assert!(frames.claim(frame(0)).is_some());
+    assert_eq!(blocks(&gate), [10]);
+    let counters = mover.counters();
+    assert_eq!((counters.discarded, counters.wasted_bytes), (2, ALIGN as u64));
+    // Its last block already with the disk, a fill lands whole.
+    submit(&mut mover, &frames, 2, 50, Urgency::Demand);
+    wait(&mut mover).result.unwrap();
+    mover.discard(2);
+    assert!(mover.next(0).is_none(), "a second Done");
+}
+
+#[test]
+fn a_fill_whose_reads_are_all_with_the_disk_lands_in_spite_of_a_discard() {
+    let gate = Arc::new(Gate::default());
+    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 3, ALIGN);
+    let frames = frames(4 * ALIGN, 1);
+    submit(&mut mover, &frames, 0, 10, Urgency::Demand);
+    gate.await_reads(3);
+    mover.discard(0);
+    gate.open();
+    let done = wait(&mut mover);
+    done.result.unwrap();
+    let pin = frames.pin(done.frame, done.generation).unwrap();
+    assert_eq!([pin[0], pin[ALIGN], pin[2 * ALIGN]], [10, 11, 12]);
+}
+
+#[test]
+fn a_dropped_mover_waits_for_its_reads_and_drops_the_rest() {
+    let (gate, mut mover) = gated();
+    let frames = frames(4 * ALIGN, 2);
+    submit(&mut mover, &frames, 0, 10, Urgency::Demand);
+    submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
+    gate.await_reads(1);
+    let opener = std::thread::spawn({
+        let (gate, frames) = (gate.clone(), frames.clone());
+        move || {
+            std::thread::sleep(Duration::from_millis(30));
+            assert!(frames.claim(frame(0)).is_none(), "its read is still going on");
+            gate.open();
+        }
+    });
+    drop(mover);
+    opener.join().unwrap();
+    assert_eq!(blocks(&gate), [10], "reads that were not needed any more");
+    assert!(frames.claim(frame(0)).is_some() && frames.claim(frame(1)).is_some());
+}
+
+/// With the real engines: of 64 prefetches, a demand that comes last is not
+/// last.
+#[test]
+fn every_way_lets_a_demand_overtake() {
+    let scratch = Scratch::new("overtake");
+    let path = scratch.file("model", &Random(3).bytes(16 << 20));
+    for way in ways() {
+        let way = DiskOptions { depth: 1, ..way };
+        let frames = frames(256 << 10, 65);
+        let files = with_identities(std::slice::from_ref(&path));
+        let (mut mover, report) = probe(&files, &frames, &way).unwrap();
+        let range = |key: usize| (key % 64) * (256 << 10)..(key % 64 + 1) * (256 << 10);
+        for key in 0..65 {
+            let ticket = frames.claim(frame(key)).unwrap();
+            let urgency = if key == 64 { Urgency::Demand } else { Urgency::Prefetch };
+            mover.submit(fill(key as u64, ticket, &[piece(range(key))], urgency));
+        }
+        let ended: Vec<u64> = (0..65).map(|_| wait(&mut *mover).key).collect();
+        let place = ended.iter().position(|&key| key == 64).unwrap();
+        assert!(place < 60, "{}: place {place}", report.words);
+        assert!(ended.iter().filter(|&&key| key < 64).is_sorted(), "{ended:?}");
+    }
+}
+
+#[test]
+fn next_waits_as_long_as_it_is_told() {
+    let (gate, mut mover) = gated();
+    let frames = frames(4 * ALIGN, 1);
+    let start_ns = mover.now_ns();
+    assert!(mover.next(u64::MAX).is_none(), "nothing is outstanding");
+    assert!(mover.now_ns() - start_ns < SECOND_NS);
+    submit(&mut mover, &frames, 0, 10, Urgency::Demand);
+    assert!(mover.next(0).is_none());
+    let start_ns = mover.now_ns();
+    assert!(mover.next(20_000_000).is_none());
+    let waited_ns = mover.now_ns() - start_ns;
+    assert!((20_000_000..SECOND_NS).contains(&waited_ns), "{waited_ns} ns");
+    gate.open();
+    let done = wait(&mut mover);
+    assert!(done.submitted_ns <= done.ended_ns && done.ended_ns <= mover.now_ns());
+    assert!(mover.counters().busy_ns >= 20_000_000);
+}
