@@ -1,6 +1,8 @@
 //! The blend: logistic regression over what the sources say, learned online.
 //! Its answers are probabilities.
 
+use super::fast;
+
 /// Which sources answered, one bit each, and how far ahead.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Situation {
@@ -101,7 +103,7 @@ impl Weights {
                 *out += weight * value;
             }
         }
-        out.iter_mut().for_each(|z| *z = 1.0 / (1.0 + (-*z).exp()));
+        out.iter_mut().for_each(|z| *z = fast::sigmoid(*z));
         features.probabilities = out;
     }
 

@@ -1,5 +1,7 @@
 //! How often is each expert of a layer used? Decayed counts.
 
+use super::fast;
+
 /// Decayed use counts of one layer's experts. A use that is `half_life`
 /// tokens old counts half.
 #[derive(Clone, Debug)]
@@ -41,19 +43,19 @@ impl Marginal {
         }
     }
 
-    /// The probability that a token uses `expert`, in 0.001..=0.999.
-    pub fn probability(&self, expert: usize) -> f32 {
+    /// The probability that a token uses each expert, in 0.001..=0.999.
+    pub fn probabilities(&self, out: &mut [f32]) {
         let prior = PRIOR * self.increment;
-        let share = (self.weights[expert] + prior * self.base) / (self.total + prior);
-        share.clamp(0.001, 0.999)
+        let inverse = 1.0 / (self.total + prior);
+        for (p, weight) in out.iter_mut().zip(&self.weights) {
+            *p = ((weight + prior * self.base) * inverse).clamp(0.001, 0.999);
+        }
     }
 
-    /// Log-odds of [`Self::probability`].
+    /// Log-odds of [`Self::probabilities`].
     pub fn log_odds(&self, scores: &mut [f32]) {
-        for (expert, score) in scores.iter_mut().enumerate().take(self.weights.len()) {
-            let p = self.probability(expert);
-            *score = (p / (1.0 - p)).ln();
-        }
+        self.probabilities(scores);
+        scores.iter_mut().for_each(|p| *p = fast::ln(*p / (1.0 - *p)));
     }
 
     pub fn memory_bytes(&self) -> usize {

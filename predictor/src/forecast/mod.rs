@@ -3,6 +3,7 @@
 
 mod blend;
 mod catalogue;
+mod fast;
 mod forecaster;
 mod guard;
 pub mod hostile;

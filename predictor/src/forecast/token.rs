@@ -1,7 +1,8 @@
 //! Before a layer of the token ran: its id, and the previous token.
 
+use super::fast;
 use super::marginal::Marginal;
-use super::pairs::Pairs;
+use super::pairs::{Pairs, Prior, Work};
 use super::{Forecast, Known};
 use crate::Shape;
 
@@ -36,8 +37,9 @@ pub struct TokenMemory {
     /// `[tokens][OCCURRENCES][stride]`.
     experts: Vec<u16>,
     token: Option<u32>,
-    odds: Vec<f32>,
-    prior: Vec<f32>,
+    prior: Prior,
+    work: Work,
+    votes: Vec<f32>,
 }
 
 struct Layer {
@@ -83,8 +85,9 @@ impl TokenMemory {
             seen: vec![0; tokens],
             experts: vec![NONE; tokens * OCCURRENCES * stride],
             token: None,
-            odds: vec![0.0; widest],
-            prior: vec![0.0; widest],
+            prior: Prior::new(widest),
+            work: Work::new(widest),
+            votes: vec![0.0; widest],
         }
     }
 
@@ -106,7 +109,7 @@ impl TokenMemory {
     }
 
     /// Adds what the token's occurrences say; `false` if there are none.
-    fn add_token(&self, token: u32, layer: &Layer, scores: &mut [f32], votes: &mut [f32]) -> bool {
+    fn add_token(&self, token: u32, layer: &Layer, votes: &mut [f32], scores: &mut [f32]) -> bool {
         let Some(slot) = self.row(token) else { return false };
         votes.fill(0.0);
         let mut occurrences = 0.0;
@@ -122,30 +125,14 @@ impl TokenMemory {
                 }
             }
         }
-        for (expert, score) in scores.iter_mut().enumerate() {
-            let p = layer.marginal.probability(expert);
-            let q = (votes[expert] + PRIOR * p) / (occurrences + PRIOR);
-            *score += (q / (1.0 - q)).ln() - (p / (1.0 - p)).ln();
+        let share = 1.0 / (occurrences + PRIOR);
+        for ((score, vote), p) in
+            scores.iter_mut().zip(votes.iter()).zip(self.prior.probabilities())
+        {
+            let q = (vote + PRIOR * p) * share;
+            *score += fast::ln(q * (1.0 - p) / (p * (1.0 - q)));
         }
         occurrences > 0.0
-    }
-
-    fn add_previous(
-        layer: &Layer,
-        prior: &mut [f32],
-        odds: &mut [f32],
-        scores: &mut [f32],
-    ) -> bool {
-        let (Some(pairs), false) = (&layer.pairs, layer.last.is_empty()) else { return false };
-        (0..prior.len()).for_each(|expert| prior[expert] = layer.marginal.probability(expert));
-        for experts in layer.last.chunks(8) {
-            odds.fill(1.0);
-            pairs.shift(experts, prior, odds);
-            for (score, odds) in scores.iter_mut().zip(odds.iter()) {
-                *score += PREVIOUS_TRUST * odds.ln();
-            }
-        }
-        true
     }
 }
 
@@ -155,18 +142,19 @@ impl Forecast for TokenMemory {
     }
 
     fn scores(&mut self, target: usize, known: &Known<'_>, scores: &mut [f32]) -> bool {
-        let (mut odds, mut prior) =
-            (std::mem::take(&mut self.odds), std::mem::take(&mut self.prior));
+        let Some(Some(layer)) = self.layers.get(target) else { return false };
+        self.prior.set(&layer.marginal);
+        scores.copy_from_slice(&self.prior.log_odds()[..scores.len()]);
         let mut answered = false;
-        if let Some(Some(layer)) = self.layers.get(target) {
-            layer.marginal.log_odds(scores);
-            let (odds, prior) = (&mut odds[..scores.len()], &mut prior[..scores.len()]);
-            answered |= Self::add_previous(layer, prior, odds, scores);
-            if let Some(token) = known.token {
-                answered |= self.add_token(token, layer, scores, odds);
-            }
+        if let (Some(pairs), false) = (&layer.pairs, layer.last.is_empty()) {
+            pairs.add(&layer.last, PREVIOUS_TRUST, &self.prior, scores, &mut self.work);
+            answered = true;
         }
-        (self.odds, self.prior) = (odds, prior);
+        if let Some(token) = known.token {
+            let mut votes = std::mem::take(&mut self.votes);
+            answered |= self.add_token(token, layer, &mut votes[..scores.len()], scores);
+            self.votes = votes;
+        }
         answered
     }
 

@@ -2,14 +2,12 @@
 //! say about a later layer? Naive Bayes, learned while running.
 
 use super::marginal::Marginal;
-use super::pairs::Pairs;
+use super::pairs::{Pairs, Prior, Work};
 use super::{Forecast, Known};
 use crate::Shape;
 
 /// Tokens after which a use counts half in the prior.
 const HALF_LIFE: f32 = 2048.0;
-/// Experts whose likelihood ratios are multiplied before a logarithm is taken.
-const CHUNK: usize = 8;
 /// How much the nearest, the second nearest ... layer counts. Neighbouring
 /// layers say partly the same, so that their evidence is not simply added.
 const TRUST: [f32; 6] = [1.0, 0.5, 0.35, 0.25, 0.2, 0.2];
@@ -23,8 +21,8 @@ struct Ladder {
     tables: Vec<Vec<Option<Pairs>>>,
     /// This token's experts so far, `[layers]`.
     path: Vec<Vec<u32>>,
-    odds: Vec<f32>,
-    prior: Vec<f32>,
+    prior: Prior,
+    work: Work,
 }
 
 impl Ladder {
@@ -59,8 +57,8 @@ impl Ladder {
                 .iter()
                 .map(|l| Vec::with_capacity(l.map_or(0, |l| l.top_k)))
                 .collect(),
-            odds: vec![0.0; widest],
-            prior: vec![0.0; widest],
+            prior: Prior::new(widest),
+            work: Work::new(widest),
         }
     }
 
@@ -70,8 +68,6 @@ impl Ladder {
         else {
             return false;
         };
-        let odds = &mut self.odds[..scores.len()];
-        let prior = &mut self.prior[..scores.len()];
         let mut used = 0;
         for (index, table) in tables.iter().enumerate() {
             let Some(table) = table else { continue };
@@ -80,16 +76,10 @@ impl Ladder {
                 continue;
             }
             if used == 0 {
-                marginal.log_odds(scores);
-                (0..prior.len()).for_each(|expert| prior[expert] = marginal.probability(expert));
+                self.prior.set(marginal);
+                scores.copy_from_slice(&self.prior.log_odds()[..scores.len()]);
             }
-            for experts in from.chunks(CHUNK) {
-                odds.fill(1.0);
-                table.shift(experts, prior, odds);
-                for (score, odds) in scores.iter_mut().zip(odds.iter()) {
-                    *score += TRUST[used] * odds.ln();
-                }
-            }
+            table.add(from, TRUST[used], &self.prior, scores, &mut self.work);
             used += 1;
             if used == self.window {
                 break;

@@ -1,0 +1,51 @@
+//! Logarithm and exponential for forecasts: a few operations that compilers
+//! turn into vector code, the same bits on every machine. Not for tensors.
+
+use std::f32::consts::{LN_2, LOG2_E};
+
+/// The natural logarithm of a positive, normal `x`, within 1e-4.
+#[inline(always)]
+pub fn ln(x: f32) -> f32 {
+    let bits = x.to_bits() as i32;
+    // Mantissa in [2/3, 4/3), so that the series has little to do.
+    let exponent = (bits - 0x3f2a_aaab) >> 23;
+    let mantissa = f32::from_bits((bits - (exponent << 23)) as u32);
+    let f = mantissa - 1.0;
+    // atanh series in s = f / (2 + f).
+    let s = f / (2.0 + f);
+    let s2 = s * s;
+    let tail = s2 * (2.0 / 3.0 + s2 * (0.4 + s2 * (2.0 / 7.0)));
+    exponent as f32 * LN_2 + s * (2.0 + tail)
+}
+
+/// `1 / (1 + e^-z)` for any finite `z`, within 1e-4, in 0..=1.
+#[inline(always)]
+pub fn sigmoid(z: f32) -> f32 {
+    let x = (-z).clamp(-30.0, 30.0) * LOG2_E;
+    // Rounds to nearest by adding and taking away 1.5 * 2^23.
+    let whole = (x + 12_582_912.0) - 12_582_912.0;
+    let r = (x - whole) * LN_2;
+    let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0)))));
+    let power = f32::from_bits(((whole as i32 + 127) << 23) as u32);
+    1.0 / (1.0 + p * power)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn close_to_the_exact_functions() {
+        let mut x = 1e-30f32;
+        while x < 1e30 {
+            assert!((f64::from(ln(x)) - f64::from(x).ln()).abs() < 1e-4, "ln {x}");
+            x *= 1.037;
+        }
+        for step in -4000..4000 {
+            let z = step as f32 * 0.01;
+            let exact = 1.0 / (1.0 + (-f64::from(z)).exp());
+            assert!((f64::from(sigmoid(z)) - exact).abs() < 1e-4, "sigmoid {z}");
+        }
+        assert!(sigmoid(f32::MAX) <= 1.0 && sigmoid(f32::MIN) >= 0.0);
+    }
+}
