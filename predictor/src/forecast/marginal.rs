@@ -58,6 +58,10 @@ impl Marginal {
         scores.iter_mut().for_each(|p| *p = fast::ln(*p / (1.0 - *p)));
     }
 
+    pub fn experts(&self) -> usize {
+        self.weights.len()
+    }
+
     pub fn memory_bytes(&self) -> usize {
         4 * self.weights.len()
     }

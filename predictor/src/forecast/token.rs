@@ -2,7 +2,7 @@
 
 use super::fast;
 use super::marginal::Marginal;
-use super::pairs::{Pairs, Prior, Work};
+use super::pairs::{Pairs, Prior};
 use super::{Forecast, Known};
 use crate::Shape;
 
@@ -24,8 +24,8 @@ const PREVIOUS_TRUST: f32 = 0.5;
 /// layers depend on the token above all; for them nothing else is known yet.
 ///
 /// Memory: a table of tokens by hash, `2 * 3 * sum(top_k)` bytes a token and
-/// at most 16 MiB, and one table of pairs per layer, `2 * (experts^2 +
-/// experts)` bytes.
+/// at most 16 MiB, and one table of pairs per layer, `experts^2 + experts`
+/// bytes.
 pub struct TokenMemory {
     layers: Vec<Option<Layer>>,
     /// Experts that one occurrence holds.
@@ -37,13 +37,12 @@ pub struct TokenMemory {
     /// `[tokens][OCCURRENCES][stride]`.
     experts: Vec<u16>,
     token: Option<u32>,
-    prior: Prior,
-    work: Work,
     votes: Vec<f32>,
 }
 
 struct Layer {
     marginal: Marginal,
+    prior: Prior,
     pairs: Option<Pairs>,
     /// The experts of the last token, rank order.
     last: Vec<u32>,
@@ -63,12 +62,14 @@ impl TokenMemory {
                 let layer = layer.as_ref()?;
                 let at = stride;
                 stride += layer.top_k;
-                let bytes = Pairs::bytes(layer.experts, layer.experts);
+                let bytes = Pairs::bytes(layer.experts, [layer.experts].into_iter());
                 let fits = pair_bytes.saturating_add(bytes) <= LIMIT_BYTES;
                 pair_bytes += if fits { bytes } else { 0 };
+                let marginal = Marginal::new(layer.experts, layer.top_k, HALF_LIFE);
                 Some(Layer {
-                    marginal: Marginal::new(layer.experts, layer.top_k, HALF_LIFE),
-                    pairs: fits.then(|| Pairs::new(layer.experts, layer.experts)),
+                    prior: Prior::new(&marginal),
+                    marginal,
+                    pairs: fits.then(|| Pairs::new(layer.experts, &[layer.experts])),
                     last: Vec::with_capacity(layer.top_k),
                     at,
                     top_k: layer.top_k,
@@ -85,8 +86,6 @@ impl TokenMemory {
             seen: vec![0; tokens],
             experts: vec![NONE; tokens * OCCURRENCES * stride],
             token: None,
-            prior: Prior::new(widest),
-            work: Work::new(widest),
             votes: vec![0.0; widest],
         }
     }
@@ -127,7 +126,7 @@ impl TokenMemory {
         }
         let share = 1.0 / (occurrences + PRIOR);
         for ((score, vote), p) in
-            scores.iter_mut().zip(votes.iter()).zip(self.prior.probabilities())
+            scores.iter_mut().zip(votes.iter()).zip(layer.prior.probabilities())
         {
             let q = (vote + PRIOR * p) * share;
             *score += fast::ln(q * (1.0 - p) / (p * (1.0 - q)));
@@ -143,11 +142,12 @@ impl Forecast for TokenMemory {
 
     fn scores(&mut self, target: usize, known: &Known<'_>, scores: &mut [f32]) -> bool {
         let Some(Some(layer)) = self.layers.get(target) else { return false };
-        self.prior.set(&layer.marginal);
-        scores.copy_from_slice(&self.prior.log_odds()[..scores.len()]);
+        scores.copy_from_slice(layer.prior.log_odds());
         let mut answered = false;
         if let (Some(pairs), false) = (&layer.pairs, layer.last.is_empty()) {
-            pairs.add(&layer.last, PREVIOUS_TRUST, &self.prior, scores, &mut self.work);
+            for (score, said) in scores.iter_mut().zip(pairs.said(0)) {
+                *score += PREVIOUS_TRUST * said;
+            }
             answered = true;
         }
         if let Some(token) = known.token {
@@ -170,10 +170,13 @@ impl Forecast for TokenMemory {
             }
         }
         let Some(Some(place)) = self.layers.get_mut(layer) else { return };
-        if let Some(pairs) = &mut place.pairs {
-            pairs.learn(&place.last, experts);
-        }
         place.marginal.used(experts);
+        place.prior.set(&place.marginal);
+        if let Some(pairs) = &mut place.pairs {
+            pairs.learn(&place.last, 0, experts);
+            pairs.ask(experts, |_| &place.prior);
+            pairs.began(experts);
+        }
         place.last.clear();
         place.last.extend_from_slice(experts);
     }

@@ -2,9 +2,9 @@
 //! say about a later layer? Naive Bayes, learned while running.
 
 use super::marginal::Marginal;
-use super::pairs::{Pairs, Prior, Work};
+use super::pairs::{Pairs, Prior};
 use super::{Forecast, Known};
-use crate::Shape;
+use crate::{LayerShape, Shape};
 
 /// Tokens after which a use counts half in the prior.
 const HALF_LIFE: f32 = 2048.0;
@@ -16,70 +16,78 @@ const TRUST: [f32; 6] = [1.0, 0.5, 0.35, 0.25, 0.2, 0.2];
 /// ones that are known are used.
 struct Ladder {
     window: usize,
-    priors: Vec<Option<Marginal>>,
-    /// `[target][distance - 1]`.
-    tables: Vec<Vec<Option<Pairs>>>,
+    layers: Vec<Option<Rung>>,
     /// This token's experts so far, `[layers]`.
     path: Vec<Vec<u32>>,
+}
+
+struct Rung {
+    marginal: Marginal,
     prior: Prior,
-    work: Work,
+    /// To the next layers.
+    pairs: Pairs,
+    /// The layers that `pairs` leads to.
+    targets: Vec<usize>,
+    /// The layers that lead here, nearest first, and which target of theirs
+    /// this is.
+    sources: Vec<(usize, usize)>,
 }
 
 impl Ladder {
-    /// Holds at most `limit_bytes` in tables: `2 * (experts^2 + experts)` for
-    /// each layer and distance. The reach shrinks until they fit.
+    /// Holds at most `limit_bytes` in tables: `experts * (reach * experts +
+    /// 1)` for each layer. The reach shrinks until they fit.
     fn new(shape: &Shape, horizon: usize, window: usize, limit_bytes: usize) -> Self {
         let layers = shape.layers.len();
-        let pair = |target: usize, distance: usize| {
-            let (to, from) = (shape.layer(target)?, shape.layer(target.checked_sub(distance)?)?);
-            Some((from.experts, to.experts))
+        let targets = |layer: usize, reach: usize| {
+            let last = layer.saturating_add(reach).min(layers.saturating_sub(1));
+            (layer + 1..=last).filter_map(|l| Some((l, shape.layer(l)?.experts)))
         };
         let bytes = |reach: usize| {
-            (0..layers)
-                .flat_map(|target| (1..=reach).map(move |distance| (target, distance)))
-                .filter_map(|(target, distance)| pair(target, distance))
-                .fold(0usize, |sum, (from, to)| sum.saturating_add(Pairs::bytes(from, to)))
+            let of = |(l, layer): (usize, &LayerShape)| {
+                Pairs::bytes(layer.experts, targets(l, reach).map(|(_, experts)| experts))
+            };
+            shape.moe().map(of).fold(0usize, usize::saturating_add)
         };
         let wanted = (horizon + window).saturating_sub(1).min(layers);
         let reach = (0..=wanted).rev().find(|&reach| bytes(reach) <= limit_bytes).unwrap_or(0);
-        let table = |target, distance| pair(target, distance).map(|(a, b)| Pairs::new(a, b));
-        let widest = shape.moe().map(|(_, layer)| layer.experts).max().unwrap_or(0);
+        let leads_to = |layer| targets(layer, reach).map(|(l, _)| l).collect::<Vec<_>>();
+        let rung = |(index, layer): (usize, &Option<LayerShape>)| {
+            let layer = layer.as_ref()?;
+            let marginal = Marginal::new(layer.experts, layer.top_k, HALF_LIFE);
+            let sizes: Vec<usize> = targets(index, reach).map(|(_, experts)| experts).collect();
+            let place = |source: usize| leads_to(source).iter().position(|&l| l == index);
+            Some(Rung {
+                prior: Prior::new(&marginal),
+                marginal,
+                pairs: Pairs::new(layer.experts, &sizes),
+                targets: leads_to(index),
+                sources: (0..index)
+                    .rev()
+                    .filter(|&source| shape.layer(source).is_some())
+                    .filter_map(|source| Some((source, place(source)?)))
+                    .collect(),
+            })
+        };
+        let path = |l: &Option<LayerShape>| Vec::with_capacity(l.map_or(0, |l| l.top_k));
         Self {
             window: window.min(TRUST.len()),
-            priors: (0..layers)
-                .map(|l| shape.layer(l).map(|l| Marginal::new(l.experts, l.top_k, HALF_LIFE)))
-                .collect(),
-            tables: (0..layers)
-                .map(|target| (1..=reach).map(|distance| table(target, distance)).collect())
-                .collect(),
-            path: shape
-                .layers
-                .iter()
-                .map(|l| Vec::with_capacity(l.map_or(0, |l| l.top_k)))
-                .collect(),
-            prior: Prior::new(widest),
-            work: Work::new(widest),
+            layers: shape.layers.iter().enumerate().map(rung).collect(),
+            path: shape.layers.iter().map(path).collect(),
         }
     }
 
-    fn scores(&mut self, target: usize, routed: &[Vec<u32>], scores: &mut [f32]) -> bool {
-        let (Some(Some(marginal)), Some(tables)) =
-            (self.priors.get(target), self.tables.get(target))
-        else {
-            return false;
-        };
+    fn scores(&self, target: usize, routed: &[Vec<u32>], scores: &mut [f32]) -> bool {
+        let Some(Some(rung)) = self.layers.get(target) else { return false };
+        scores.copy_from_slice(rung.prior.log_odds());
         let mut used = 0;
-        for (index, table) in tables.iter().enumerate() {
-            let Some(table) = table else { continue };
-            let from = &routed[target - 1 - index];
-            if from.is_empty() {
+        for &(source, place) in &rung.sources {
+            let Some(source) = self.layers[source].as_ref().filter(|_| !routed[source].is_empty())
+            else {
                 continue;
+            };
+            for (score, said) in scores.iter_mut().zip(source.pairs.said(place)) {
+                *score += TRUST[used] * said;
             }
-            if used == 0 {
-                self.prior.set(marginal);
-                scores.copy_from_slice(&self.prior.log_odds()[..scores.len()]);
-            }
-            table.add(from, TRUST[used], &self.prior, scores, &mut self.work);
             used += 1;
             if used == self.window {
                 break;
@@ -89,19 +97,27 @@ impl Ladder {
     }
 
     fn routed(&mut self, layer: usize, experts: &[u32]) {
-        let (Some(Some(marginal)), Some(tables)) =
-            (self.priors.get_mut(layer), self.tables.get_mut(layer))
-        else {
-            return;
-        };
-        marginal.used(experts);
-        for (index, table) in tables.iter_mut().enumerate() {
-            if let Some(table) = table {
-                table.learn(&self.path[layer - 1 - index], experts);
+        let Some(Some(rung)) = self.layers.get_mut(layer) else { return };
+        rung.marginal.used(experts);
+        rung.prior.set(&rung.marginal);
+        for index in 0..rung_sources(&self.layers, layer) {
+            let Some(rung) = &self.layers[layer] else { return };
+            let (source, place) = rung.sources[index];
+            if let Some(source_rung) = &mut self.layers[source] {
+                source_rung.pairs.learn(&self.path[source], place, experts);
             }
         }
         self.path[layer].clear();
         self.path[layer].extend_from_slice(experts);
+        let (until, after) = self.layers.split_at_mut(layer + 1);
+        if let Some(Some(rung)) = until.last_mut() {
+            let prior = |target: usize| {
+                let target = after[rung.targets[target] - layer - 1].as_ref();
+                &target.expect("targets are MoE layers").prior
+            };
+            rung.pairs.ask(experts, prior);
+            rung.pairs.began(experts);
+        }
     }
 
     fn begin_token(&mut self) {
@@ -109,9 +125,13 @@ impl Ladder {
     }
 
     fn memory_bytes(&self) -> usize {
-        let tables: usize = self.tables.iter().flatten().flatten().map(Pairs::memory_bytes).sum();
-        tables + self.priors.iter().flatten().map(Marginal::memory_bytes).sum::<usize>()
+        let rung = |rung: &Rung| rung.pairs.memory_bytes() + 3 * rung.marginal.memory_bytes();
+        self.layers.iter().flatten().map(rung).sum()
     }
+}
+
+fn rung_sources(layers: &[Option<Rung>], layer: usize) -> usize {
+    layers[layer].as_ref().map_or(0, |rung| rung.sources.len())
 }
 
 macro_rules! ladder_forecast {
@@ -164,7 +184,7 @@ impl NaiveBayes {
     pub const WINDOW: usize = 4;
 
     /// Tables for guesses up to `horizon` layers ahead, in at most 32 MiB: of
-    /// 48 layers with 128 experts and a horizon of 3, 9.5 MB.
+    /// 48 layers with 128 experts and a horizon of 3, 4.4 MB.
     pub fn new(shape: &Shape, horizon: usize) -> Self {
         Self(Ladder::new(shape, horizon, Self::WINDOW, 32 << 20))
     }
