@@ -115,25 +115,32 @@ impl Mapping {
         Ok(())
     }
 
-    /// Drops `range` from the page cache and reads it again.
-    #[cfg(target_os = "linux")]
-    fn read_again(&mut self, range: Range<usize>, progress: &mut dyn FnMut(u64)) -> Result<()> {
-        let path = self.path.clone();
+    /// The same file for positioned reads.
+    pub fn reopen(&self) -> Result<File> {
         let io = |action| {
-            let path = path.clone();
-            move |source| Error::Io { file: path, action, source }
+            let file = self.path.clone();
+            move |source| Error::Io { file, action, source }
         };
         let file = File::open(&self.path).map_err(io("open"))?;
         if Identity::of(&file.metadata().map_err(io("read the size"))?) != self.identity {
             return Err(changed(&self.path, "another file than a moment ago"));
         }
+        Ok(file)
+    }
+
+    /// Drops `range` from the page cache and reads it again.
+    #[cfg(target_os = "linux")]
+    fn read_again(&mut self, range: Range<usize>, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        let file = self.reopen()?;
+        let path = self.path.clone();
+        let io = |source| Error::Io { file: path.clone(), action: "map into memory", source };
         // Mapped pages stay in the cache, so the mapping goes first.
         let nothing = memmap2::MmapMut::map_anon(1).and_then(memmap2::MmapMut::make_read_only);
-        self.map = nothing.map_err(io("map into memory"))?;
+        self.map = nothing.map_err(&io)?;
         let length = std::num::NonZeroU64::new(range.len() as u64);
         let dropped =
             rustix::fs::fadvise(&file, range.start as u64, length, rustix::fs::Advice::DontNeed);
-        self.map = map(&file).map_err(io("map into memory"))?;
+        self.map = map(&file).map_err(&io)?;
         // Refusal means that the bytes stay as they are.
         match dropped {
             Ok(()) => self.populate(range, progress),
@@ -198,7 +205,7 @@ fn map(file: &File) -> std::io::Result<memmap2::Mmap> {
     unsafe { memmap2::Mmap::map(file) }
 }
 
-fn changed(path: &Path, found: &str) -> Error {
+pub(super) fn changed(path: &Path, found: &str) -> Error {
     Error::invalid(
         path,
         None,

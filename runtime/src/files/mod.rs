@@ -24,6 +24,8 @@
 mod cursor;
 mod folder;
 pub mod gguf;
+#[cfg(unix)]
+mod held;
 mod json;
 mod mapping;
 mod metadata;
@@ -92,6 +94,9 @@ pub struct ModelFiles {
     data_offsets: Vec<u64>,
     tensors: TensorTable,
     notes: Vec<String>,
+    /// Of a model that is streamed.
+    #[cfg(unix)]
+    held: Option<held::Held>,
     /// The fingerprint of what describes the model outside `files`.
     description: Fnv,
 }
@@ -203,6 +208,59 @@ impl ModelFiles {
         range.and_then(|range| self.files.get(tensor.file)?.bytes().get(range)).unwrap_or_default()
     }
 
+    /// Reads the tensors `which` into memory of our own; from then on nothing
+    /// but [`ModelFiles::bytes`] of other tensors touches the mapping.
+    #[cfg(unix)]
+    pub(crate) fn hold(
+        &mut self,
+        which: &[usize],
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
+        self.held = Some(held::Held::read(&self.files, &self.tensors, which, progress)?);
+        Ok(())
+    }
+
+    /// Bytes of memory that [`ModelFiles::hold`] took.
+    pub fn held_bytes(&self) -> usize {
+        #[cfg(unix)]
+        return self.held.as_ref().map_or(0, held::Held::len);
+        #[cfg(not(unix))]
+        0
+    }
+
+    /// The bytes of tensor `index`: held ones if there are, else mapped ones.
+    pub(crate) fn weight_bytes(&self, index: usize) -> &[u8] {
+        let tensor = &self.tensors()[index];
+        #[cfg(unix)]
+        if let Some(bytes) = self.held.as_ref().and_then(|held| held.bytes(index, tensor.bytes)) {
+            return bytes;
+        }
+        self.bytes(tensor)
+    }
+
+    /// A part of tensor `index`, without touching the mapping of a model that
+    /// is streamed: borrowed where it is in memory, else read into `scratch`.
+    pub(crate) fn weight_part<'a>(
+        &'a self,
+        index: usize,
+        start: usize,
+        len: usize,
+        scratch: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8]> {
+        #[cfg(unix)]
+        if let Some(held) = &self.held {
+            let tensor = &self.tensors()[index];
+            if held.bytes(index, tensor.bytes).is_none() {
+                scratch.resize(len, 0);
+                let offset = tensor.offset + start as u64;
+                held.read_file(tensor.file, &self.paths[tensor.file], scratch, offset)?;
+                return Ok(scratch);
+            }
+        }
+        let _ = scratch;
+        Ok(&self.weight_bytes(index)[start..start + len])
+    }
+
     /// Size of all files, in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.files.iter().map(|file| file.identity().len).sum()
@@ -280,7 +338,17 @@ impl Opening {
     fn finish(self, container: Container, description: Fnv) -> ModelFiles {
         let Self { files, data_offsets, tensors, notes } = self;
         let paths = files.iter().map(|file| file.path().to_path_buf()).collect();
-        ModelFiles { container, files, paths, data_offsets, tensors, notes, description }
+        ModelFiles {
+            container,
+            files,
+            paths,
+            data_offsets,
+            tensors,
+            notes,
+            #[cfg(unix)]
+            held: None,
+            description,
+        }
     }
 }
 

@@ -92,7 +92,7 @@ pub fn forward(
     }
 
     let x = buffer(&mut scratch.x, chunk.tokens * hidden);
-    embed(engine, ids, x);
+    embed(engine, ids, x)?;
     let normed = buffer(&mut scratch.normed, chunk.tokens * hidden);
     let delta = buffer(&mut scratch.delta, chunk.tokens * hidden);
     scratch.feed_forward.start(chunk.tokens);
@@ -175,15 +175,17 @@ impl Mixing<'_> {
     }
 }
 
-fn embed(engine: Engine<'_>, ids: &[u32], x: &mut [f32]) {
-    let table = engine.weights.embedding.view(engine.files);
+fn embed(engine: Engine<'_>, ids: &[u32], x: &mut [f32]) -> Result<()> {
+    let embedding = &engine.weights.embedding;
     let mut scratch = Vec::new();
     for (id, row) in ids.iter().zip(x.chunks_exact_mut(engine.description.hidden)) {
-        dequantize_row(table.format(), table.row(*id as usize, &mut scratch), row);
+        let bytes = embedding.read_row(engine.files, *id as usize, &mut scratch)?;
+        dequantize_row(embedding.format(), bytes, row);
         if engine.description.embedding_scale != 1.0 {
             row.iter_mut().for_each(|value| *value *= engine.description.embedding_scale);
         }
     }
+    Ok(())
 }
 
 fn norm_rows(engine: Engine<'_>, norm: &Norm, x: &[f32], out: &mut [f32]) {

@@ -27,6 +27,20 @@ impl RouterState {
 pub trait Router: Send + Sync {
     /// `logits` is `[experts]`, bias included.
     fn route(&self, logits: &[f32], state: &mut RouterState, choices: &mut Vec<Choice>);
+
+    /// Turns `logits`, `[experts]`, into finite scores whose order is the order
+    /// in which the rule prefers experts: what a forecast goes by when it
+    /// applies a router to another state than its own.
+    fn rank(&self, logits: &mut [f32]) {
+        finite(logits);
+    }
+}
+
+/// Replaces what is not finite by less than everything that is.
+fn finite(scores: &mut [f32]) {
+    let finite = scores.iter().copied().filter(|score| score.is_finite());
+    let lowest = finite.fold(0.0, f32::min).max(-1e30) - 1.0;
+    scores.iter_mut().filter(|score| !score.is_finite()).for_each(|score| *score = lowest);
 }
 
 /// The rule that a description asks for. `selection_bias` is `[experts]`:
@@ -110,6 +124,19 @@ impl Router for Grouped {
             choices.iter_mut().for_each(|choice| choice.weight /= total + 1e-20);
         }
         choices.iter_mut().for_each(|choice| choice.weight *= self.scale);
+    }
+
+    fn rank(&self, logits: &mut [f32]) {
+        // A softmax keeps the order of its logits; a bias behind a sigmoid
+        // does not.
+        if let Some(bias) = &self.selection_bias {
+            let biased = |(score, bias): (&mut f32, &f32)| *score = contract::sigmoid(*score) + bias;
+            logits.iter_mut().zip(bias).for_each(biased);
+        }
+        if self.groups_used < self.groups {
+            self.close_groups(logits);
+        }
+        finite(logits);
     }
 }
 
@@ -223,6 +250,33 @@ mod tests {
             renormalise: false,
             scale: 1.0,
         }
+    }
+
+    #[test]
+    fn the_best_ranked_are_the_chosen() {
+        let bias = |shift: f32| (0..8).map(|e| shift * ((e * 5 % 8) as f32 - 3.5)).collect();
+        let rules: [Box<dyn Router>; 5] = [
+            Box::new(grouped(Scores::Softmax, None)),
+            Box::new(grouped(Scores::Sigmoid, Some(bias(0.3)))),
+            Box::new(Grouped { groups: 1, ..grouped(Scores::Sigmoid, Some(bias(0.1))) }),
+            Box::new(SoftmaxOfTopK { top_k: 2 }),
+            Box::new(SparseMixer { top_k: 2, jitter: 0.01 }),
+        ];
+        for seed in 0..50u32 {
+            let logits: Vec<f32> =
+                (0..8).map(|e| ((seed * 7 + e * 13) % 29) as f32 * 0.3 - 4.0).collect();
+            for rule in &rules {
+                let mut ranking = logits.clone();
+                rule.rank(&mut ranking);
+                assert!(ranking.iter().all(|score| score.is_finite()));
+                let best: Vec<u32> = top(&ranking, 2).iter().map(|&e| e as u32).collect();
+                let chosen: Vec<u32> = route(&**rule, &logits).iter().map(|c| c.0).collect();
+                assert_eq!(best, chosen, "{logits:?}");
+            }
+        }
+        let mut broken = [f32::NAN, 2.0, f32::NEG_INFINITY, f32::INFINITY];
+        SoftmaxOfTopK { top_k: 1 }.rank(&mut broken);
+        assert_eq!(top(&broken, 1), [1]);
     }
 
     #[test]

@@ -2,9 +2,11 @@
 //! are kept as f32.
 
 use super::router::Router;
+use crate::error::Result;
 use crate::files::ModelFiles;
 use pregate_kernels::matrix::Storage;
 use pregate_kernels::{ExpertWeights, Format, Matrix};
+use std::ops::Range;
 
 /// A matrix inside a mapped tensor; made by the loader, which checks it.
 #[derive(Clone, Copy, Debug)]
@@ -29,9 +31,14 @@ pub(crate) enum Place {
 }
 
 impl Weight {
-    /// The matrix over the mapped bytes.
+    /// The matrix over the bytes in memory.
     pub fn view<'a>(&self, files: &'a ModelFiles) -> Matrix<'a> {
-        let bytes = |tensor: usize, start: usize| &files.bytes(&files.tensors()[tensor])[start..];
+        self.view_of(&|tensor, start| &files.weight_bytes(tensor)[start..])
+    }
+
+    /// The matrix over what `bytes(tensor, start)` answers: the bytes of a
+    /// tensor from `start` on, as many as the matrix needs or more.
+    pub(crate) fn view_of<'a>(&self, bytes: &dyn Fn(usize, usize) -> &'a [u8]) -> Matrix<'a> {
         let storage = match self.place {
             Place::Rows { start, step } => {
                 let row_bytes = self.format.row_bytes(self.cols).unwrap_or(0);
@@ -48,6 +55,43 @@ impl Weight {
         };
         Matrix::with_storage(self.format, self.rows, self.cols, storage)
             .expect("the loader checked this matrix against its tensor")
+    }
+
+    /// Row `row` of a matrix that is stored row after row, without touching the
+    /// mapping of a model that is streamed.
+    pub(crate) fn read_row<'a>(
+        &self,
+        files: &'a ModelFiles,
+        row: usize,
+        scratch: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8]> {
+        let Place::Rows { start, step } = self.place else {
+            unreachable!("embeddings are stored row after row")
+        };
+        let row_bytes = self.format.row_bytes(self.cols).unwrap_or(0);
+        files.weight_part(self.tensor, start + row * step * row_bytes, row_bytes, scratch)
+    }
+
+    /// The parts of tensors that the matrix lies in: index and bytes. Parts of
+    /// two matrices may interleave.
+    pub(crate) fn extents(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let (rows, cols) = (self.rows, self.cols);
+        let (first, second) = match self.place {
+            Place::Rows { start, step } => {
+                let row_bytes = self.format.row_bytes(cols).unwrap_or(0);
+                ((self.tensor, start..start + ((rows - 1) * step + 1) * row_bytes), None)
+            }
+            Place::Columns { start, pitch, step } => {
+                let elements = (cols - 1) * pitch + (rows - 1) * step + 1;
+                ((self.tensor, start..start + elements * self.format.block_bytes()), None)
+            }
+            Place::Pairs { start, scales, scales_start, step } => {
+                let blocks = ((rows - 1) * step + 1) * (cols / 32);
+                let scales = (scales, scales_start..scales_start + blocks);
+                ((self.tensor, start..start + blocks * 16), Some(scales))
+            }
+        };
+        std::iter::once(first).chain(second)
     }
 
     /// Bytes that a product reads.
@@ -88,14 +132,27 @@ pub struct GatedBlock {
 
 impl GatedBlock {
     pub fn view<'a>(&'a self, files: &'a ModelFiles) -> ExpertWeights<'a> {
+        self.view_of(&|tensor, start| &files.weight_bytes(tensor)[start..])
+    }
+
+    /// As [`Weight::view_of`].
+    pub(crate) fn view_of<'a>(
+        &'a self,
+        bytes: &dyn Fn(usize, usize) -> &'a [u8],
+    ) -> ExpertWeights<'a> {
         ExpertWeights {
-            gate: self.gate.weight.view(files),
-            up: self.up.weight.view(files),
-            down: self.down.weight.view(files),
+            gate: self.gate.weight.view_of(bytes),
+            up: self.up.weight.view_of(bytes),
+            down: self.down.weight.view_of(bytes),
             gate_bias: self.gate.bias.as_deref(),
             up_bias: self.up.bias.as_deref(),
             down_bias: self.down.bias.as_deref(),
         }
+    }
+
+    /// See [`Weight::extents`].
+    pub(crate) fn extents(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        [&self.gate, &self.up, &self.down].into_iter().flat_map(|part| part.weight.extents())
     }
 
     pub fn bytes(&self) -> u64 {
@@ -230,15 +287,17 @@ impl ModelWeights {
         self.head.weight.bytes() + layers.sum::<u64>()
     }
 
+    /// The MoE layers with their index.
+    pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeWeights)> {
+        self.layers.iter().enumerate().filter_map(|(index, layer)| match &layer.feed_forward {
+            FeedForwardWeights::Moe(moe) => Some((index, &**moe)),
+            FeedForwardWeights::Dense(_) => None,
+        })
+    }
+
     /// Bytes of all routed experts.
     pub fn expert_bytes(&self) -> u64 {
-        self.layers
-            .iter()
-            .map(|layer| match &layer.feed_forward {
-                FeedForwardWeights::Moe(moe) => moe.experts.iter().map(GatedBlock::bytes).sum(),
-                FeedForwardWeights::Dense(_) => 0,
-            })
-            .sum()
+        self.moe_layers().flat_map(|(_, moe)| &moe.experts).map(GatedBlock::bytes).sum()
     }
 }
 
