@@ -12,7 +12,7 @@ pub mod policy;
 pub mod vocabulary;
 
 pub use cache::{Admission, Cache, CapacityError, Scope};
-pub use observer::{NoObserver, Observer};
+pub use observer::{NoObserver, Observer, Origin, Served};
 pub use planner::{Ahead, Arrival, Counts, Landing, Planner, Request, Retire, Room};
 pub use policy::{Event, Policy};
 pub use vocabulary::{ExpertId, LayerShape, NoOutlook, Outlook, Shape};

@@ -7,6 +7,35 @@ pub trait Observer: Send {
     /// chose `experts` with `weights`, in router order, for the token at
     /// `position`.
     fn routed(&mut self, layer: usize, position: usize, experts: &[u32], weights: &[f32]);
+
+    /// The experts of a layer were brought and computed, for a token or a
+    /// chunk. Only called where experts are streamed.
+    fn served(&mut self, _: &Served<'_>) {}
+}
+
+/// Where an expert was when its router answered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// In memory.
+    Hit,
+    /// A read-ahead was bringing it.
+    InFlight,
+    /// On disk.
+    Miss,
+}
+
+/// What one layer's experts cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Served<'a> {
+    pub layer: usize,
+    pub first_position: usize,
+    pub tokens: usize,
+    /// Distinct, with their origins.
+    pub experts: &'a [(u32, Origin)],
+    /// That arrived from disk meanwhile, for this layer or ahead.
+    pub bytes: u64,
+    /// Time in which nothing could be computed.
+    pub stall_ns: u64,
 }
 
 /// Sees nothing.

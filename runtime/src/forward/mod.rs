@@ -6,7 +6,9 @@ pub mod cache;
 mod delta_net;
 mod feed_forward;
 mod latent;
+mod meter;
 mod rows;
+mod streamed;
 
 use crate::error::{Error, Result};
 use crate::files::ModelFiles;
@@ -14,8 +16,11 @@ use crate::model::description::{ModelDescription, NormKind};
 use crate::model::rope::Rope;
 use crate::model::weights::{MixerWeights, ModelWeights, Norm, Projection};
 use crate::session::Cancel;
+use crate::store::{ExpertStore, PassInfo};
 use cache::{Cache, LayerCache};
 use pregate_kernels::{Backend, Linear, dequantize_row, ops};
+use feed_forward::Companions;
+use meter::Meter;
 use pregate_predictor::Observer;
 use rows::{add_scaled, buffer, for_each_row};
 
@@ -26,6 +31,8 @@ pub struct Engine<'a> {
     pub description: &'a ModelDescription,
     pub weights: &'a ModelWeights,
     pub backend: &'a dyn Backend,
+    /// Where routed experts come from, if they are not all in memory.
+    pub store: Option<&'a ExpertStore>,
 }
 
 /// Buffers that live as long as a session, so that decoding allocates
@@ -68,6 +75,8 @@ pub struct Pass<'a> {
     pub first_position: usize,
     /// Logits of so many of the last ids.
     pub wanted: usize,
+    /// A number of the session's own.
+    pub session: u64,
 }
 
 /// Runs a pass and leaves its logits, `[wanted, vocab]`, in the scratch. A
@@ -82,8 +91,12 @@ pub fn forward(
     observer: &mut dyn Observer,
     cancel: &Cancel,
 ) -> Result<()> {
-    let Engine { files, description, weights, backend } = engine;
-    let Pass { ids, first_position, wanted } = pass;
+    let Engine { files, description, weights, backend, store } = engine;
+    let Pass { ids, first_position, wanted, session } = pass;
+    if let Some(store) = store {
+        store.begin_pass(PassInfo { ids, session, is_start: first_position == 0 });
+    }
+    let mut meter = Meter::start(store);
     let hidden = description.hidden;
     let chunk = Chunk { tokens: ids.len(), first_position };
     scratch.rope_tables.resize_with(ropes.len(), Vec::new);
@@ -99,6 +112,10 @@ pub fn forward(
     for (index, layer) in weights.layers.iter().enumerate() {
         if cancel.is_cancelled() {
             return Err(Error::Cancelled);
+        }
+        if chunk.tokens == 1 {
+            let buffers = &mut scratch.feed_forward.streamed;
+            streamed::foresee_own(engine, index, x, buffers, &mut meter);
         }
         norm_rows(engine, &layer.mixer_norm, x, normed);
         let mixing = Mixing {
@@ -129,14 +146,16 @@ pub fn forward(
             index,
             &layer.feed_forward,
             &mut scratch.feed_forward,
+            x,
             normed,
             delta,
-            observer,
-        );
+            &mut Companions { observer, cancel, meter: &mut meter },
+        )?;
         add_scaled(backend, x, delta, hidden, description.residual_scale);
     }
 
     if wanted == 0 {
+        meter.finish();
         return Ok(());
     }
     let from = (chunk.tokens - wanted) * hidden;
@@ -146,6 +165,7 @@ pub fn forward(
     if description.logit_scale != 1.0 {
         logits.iter_mut().for_each(|logit| *logit *= description.logit_scale);
     }
+    meter.finish();
     check_finite(logits, description.vocab, first_position + chunk.tokens - wanted)
 }
 

@@ -1,8 +1,346 @@
-//! Experts in slots: memory for them, who may write and read it, and what
-//! brings them.
+//! The expert store: keeps as many experts in memory as the budget allows and
+//! brings the others from disk just in time.
+//!
+//! One layer's experts go through an [`Event`]. The planner (in
+//! `pregate-predictor`, shared with replay) decides; a [`mover::Mover`] reads;
+//! [`frames`] hold the bytes under the slot protocol of [`slot`]. A class of
+//! frames has `slots + ring` of them: a read always goes to a spare one, and
+//! whoever then leaves makes the next one spare. So no read waits for an
+//! eviction, no eviction is made for a guess, and nothing is ever copied.
 
 pub mod disk;
+mod event;
 pub mod frames;
+pub mod layout;
 pub mod mover;
+mod places;
 pub mod slot;
 mod sync;
+
+pub use event::{Arrived, Event};
+
+use crate::error::{Error, Result};
+use crate::model::weights::GatedBlock;
+use crate::statistics::{LayerStats, StreamStats, Time};
+use frames::{ClassSpec, Frames};
+use layout::ModelLayout;
+use mover::{Done, Fill, MoveError, Mover, Urgency};
+use places::{Place, Places};
+use pregate_kernels::ExpertWeights;
+use pregate_predictor::{Admission, ExpertId, Landing, Planner, Request};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Experts in frames, filled from disk.
+pub struct ExpertStore {
+    layout: ModelLayout,
+    frames: Arc<Frames>,
+    inner: Mutex<Inner>,
+}
+
+/// What one event at a time may change.
+struct Inner {
+    planner: Planner,
+    mover: Box<dyn Mover>,
+    places: Places,
+    /// Outstanding with the mover.
+    flights: HashMap<u64, Flight>,
+    /// Read ahead and not used yet: the frames that a demand may take back.
+    spare: Vec<ExpertId>,
+    stats: StreamStats,
+    /// Of the pass that runs.
+    tokens: usize,
+    session: u64,
+}
+
+struct Flight {
+    id: ExpertId,
+    urgency: Urgency,
+}
+
+fn key_of(id: ExpertId) -> u64 {
+    u64::from(id.layer) << 32 | u64::from(id.expert)
+}
+
+/// A pass over one token or a chunk of a prompt.
+#[derive(Clone, Copy, Debug)]
+pub struct PassInfo<'a> {
+    pub ids: &'a [u32],
+    /// Tells sessions apart, whose texts have nothing to do with each other.
+    pub session: u64,
+    /// Nothing came before the first id.
+    pub is_start: bool,
+}
+
+impl ExpertStore {
+    /// Frames for `slots` experts per layer and `ring` more per class are made
+    /// by the caller ([`ExpertStore::specs`]), since the mover knows them too.
+    pub fn new(
+        layout: ModelLayout,
+        frames: Arc<Frames>,
+        mover: Box<dyn Mover>,
+        planner: Planner,
+    ) -> Self {
+        let inner = Inner {
+            places: Places::new(&layout.shape, &frames),
+            stats: StreamStats::new(layout.shape.layers.len()),
+            planner,
+            mover,
+            flights: HashMap::new(),
+            spare: Vec::new(),
+            tokens: 1,
+            session: 0,
+        };
+        Self { layout, frames, inner: Mutex::new(inner) }
+    }
+
+    /// The frames of each class for `slots` per layer and `ring` spare ones.
+    pub fn specs(layout: &ModelLayout, slots: &[usize], ring: usize) -> Vec<ClassSpec> {
+        let slots_of = |class: usize| {
+            let layers = layout.shape.moe().filter(|(_, layer)| layer.class == class);
+            layers.map(|(index, _)| slots[index]).sum::<usize>()
+        };
+        let spec = |(class, &frame_bytes): (usize, &usize)| ClassSpec {
+            frame_bytes,
+            frames: slots_of(class) + ring,
+        };
+        layout.class_bytes.iter().enumerate().map(spec).collect()
+    }
+
+    /// A pass begins.
+    pub fn begin_pass(&self, pass: PassInfo<'_>) {
+        let mut inner = self.lock();
+        if pass.is_start || inner.session != pass.session {
+            inner.planner.new_sequence();
+        }
+        inner.session = pass.session;
+        inner.tokens = pass.ids.len();
+        match *pass.ids {
+            [token] => inner.planner.begin_token(token),
+            _ => inner.planner.begin_chunk(pass.ids),
+        }
+    }
+
+    /// A pass ended; `time` says what its thread did.
+    pub fn end_pass(&self, time: Time) {
+        let mut inner = self.lock();
+        let tokens = inner.tokens;
+        let phase = inner.stats.phase_mut(tokens);
+        phase.passes += 1;
+        phase.tokens += tokens as u64;
+        phase.time += time;
+    }
+
+    /// Asks for `experts`, distinct, of MoE layer `layer`, in the order in
+    /// which they are wanted. Waits while another session's event runs.
+    pub fn begin(&self, layer: usize, experts: &[u32]) -> Event<'_> {
+        Event::begin(self, layer, experts)
+    }
+
+    /// The weights of an expert that has arrived.
+    pub fn view<'a>(
+        &self,
+        layer: usize,
+        block: &'a GatedBlock,
+        arrived: &'a Arrived,
+    ) -> ExpertWeights<'a> {
+        self.layout.layers[layer][arrived.expert as usize].view(block, arrived.bytes())
+    }
+
+    /// Where in the files an expert lies: the order in which a chunk reads.
+    pub fn position(&self, layer: usize, expert: u32) -> (usize, u64) {
+        self.layout.layers[layer][expert as usize].position()
+    }
+
+    /// The mover's clock, in nanoseconds.
+    pub fn now_ns(&self) -> u64 {
+        self.lock().mover.now_ns()
+    }
+
+    pub fn layout(&self) -> &ModelLayout {
+        &self.layout
+    }
+
+    pub fn frames(&self) -> &Arc<Frames> {
+        &self.frames
+    }
+
+    pub fn stats(&self) -> StreamStats {
+        self.lock().stats.clone()
+    }
+
+    /// How experts come, in words.
+    pub fn describe(&self) -> String {
+        self.lock().mover.describe()
+    }
+
+    /// Calls `look` with the planner, for reports.
+    pub fn with_planner<T>(&self, look: impl FnOnce(&Planner) -> T) -> T {
+        look(&self.lock().planner)
+    }
+
+    /// Bytes that a read of `id` moves.
+    fn bytes_of(&self, id: ExpertId) -> u64 {
+        self.layout.layers[id.layer()][id.expert()].frame_bytes() as u64
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic inside an event unwinds through `Event::drop`, which leaves
+        // everything consistent.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Hands a read to the mover if a frame can be had for it: a free one, or,
+    /// for a demand, one with an expert that was read ahead.
+    fn submit(&mut self, store: &ExpertStore, id: ExpertId, urgency: Urgency) -> bool {
+        let class = store.layout.shape.layer(id.layer()).map_or(0, |layer| layer.class);
+        if self.places.free(class) == 0 && urgency == Urgency::Demand {
+            self.reclaim(store, class);
+        }
+        let Some(frame) = self.places.take_free(class) else { return false };
+        let Some(ticket) = store.frames.claim(frame) else {
+            unreachable!("a free frame is neither pinned nor being filled")
+        };
+        let pieces = store.layout.layers[id.layer()][id.expert()].pieces();
+        let key = key_of(id);
+        self.flights.insert(key, Flight { id, urgency });
+        self.mover.submit(Fill { key, ticket, pieces, urgency });
+        true
+    }
+
+    /// Takes back the frame of an expert that was read ahead; where all of
+    /// those are still being read, gives up one of them, whose frame comes
+    /// free when it lands.
+    fn reclaim(&mut self, store: &ExpertStore, class: usize) {
+        let of_class = |id: &ExpertId| {
+            store.layout.shape.layer(id.layer()).is_some_and(|layer| layer.class == class)
+        };
+        let planner = &self.planner;
+        let least = (self.spare.iter().copied().filter(of_class))
+            .filter(|id| !planner.is_awaited(*id))
+            .min_by(|a, b| planner.worth(*a).total_cmp(&planner.worth(*b)));
+        if let Some(id) = least {
+            self.drop_spare(store, id);
+            return;
+        }
+        let guessed = self.flights.iter().find(|(_, flight)| {
+            flight.urgency == Urgency::Prefetch && of_class(&flight.id)
+        });
+        if let Some((&key, _)) = guessed {
+            self.mover.discard(key);
+        }
+    }
+
+    /// An expert that was read ahead and not used gives its frame back.
+    fn drop_spare(&mut self, store: &ExpertStore, id: ExpertId) {
+        self.spare.retain(|spare| *spare != id);
+        self.planner.dropped(id);
+        let bytes = store.bytes_of(id);
+        let stats = self.layer_stats(id.layer());
+        stats.prefetch_wasted += 1;
+        stats.bytes_wasted += bytes;
+        self.vacate(store, id);
+    }
+
+    /// `id` leaves its frame.
+    fn vacate(&mut self, store: &ExpertStore, id: ExpertId) {
+        let Some(Place { frame, .. }) = self.places.take(id) else {
+            unreachable!("{id} has a frame")
+        };
+        let released = store.frames.release(frame);
+        debug_assert!(released, "{frame:?} of {id} is in use");
+        self.places.give_back(frame);
+    }
+
+    /// Books what the mover has brought.
+    fn land(&mut self, done: Done) -> (ExpertId, Result<(), MoveError>) {
+        let Some(Flight { id, urgency }) = self.flights.remove(&done.key) else {
+            unreachable!("the mover answers what it was given")
+        };
+        let stats = self.layer_stats(id.layer());
+        match urgency {
+            Urgency::Demand => stats.bytes_demand += done.bytes,
+            Urgency::Prefetch => stats.bytes_prefetch += done.bytes,
+        }
+        let landing = match &done.result {
+            Ok(()) => Landing::Ready,
+            Err(MoveError::Discarded) => Landing::Discarded,
+            Err(_) => Landing::Failed,
+        };
+        match landing {
+            Landing::Ready => {
+                self.places.put(id, Place { frame: done.frame, generation: done.generation });
+                self.spare.push(id);
+            }
+            _ => {
+                let stats = self.layer_stats(id.layer());
+                stats.bytes_wasted += done.bytes;
+                stats.prefetch_wasted += u64::from(urgency == Urgency::Prefetch);
+                self.places.give_back(done.frame);
+            }
+        }
+        self.planner.arrived(id, landing, done.ended_ns);
+        (id, done.result)
+    }
+
+    /// Books everything that has landed since the last event. A failed
+    /// read-ahead is only counted: if the expert is needed, a demand will
+    /// say what is wrong.
+    fn collect(&mut self) {
+        while let Some(done) = self.mover.next(0) {
+            let _ = self.land(done);
+        }
+    }
+
+    /// Counts where the experts of an event come from, and takes those that
+    /// were read ahead out of the spare ones.
+    fn serve(&mut self, layer: usize, request: &Request) {
+        let spare = self.spare.len();
+        let of_event =
+            |id: &ExpertId| id.layer() == layer && request.resident.contains(&id.expert);
+        self.spare.retain(|id| !of_event(id));
+        let read_ahead = (spare - self.spare.len() + request.in_flight.len()) as u64;
+        let stats = self.layer_stats(layer);
+        stats.hits += request.resident.len() as u64;
+        stats.in_flight += request.in_flight.len() as u64;
+        stats.misses += request.missing.len() as u64;
+        stats.prefetch_useful += read_ahead;
+    }
+
+    /// `id` was computed: who leaves for it, or does it leave itself?
+    fn settle(&mut self, store: &ExpertStore, id: ExpertId) {
+        match self.planner.computed(id) {
+            None | Some(Admission::Added) => {}
+            Some(Admission::Replaced(victim)) => self.vacate(store, victim),
+            Some(Admission::Bypassed) => self.vacate(store, id),
+        }
+    }
+
+    /// Reads ahead into frames that nobody needs now.
+    fn prefetch(&mut self, store: &ExpertStore) {
+        let now = self.mover.now_ns();
+        let places = &self.places;
+        for id in self.planner.prefetch(&|class| places.free(class), now) {
+            let submitted = self.submit(store, id, Urgency::Prefetch);
+            debug_assert!(submitted, "the planner saw a free frame for {id}");
+        }
+    }
+
+    /// What was read ahead for a layer that has run, and was not used.
+    fn give_up_passed(&mut self, store: &ExpertStore, layer: usize) {
+        let unused: Vec<ExpertId> =
+            self.spare.iter().copied().filter(|id| id.layer() == layer).collect();
+        unused.into_iter().for_each(|id| self.drop_spare(store, id));
+        for (&key, flight) in &self.flights {
+            if flight.id.layer() == layer {
+                self.mover.discard(key);
+            }
+        }
+    }
+
+    fn layer_stats(&mut self, layer: usize) -> &mut LayerStats {
+        &mut self.stats.phase_mut(self.tokens).layers[layer]
+    }
+}

@@ -1,0 +1,252 @@
+//! One layer's experts, from the router's answer to the last of them computed.
+//!
+//! The order of work: what is in a frame is handed out first; what is missing
+//! is asked of the mover at once, before anything is computed, and handed out
+//! as it arrives. Bytes go straight into a spare frame. When an expert has
+//! been computed, the planner says who leaves for it, and the frame that is
+//! then free takes the next one.
+
+use super::frames::Pin;
+use super::mover::{MoveError, Urgency};
+use super::{ExpertStore, Inner, key_of};
+use crate::error::{Error, Result};
+use crate::session::Cancel;
+use pregate_predictor::{ExpertId, External, Observer, Origin, Request, Served};
+use std::collections::VecDeque;
+use std::sync::MutexGuard;
+
+/// How long a wait for the disk lasts before cancelling is looked at.
+const WAIT_NS: u64 = 20_000_000;
+/// Of the same event, before its error is the pass's: a prefetch that failed
+/// is asked for again when it is needed.
+const ATTEMPTS: u32 = 2;
+
+/// An expert that is in a frame and stays there while this exists.
+pub struct Arrived {
+    pub expert: u32,
+    pin: Pin,
+}
+
+impl Arrived {
+    /// The frame's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.pin
+    }
+}
+
+/// What an event still waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Awaited {
+    id: ExpertId,
+    attempts: u32,
+}
+
+/// One layer's experts on their way to the computation. Holds the store: other
+/// sessions wait until it ends.
+pub struct Event<'s> {
+    store: &'s ExpertStore,
+    inner: MutexGuard<'s, Inner>,
+    layer: usize,
+    /// In a frame and not handed out yet.
+    ready: Vec<ExpertId>,
+    /// To be asked of the mover when a frame is free, in this order.
+    queue: VecDeque<Awaited>,
+    /// Asked of the mover.
+    awaited: Vec<Awaited>,
+    /// Handed out last, to be settled when their pins are back.
+    handed: Vec<ExpertId>,
+    origins: Vec<(u32, Origin)>,
+    waited_ns: u64,
+    bytes: u64,
+    ended: bool,
+}
+
+impl<'s> Event<'s> {
+    /// Asks for `experts`, distinct and of one MoE layer, in the order in
+    /// which they are wanted.
+    pub(super) fn begin(store: &'s ExpertStore, layer: usize, experts: &[u32]) -> Self {
+        let mut inner = store.lock();
+        inner.collect();
+        let now = inner.mover.now_ns();
+        let request = inner.planner.request(layer, experts, now);
+        let id = |&expert: &u32| ExpertId::new(layer, expert);
+        let awaited = |expert: &u32| Awaited { id: id(expert), attempts: 0 };
+        for expert in &request.in_flight {
+            inner.mover.promote(key_of(id(expert)));
+        }
+        inner.serve(layer, &request);
+        let mut event = Self {
+            store,
+            inner,
+            layer,
+            ready: request.resident.iter().map(id).collect(),
+            queue: request.missing.iter().map(awaited).collect(),
+            awaited: request.in_flight.iter().map(awaited).collect(),
+            handed: Vec::new(),
+            origins: origins(&request),
+            waited_ns: 0,
+            bytes: 0,
+            ended: false,
+        };
+        event.ask();
+        event
+    }
+
+    /// Scores that a forecast gave for a layer ahead.
+    pub fn foresee(&mut self, external: External<'_>) {
+        self.inner.planner.foresee(external);
+    }
+
+    /// Asks the mover for what the forecasts say comes next, if no demand
+    /// waits for a frame.
+    pub fn prefetch(&mut self) {
+        self.ask();
+        if self.queue.is_empty() {
+            self.inner.prefetch(self.store);
+        }
+    }
+
+    /// Settles what was handed out last, and hands out everything that is in a
+    /// frame now; waits for the disk if nothing is. Empty when all experts
+    /// were handed out. The caller drops the answer before it asks again.
+    pub fn next(&mut self, cancel: &Cancel) -> Result<Vec<Arrived>> {
+        self.settle();
+        self.ask();
+        self.prefetch();
+        self.receive(0)?;
+        while self.ready.is_empty() && !(self.queue.is_empty() && self.awaited.is_empty()) {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            self.receive(WAIT_NS)?;
+            self.ask();
+        }
+        let ready = std::mem::take(&mut self.ready);
+        self.handed.extend(&ready);
+        ready.into_iter().map(|id| self.pin(id)).collect()
+    }
+
+    fn pin(&self, id: ExpertId) -> Result<Arrived> {
+        let pin = self.inner.places.get(id).and_then(|place| {
+            self.store.frames.pin(place.frame, place.generation)
+        });
+        match pin {
+            Some(pin) => Ok(Arrived { expert: id.expert, pin }),
+            None => Err(Error::Internal(format!("{id} has lost its frame"))),
+        }
+    }
+
+    /// The planner decides who leaves for the experts that were computed.
+    fn settle(&mut self) {
+        for id in std::mem::take(&mut self.handed) {
+            self.inner.settle(self.store, id);
+        }
+    }
+
+    /// Gives waiting demands to the mover while frames are free.
+    fn ask(&mut self) {
+        while let Some(&next) = self.queue.front() {
+            if !self.inner.submit(self.store, next.id, Urgency::Demand) {
+                break;
+            }
+            self.queue.pop_front();
+            self.awaited.push(next);
+        }
+    }
+
+    /// Takes what the mover has brought; waits up to `wait_ns` for the first.
+    fn receive(&mut self, wait_ns: u64) -> Result<()> {
+        let before = self.inner.mover.now_ns();
+        let mut next = self.inner.mover.next(wait_ns);
+        if wait_ns > 0 {
+            self.waited_ns += self.inner.mover.now_ns() - before;
+        }
+        while let Some(done) = next {
+            self.bytes += done.bytes;
+            let (id, result) = self.inner.land(done);
+            if let Some(at) = self.awaited.iter().position(|awaited| awaited.id == id) {
+                let awaited = self.awaited.swap_remove(at);
+                self.arrived(awaited, result)?;
+            }
+            next = self.inner.mover.next(0);
+        }
+        Ok(())
+    }
+
+    fn arrived(&mut self, awaited: Awaited, result: Result<(), MoveError>) -> Result<()> {
+        match result {
+            Ok(()) => {
+                self.inner.spare.retain(|spare| *spare != awaited.id);
+                self.ready.push(awaited.id);
+            }
+            // A read-ahead that was given up, or failed, before it became a
+            // demand.
+            Err(MoveError::Discarded) => self.queue.push_front(awaited),
+            Err(MoveError::Io { .. }) if awaited.attempts + 1 < ATTEMPTS => {
+                let attempts = awaited.attempts + 1;
+                self.queue.push_front(Awaited { attempts, ..awaited });
+            }
+            Err(error) => return Err(Error::from(error)),
+        }
+        Ok(())
+    }
+
+    /// Time waited for the disk so far, in nanoseconds.
+    pub fn waited_ns(&self) -> u64 {
+        self.waited_ns
+    }
+
+    pub fn now_ns(&self) -> u64 {
+        self.inner.mover.now_ns()
+    }
+
+    /// Ends the event after the last expert was computed, and tells the
+    /// observer what it took.
+    pub fn finish(mut self, first_position: usize, tokens: usize, observer: &mut dyn Observer) {
+        self.settle();
+        self.end();
+        observer.served(&Served {
+            layer: self.layer,
+            first_position,
+            tokens,
+            experts: &self.origins,
+            bytes: self.bytes,
+            stall_ns: self.waited_ns,
+        });
+    }
+
+    fn end(&mut self) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let now = self.inner.mover.now_ns();
+        self.inner.planner.end(self.layer, self.waited_ns, now);
+        self.inner.give_up_passed(self.store, self.layer);
+        let stats = self.inner.layer_stats(self.layer);
+        stats.stall_ns += self.waited_ns;
+        self.inner.prefetch(self.store);
+    }
+}
+
+fn origins(request: &Request) -> Vec<(u32, Origin)> {
+    let with = |experts: &[u32], origin| experts.iter().map(move |&e| (e, origin)).collect();
+    let lists: [Vec<_>; 3] = [
+        with(&request.resident, Origin::Hit),
+        with(&request.in_flight, Origin::InFlight),
+        with(&request.missing, Origin::Miss),
+    ];
+    lists.concat()
+}
+
+impl Drop for Event<'_> {
+    /// An event that ends early (an error, a cancelled pass, a panic in the
+    /// computation) leaves the store as usable as one that ends well: its
+    /// pins are gone with the caller's [`Arrived`], and what is on its way
+    /// lands later as if it had been read ahead.
+    fn drop(&mut self) {
+        let left = self.handed.drain(..).chain(self.ready.drain(..));
+        let left: Vec<ExpertId> = left.filter(|id| !self.inner.planner.contains(*id)).collect();
+        self.inner.spare.extend(left);
+        self.end();
+    }
+}
