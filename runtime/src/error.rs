@@ -24,6 +24,10 @@ pub enum Error {
     #[error("chat template: {0}")]
     Template(String),
 
+    /// An expert could not be read.
+    #[error(transparent)]
+    Move(#[from] crate::store::mover::MoveError),
+
     /// Text could not be turned into tokens or back.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

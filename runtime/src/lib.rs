@@ -41,7 +41,7 @@ pub use error::{Error, Result};
 pub use forward::cache::KvFormat;
 pub use generate::{Event, Finish, GenerateOptions, Generated};
 pub use model::description::ModelDescription;
-pub use model::{LoadOptions, LoadProgress, Model, Residency};
+pub use model::{LoadOptions, LoadProgress, Model, OpenedModel, Residency, Streaming};
 pub use sample::{Dry, Sampler, SamplerOptions};
 pub use session::{Cancel, Run, Session, SessionOptions};
 pub use statistics::StreamStats;

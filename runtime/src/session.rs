@@ -58,6 +58,8 @@ pub struct Run<'a> {
 /// One sequence. It is `Send`: move it to the thread that generates.
 pub struct Session {
     model: Model,
+    /// Different from that of every other session of the model.
+    id: u64,
     cache: Cache,
     ropes: Vec<Rope>,
     scratch: Scratch,
@@ -86,6 +88,7 @@ impl Session {
             scratch: Scratch::default(),
             tokens: Vec::new(),
             prefill_chunk: options.prefill_chunk,
+            id: model.next_session(),
             model: model.clone(),
         })
     }
@@ -187,7 +190,7 @@ impl Session {
             &self.ropes,
             &mut self.cache,
             &mut self.scratch,
-            Pass { ids: chunk, first_position: first, wanted },
+            Pass { ids: chunk, first_position: first, wanted, session: self.id },
             run.observer,
             run.cancel,
         );

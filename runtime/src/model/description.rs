@@ -30,6 +30,14 @@ pub struct ModelDescription {
 }
 
 impl ModelDescription {
+    /// Routed experts of a token in layer `layer`; 0 if it is dense.
+    pub fn top_k(&self, layer: usize) -> usize {
+        match &self.layers[layer].feed_forward {
+            FeedForward::Moe(moe) => moe.top_k,
+            FeedForward::Dense { .. } => 0,
+        }
+    }
+
     /// The MoE layers with their index.
     pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeDescription)> {
         self.layers.iter().enumerate().filter_map(|(index, layer)| match &layer.feed_forward {

@@ -15,31 +15,63 @@ pub mod weights;
 use crate::error::{Error, Result};
 use crate::files::{Container, ModelFiles};
 use crate::forward::Engine;
+use crate::store::disk::{self, DiskOptions};
+use crate::store::frames::Frames;
+use crate::store::layout::ModelLayout;
+use crate::store::mover::Mover;
+use crate::store::{Clock, ExpertStore};
 use crate::text::{ChatTemplate, Limits, Tokenizer};
 use description::ModelDescription;
 use pregate_kernels::Backend;
+use pregate_predictor::{Planner, PlannerOptions};
+use std::collections::HashSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use weights::ModelWeights;
+use weights::{GatedBlock, ModelWeights};
 
 /// What a model is loaded onto.
-#[derive(Clone)]
 pub struct LoadOptions {
     pub backend: Arc<dyn Backend>,
     pub residency: Residency,
 }
 
-/// When weights come from disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Where weights are while the model is used.
+#[derive(Default)]
 pub enum Residency {
-    /// Page by page, when a computation touches them.
+    /// In the mapped files; they come from disk page by page, when a
+    /// computation touches them.
     #[default]
     Lazy,
-    /// All at once while loading, in large pages where the system has them,
-    /// if the files have at most so many bytes; else lazily. The fastest for
-    /// a model that fits in memory.
-    Resident { at_most_bytes: u64 },
+    /// As [`Residency::Lazy`], but all are read while loading, in large pages
+    /// where the system has them. The fastest for a model that fits in memory.
+    Resident,
+    /// Routed experts come from disk just in time; all other weights are read
+    /// into memory while loading. The fastest for a model that does not fit.
+    Streamed(Streaming),
 }
+
+/// How experts are streamed. The numbers come from [`crate::budget`].
+pub struct Streaming {
+    /// Experts to keep per layer of the model, 0 for dense layers.
+    pub slots: Vec<usize>,
+    /// Further frames of each size, which experts are read into.
+    pub ring: usize,
+    pub planner: PlannerOptions,
+    pub source: Source,
+}
+
+/// What brings experts.
+pub enum Source {
+    /// The model's files.
+    Disk(DiskOptions),
+    /// Something else that reads them: the simulated disk of the tests.
+    Custom(Box<MakeMover>),
+}
+
+/// Makes a mover for the model's files, and the clock of its machine.
+pub type MakeMover =
+    dyn FnOnce(&ModelFiles, &ModelLayout, &Arc<Frames>) -> Result<(Box<dyn Mover>, Clock)> + Send;
 
 /// How far loading is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +81,118 @@ pub struct LoadProgress {
     pub bytes: u64,
     pub layers_done: usize,
     pub layers: usize,
+}
+
+/// A model whose files are opened and checked, and for which no large memory
+/// was taken yet.
+pub struct OpenedModel {
+    files: ModelFiles,
+    description: ModelDescription,
+    weights: ModelWeights,
+    layout: ModelLayout,
+}
+
+impl OpenedModel {
+    /// Maps the files at `path` (a GGUF file or a folder) and checks every
+    /// tensor that the architecture needs.
+    pub fn open(path: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
+        let files = ModelFiles::open(path)?;
+        let description = describe(&files)?;
+        let mut done = LoadProgress { layers: description.layers.len(), ..Default::default() };
+        let weights = load::load_weights(&files, &description, &mut |layers_done| {
+            done.layers_done = layers_done;
+            progress(done);
+        })?;
+        let layout = ModelLayout::new(&files, &weights, |layer| description.top_k(layer));
+        Ok(Self { files, description, weights, layout })
+    }
+
+    pub fn files(&self) -> &ModelFiles {
+        &self.files
+    }
+
+    pub fn description(&self) -> &ModelDescription {
+        &self.description
+    }
+
+    pub fn weights(&self) -> &ModelWeights {
+        &self.weights
+    }
+
+    /// Where experts lie in the files and in frames.
+    pub fn layout(&self) -> &ModelLayout {
+        &self.layout
+    }
+
+    /// Brings the weights to where `options` wants them.
+    pub fn load(
+        mut self,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Model> {
+        let layers = self.description.layers.len();
+        let done = LoadProgress { layers, layers_done: layers, ..Default::default() };
+        let mut tell = |bytes_done, bytes| progress(LoadProgress { bytes_done, bytes, ..done });
+        let store = match options.residency {
+            Residency::Lazy => None,
+            Residency::Resident => {
+                self.files.make_resident(&mut tell)?;
+                None
+            }
+            Residency::Streamed(streaming) => {
+                let which = self.tensors_of_every_token();
+                self.files.hold(&which, &mut tell)?;
+                Some(open_store(&self.files, self.layout, streaming)?)
+            }
+        };
+        let shared = Shared {
+            files: self.files,
+            description: self.description,
+            weights: self.weights,
+            backend: options.backend,
+            store,
+            sessions: AtomicU64::new(0),
+            tokenizer: OnceLock::new(),
+            template: OnceLock::new(),
+        };
+        Ok(Model { shared: Arc::new(shared) })
+    }
+
+    /// All tensors but those of routed experts and, unless it is the head as
+    /// well, the embedding, of which a token needs one row.
+    fn tensors_of_every_token(&self) -> Vec<usize> {
+        let experts = self.weights.moe_layers().flat_map(|(_, moe)| &moe.experts);
+        let mut beside: HashSet<usize> =
+            experts.flat_map(GatedBlock::extents).map(|(tensor, _)| tensor).collect();
+        let embedding = self.weights.embedding.tensor();
+        if self.weights.head.weight.tensor() != embedding {
+            beside.insert(embedding);
+        }
+        (0..self.files.tensors().len()).filter(|tensor| !beside.contains(tensor)).collect()
+    }
+}
+
+fn open_store(
+    files: &ModelFiles,
+    layout: ModelLayout,
+    streaming: Streaming,
+) -> Result<ExpertStore> {
+    let Streaming { slots, ring, planner, source } = streaming;
+    let planner = Planner::new(layout.shape.clone(), &slots, planner)
+        .map_err(|error| Error::Request(error.to_string()))?;
+    if ring == 0 {
+        return Err(Error::Request("a ring of 0 frames; allowed: 1 and more".to_string()));
+    }
+    let frames = Frames::new(&ExpertStore::specs(&layout, &slots, ring))?;
+    let (mover, clock) = match source {
+        Source::Disk(options) => {
+            let started = std::time::Instant::now();
+            let clock: Clock = Arc::new(move || started.elapsed().as_nanos() as u64);
+            (disk::open(files, &frames, options)?, clock)
+        }
+        Source::Custom(make) => make(files, &layout, &frames)?,
+    };
+    Ok(ExpertStore::new(layout, frames, mover, planner, clock))
 }
 
 /// A model ready to run. Cloning is cheap: clones share everything.
@@ -62,42 +206,30 @@ struct Shared {
     description: ModelDescription,
     weights: ModelWeights,
     backend: Arc<dyn Backend>,
+    store: Option<ExpertStore>,
+    /// Made so far.
+    sessions: AtomicU64,
     tokenizer: OnceLock<Tokenizer>,
     template: OnceLock<ChatTemplate>,
 }
 
 impl Model {
-    /// Maps the files at `path` (a GGUF file or a folder) and checks every
-    /// tensor that the architecture needs. Weights stay in the files.
+    /// [`OpenedModel::open`] and [`OpenedModel::load`].
     pub fn load(
         path: &Path,
         options: LoadOptions,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
-        let mut files = ModelFiles::open(path)?;
-        let description = describe(&files)?;
-        let layers = description.layers.len();
-        let mut done = LoadProgress { layers, ..Default::default() };
-        let weights = load::load_weights(&files, &description, &mut |layers_done| {
-            done.layers_done = layers_done;
-            progress(done);
-        })?;
-        if let Residency::Resident { at_most_bytes } = options.residency
-            && files.total_bytes() <= at_most_bytes
-        {
-            files.make_resident(&mut |bytes_done, bytes| {
-                progress(LoadProgress { bytes_done, bytes, ..done });
-            })?;
-        }
-        let shared = Shared {
-            files,
-            description,
-            weights,
-            backend: options.backend,
-            tokenizer: OnceLock::new(),
-            template: OnceLock::new(),
-        };
-        Ok(Self { shared: Arc::new(shared) })
+        OpenedModel::open(path, progress)?.load(options, progress)
+    }
+
+    /// Where experts come from, if they are streamed.
+    pub fn store(&self) -> Option<&ExpertStore> {
+        self.shared.store.as_ref()
+    }
+
+    pub(crate) fn next_session(&self) -> u64 {
+        self.shared.sessions.fetch_add(1, Ordering::Relaxed)
     }
 
     pub fn description(&self) -> &ModelDescription {
@@ -158,10 +290,7 @@ impl Model {
     /// Weight bytes that one decoded token reads, with average experts.
     pub fn bytes_per_token(&self) -> u64 {
         let description = self.description();
-        self.weights().bytes_per_token(|layer| match &description.layers[layer].feed_forward {
-            description::FeedForward::Moe(moe) => moe.top_k,
-            description::FeedForward::Dense { .. } => 0,
-        })
+        self.weights().bytes_per_token(|layer| description.top_k(layer))
     }
 
     pub(crate) fn engine(&self) -> Engine<'_> {
@@ -170,6 +299,7 @@ impl Model {
             description: self.description(),
             weights: self.weights(),
             backend: self.backend(),
+            store: self.store(),
         }
     }
 }

@@ -99,6 +99,11 @@ impl Weight {
         self.rows as u64 * self.format.row_bytes(self.cols).unwrap_or(0) as u64
     }
 
+    /// Index of the tensor that it lies in.
+    pub fn tensor(&self) -> usize {
+        self.tensor
+    }
+
     pub fn format(&self) -> Format {
         self.format
     }

@@ -19,7 +19,6 @@ mod sync;
 
 pub use event::{Arrived, Event};
 
-use crate::error::{Error, Result};
 use crate::model::weights::GatedBlock;
 use crate::statistics::{LayerStats, StreamStats, Time};
 use frames::{ClassSpec, Frames};
@@ -27,7 +26,7 @@ use layout::ModelLayout;
 use mover::{Done, Fill, MoveError, Mover, Urgency};
 use places::{Place, Places};
 use pregate_kernels::ExpertWeights;
-use pregate_predictor::{Admission, ExpertId, Landing, Planner, Request};
+use pregate_predictor::{Admission, ExpertId, External, Landing, Planner, Request};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -35,8 +34,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct ExpertStore {
     layout: ModelLayout,
     frames: Arc<Frames>,
+    horizon: usize,
+    clock: Clock,
     inner: Mutex<Inner>,
 }
+
+/// Nanoseconds from some fixed moment: the machine's, or a simulated one's.
+pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
 /// What one event at a time may change.
 struct Inner {
@@ -80,7 +84,9 @@ impl ExpertStore {
         frames: Arc<Frames>,
         mover: Box<dyn Mover>,
         planner: Planner,
+        clock: Clock,
     ) -> Self {
+        let horizon = planner.horizon();
         let inner = Inner {
             places: Places::new(&layout.shape, &frames),
             stats: StreamStats::new(layout.shape.layers.len()),
@@ -91,7 +97,7 @@ impl ExpertStore {
             tokens: 1,
             session: 0,
         };
-        Self { layout, frames, inner: Mutex::new(inner) }
+        Self { layout, frames, horizon, clock, inner: Mutex::new(inner) }
     }
 
     /// The frames of each class for `slots` per layer and `ring` spare ones.
@@ -152,9 +158,23 @@ impl ExpertStore {
         self.layout.layers[layer][expert as usize].position()
     }
 
-    /// The mover's clock, in nanoseconds.
+    /// Layers ahead whose routers a forecast wants to hear; 0: none.
+    pub fn horizon(&self) -> usize {
+        self.horizon
+    }
+
+    /// Scores that a forecast gave between two events, and what they make
+    /// worth reading.
+    pub fn foresee(&self, external: External<'_>) {
+        let mut inner = self.lock();
+        inner.collect();
+        inner.planner.foresee(external);
+        inner.prefetch(self);
+    }
+
+    /// The clock that passes are timed with.
     pub fn now_ns(&self) -> u64 {
-        self.lock().mover.now_ns()
+        (self.clock)()
     }
 
     pub fn layout(&self) -> &ModelLayout {

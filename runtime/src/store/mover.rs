@@ -38,6 +38,13 @@ pub struct Piece {
     pub at: usize,
 }
 
+impl Piece {
+    /// Where it ends in the file.
+    pub fn end(&self) -> u64 {
+        self.offset + self.len as u64
+    }
+}
+
 /// Who waits for a fill. In the order of service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Urgency {

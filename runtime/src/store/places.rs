@@ -1,13 +1,14 @@
 //! Which frame holds which expert, and which frames are free.
 
 use super::frames::{FrameId, Frames};
+use super::slot::Generation;
 use pregate_predictor::{ExpertId, Shape};
 
 /// A frame and the generation under which it was filled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Place {
     pub frame: FrameId,
-    pub generation: u32,
+    pub generation: Generation,
 }
 
 /// Every frame is in exactly one of three states here: free, lent to a fill,
