@@ -16,8 +16,10 @@ pub trait Observer: Send {
 /// Where an expert was when its router answered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Origin {
-    /// In memory.
+    /// In a slot.
     Hit,
+    /// Read ahead, and there.
+    Early,
     /// A read-ahead was bringing it.
     InFlight,
     /// On disk.

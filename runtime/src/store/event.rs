@@ -7,19 +7,16 @@
 //! then free takes the next one.
 
 use super::frames::Pin;
-use super::mover::{MoveError, Urgency};
+use super::mover::Urgency;
 use super::{ExpertStore, Inner, key_of};
 use crate::error::{Error, Result};
 use crate::session::Cancel;
-use pregate_predictor::{ExpertId, External, Observer, Origin, Request, Served};
+use pregate_predictor::{Arrival, ExpertId, External, Observer, Origin, Request, Retire, Served};
 use std::collections::VecDeque;
 use std::sync::MutexGuard;
 
 /// How long a wait for the disk lasts before cancelling is looked at.
 const WAIT_NS: u64 = 20_000_000;
-/// Of the same event, before its error is the pass's: a prefetch that failed
-/// is asked for again when it is needed.
-const ATTEMPTS: u32 = 2;
 
 /// An expert that is in a frame and stays there while this exists.
 pub struct Arrived {
@@ -34,13 +31,6 @@ impl Arrived {
     }
 }
 
-/// What an event still waits for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Awaited {
-    id: ExpertId,
-    attempts: u32,
-}
-
 /// One layer's experts on their way to the computation. Holds the store: other
 /// sessions wait until it ends.
 pub struct Event<'s> {
@@ -50,9 +40,9 @@ pub struct Event<'s> {
     /// In a frame and not handed out yet.
     ready: Vec<ExpertId>,
     /// To be asked of the mover when a frame is free, in this order.
-    queue: VecDeque<Awaited>,
-    /// Asked of the mover.
-    awaited: Vec<Awaited>,
+    queue: VecDeque<ExpertId>,
+    /// Experts that the mover is bringing.
+    awaited: usize,
     /// Handed out last, to be settled when their pins are back.
     handed: Vec<ExpertId>,
     origins: Vec<(u32, Origin)>,
@@ -66,22 +56,22 @@ impl<'s> Event<'s> {
     /// which they are wanted.
     pub(super) fn begin(store: &'s ExpertStore, layer: usize, experts: &[u32]) -> Self {
         let mut inner = store.lock();
-        inner.collect();
-        let now = inner.mover.now_ns();
-        let request = inner.planner.request(layer, experts, now);
-        let id = |&expert: &u32| ExpertId::new(layer, expert);
-        let awaited = |expert: &u32| Awaited { id: id(expert), attempts: 0 };
-        for expert in &request.in_flight {
-            inner.mover.promote(key_of(id(expert)));
+        inner.collect(store);
+        let mut request = Request::default();
+        inner.planner.request(layer, experts, &mut request);
+        for &id in &request.in_flight {
+            inner.mover.promote(key_of(id));
         }
-        inner.serve(layer, &request);
+        inner.retire(store, &request.retire);
+        inner.count(layer, &request);
+        let Request { resident, early, in_flight, missing, .. } = &request;
         let mut event = Self {
             store,
             inner,
             layer,
-            ready: request.resident.iter().map(id).collect(),
-            queue: request.missing.iter().map(awaited).collect(),
-            awaited: request.in_flight.iter().map(awaited).collect(),
+            ready: resident.iter().chain(early).copied().collect(),
+            queue: missing.iter().copied().collect(),
+            awaited: in_flight.len(),
             handed: Vec::new(),
             origins: origins(&request),
             waited_ns: 0,
@@ -114,7 +104,7 @@ impl<'s> Event<'s> {
         self.ask();
         self.prefetch();
         self.receive(0)?;
-        while self.ready.is_empty() && !(self.queue.is_empty() && self.awaited.is_empty()) {
+        while self.ready.is_empty() && (self.awaited > 0 || !self.queue.is_empty()) {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
@@ -147,11 +137,11 @@ impl<'s> Event<'s> {
     /// Gives waiting demands to the mover while frames are free.
     fn ask(&mut self) {
         while let Some(&next) = self.queue.front() {
-            if !self.inner.submit(self.store, next.id, Urgency::Demand) {
+            if !self.inner.submit(self.store, next, Urgency::Demand) {
                 break;
             }
             self.queue.pop_front();
-            self.awaited.push(next);
+            self.awaited += 1;
         }
     }
 
@@ -164,30 +154,24 @@ impl<'s> Event<'s> {
         }
         while let Some(done) = next {
             self.bytes += done.bytes;
-            let (id, result) = self.inner.land(done);
-            if let Some(at) = self.awaited.iter().position(|awaited| awaited.id == id) {
-                let awaited = self.awaited.swap_remove(at);
-                self.arrived(awaited, result)?;
+            let (id, arrival, result) = self.inner.land(self.store, done);
+            match arrival {
+                Arrival::Use => {
+                    self.awaited -= 1;
+                    self.ready.push(id);
+                }
+                // A read-ahead that was given up before it became a demand.
+                Arrival::Again => {
+                    self.awaited -= 1;
+                    self.queue.push_front(id);
+                }
+                Arrival::Fail => {
+                    self.awaited -= 1;
+                    result?;
+                }
+                Arrival::Keep | Arrival::Release | Arrival::Nothing => {}
             }
             next = self.inner.mover.next(0);
-        }
-        Ok(())
-    }
-
-    fn arrived(&mut self, awaited: Awaited, result: Result<(), MoveError>) -> Result<()> {
-        match result {
-            Ok(()) => {
-                self.inner.spare.retain(|spare| *spare != awaited.id);
-                self.ready.push(awaited.id);
-            }
-            // A read-ahead that was given up, or failed, before it became a
-            // demand.
-            Err(MoveError::Discarded) => self.queue.push_front(awaited),
-            Err(MoveError::Io { .. }) if awaited.attempts + 1 < ATTEMPTS => {
-                let attempts = awaited.attempts + 1;
-                self.queue.push_front(Awaited { attempts, ..awaited });
-            }
-            Err(error) => return Err(Error::from(error)),
         }
         Ok(())
     }
@@ -220,9 +204,9 @@ impl<'s> Event<'s> {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        let now = self.inner.mover.now_ns();
-        self.inner.planner.end(self.layer, self.waited_ns, now);
-        self.inner.give_up_passed(self.store, self.layer);
+        let mut retire = Retire::default();
+        self.inner.planner.end(self.layer, self.waited_ns, &mut retire);
+        self.inner.retire(self.store, &retire);
         let stats = self.inner.layer_stats(self.layer);
         stats.stall_ns += self.waited_ns;
         self.inner.prefetch(self.store);
@@ -230,9 +214,10 @@ impl<'s> Event<'s> {
 }
 
 fn origins(request: &Request) -> Vec<(u32, Origin)> {
-    let with = |experts: &[u32], origin| experts.iter().map(move |&e| (e, origin)).collect();
-    let lists: [Vec<_>; 3] = [
+    let with = |ids: &[ExpertId], origin| ids.iter().map(move |id| (id.expert, origin)).collect();
+    let lists: [Vec<_>; 4] = [
         with(&request.resident, Origin::Hit),
+        with(&request.early, Origin::Early),
         with(&request.in_flight, Origin::InFlight),
         with(&request.missing, Origin::Miss),
     ];
@@ -242,12 +227,9 @@ fn origins(request: &Request) -> Vec<(u32, Origin)> {
 impl Drop for Event<'_> {
     /// An event that ends early (an error, a cancelled pass, a panic in the
     /// computation) leaves the store as usable as one that ends well: its
-    /// pins are gone with the caller's [`Arrived`], and what is on its way
-    /// lands later as if it had been read ahead.
+    /// pins are gone with the caller's [`Arrived`], and the planner gives up
+    /// what it asked for.
     fn drop(&mut self) {
-        let left = self.handed.drain(..).chain(self.ready.drain(..));
-        let left: Vec<ExpertId> = left.filter(|id| !self.inner.planner.contains(*id)).collect();
-        self.inner.spare.extend(left);
         self.end();
     }
 }

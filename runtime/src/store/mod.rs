@@ -26,7 +26,9 @@ use layout::ModelLayout;
 use mover::{Done, Fill, MoveError, Mover, Urgency};
 use places::{Place, Places};
 use pregate_kernels::ExpertWeights;
-use pregate_predictor::{Admission, ExpertId, External, Landing, Planner, Request};
+use pregate_predictor::{
+    Admission, Arrival, ExpertId, External, Landing, Planner, Request, Retire, Room,
+};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -49,8 +51,6 @@ struct Inner {
     places: Places,
     /// Outstanding with the mover.
     flights: HashMap<u64, Flight>,
-    /// Read ahead and not used yet: the frames that a demand may take back.
-    spare: Vec<ExpertId>,
     stats: StreamStats,
     /// Of the pass that runs.
     tokens: usize,
@@ -93,7 +93,6 @@ impl ExpertStore {
             planner,
             mover,
             flights: HashMap::new(),
-            spare: Vec::new(),
             tokens: 1,
             session: 0,
         };
@@ -167,7 +166,7 @@ impl ExpertStore {
     /// worth reading.
     pub fn foresee(&self, external: External<'_>) {
         let mut inner = self.lock();
-        inner.collect();
+        inner.collect(self);
         inner.planner.foresee(external);
         inner.prefetch(self);
     }
@@ -217,7 +216,11 @@ impl Inner {
     fn submit(&mut self, store: &ExpertStore, id: ExpertId, urgency: Urgency) -> bool {
         let class = store.layout.shape.layer(id.layer()).map_or(0, |layer| layer.class);
         if self.places.free(class) == 0 && urgency == Urgency::Demand {
-            self.reclaim(store, class);
+            match self.planner.make_room(class) {
+                Some(Room::Released(id)) => self.drop_early(store, id),
+                Some(Room::Discard(id)) => self.mover.discard(key_of(id)),
+                None => {}
+            }
         }
         let Some(frame) = self.places.take_free(class) else { return false };
         let Some(ticket) = store.frames.claim(frame) else {
@@ -230,33 +233,14 @@ impl Inner {
         true
     }
 
-    /// Takes back the frame of an expert that was read ahead; where all of
-    /// those are still being read, gives up one of them, whose frame comes
-    /// free when it lands.
-    fn reclaim(&mut self, store: &ExpertStore, class: usize) {
-        let of_class = |id: &ExpertId| {
-            store.layout.shape.layer(id.layer()).is_some_and(|layer| layer.class == class)
-        };
-        let planner = &self.planner;
-        let least = (self.spare.iter().copied().filter(of_class))
-            .filter(|id| !planner.is_awaited(*id))
-            .min_by(|a, b| planner.worth(*a).total_cmp(&planner.worth(*b)));
-        if let Some(id) = least {
-            self.drop_spare(store, id);
-            return;
-        }
-        let guessed = self.flights.iter().find(|(_, flight)| {
-            flight.urgency == Urgency::Prefetch && of_class(&flight.id)
-        });
-        if let Some((&key, _)) = guessed {
-            self.mover.discard(key);
-        }
+    /// Frees what the planner has no use for any more.
+    fn retire(&mut self, store: &ExpertStore, retire: &Retire) {
+        retire.release.iter().for_each(|&id| self.drop_early(store, id));
+        retire.discard.iter().for_each(|&id| self.mover.discard(key_of(id)));
     }
 
     /// An expert that was read ahead and not used gives its frame back.
-    fn drop_spare(&mut self, store: &ExpertStore, id: ExpertId) {
-        self.spare.retain(|spare| *spare != id);
-        self.planner.dropped(id);
+    fn drop_early(&mut self, store: &ExpertStore, id: ExpertId) {
         let bytes = store.bytes_of(id);
         let stats = self.layer_stats(id.layer());
         stats.prefetch_wasted += 1;
@@ -275,7 +259,11 @@ impl Inner {
     }
 
     /// Books what the mover has brought.
-    fn land(&mut self, done: Done) -> (ExpertId, Result<(), MoveError>) {
+    fn land(
+        &mut self,
+        store: &ExpertStore,
+        done: Done,
+    ) -> (ExpertId, Arrival, Result<(), MoveError>) {
         let Some(Flight { id, urgency }) = self.flights.remove(&done.key) else {
             unreachable!("the mover answers what it was given")
         };
@@ -289,52 +277,51 @@ impl Inner {
             Err(MoveError::Discarded) => Landing::Discarded,
             Err(_) => Landing::Failed,
         };
-        match landing {
-            Landing::Ready => {
-                self.places.put(id, Place { frame: done.frame, generation: done.generation });
-                self.spare.push(id);
-            }
-            _ => {
-                let stats = self.layer_stats(id.layer());
-                stats.bytes_wasted += done.bytes;
-                stats.prefetch_wasted += u64::from(urgency == Urgency::Prefetch);
-                self.places.give_back(done.frame);
-            }
+        if landing == Landing::Ready {
+            self.places.put(id, Place { frame: done.frame, generation: done.generation });
+        } else {
+            let stats = self.layer_stats(id.layer());
+            stats.bytes_wasted += done.bytes;
+            stats.prefetch_wasted += u64::from(urgency == Urgency::Prefetch);
+            self.places.give_back(done.frame);
         }
-        self.planner.arrived(id, landing, done.ended_ns);
-        (id, done.result)
+        let arrival = self.planner.arrived(id, landing);
+        if arrival == Arrival::Release {
+            self.drop_early(store, id);
+        }
+        (id, arrival, done.result)
     }
 
     /// Books everything that has landed since the last event. A failed
     /// read-ahead is only counted: if the expert is needed, a demand will
     /// say what is wrong.
-    fn collect(&mut self) {
+    fn collect(&mut self, store: &ExpertStore) {
         while let Some(done) = self.mover.next(0) {
-            let _ = self.land(done);
+            let _ = self.land(store, done);
         }
     }
 
-    /// Counts where the experts of an event come from, and takes those that
-    /// were read ahead out of the spare ones.
-    fn serve(&mut self, layer: usize, request: &Request) {
-        let spare = self.spare.len();
-        let of_event =
-            |id: &ExpertId| id.layer() == layer && request.resident.contains(&id.expert);
-        self.spare.retain(|id| !of_event(id));
-        let read_ahead = (spare - self.spare.len() + request.in_flight.len()) as u64;
+    /// Counts where the experts of an event come from.
+    fn count(&mut self, layer: usize, request: &Request) {
+        let Request { resident, early, in_flight, missing, .. } = request;
         let stats = self.layer_stats(layer);
-        stats.hits += request.resident.len() as u64;
-        stats.in_flight += request.in_flight.len() as u64;
-        stats.misses += request.missing.len() as u64;
-        stats.prefetch_useful += read_ahead;
+        stats.hits += (resident.len() + early.len()) as u64;
+        stats.in_flight += in_flight.len() as u64;
+        stats.misses += missing.len() as u64;
+        stats.prefetch_useful += (early.len() + in_flight.len()) as u64;
     }
 
     /// `id` was computed: who leaves for it, or does it leave itself?
     fn settle(&mut self, store: &ExpertStore, id: ExpertId) {
-        match self.planner.computed(id) {
-            None | Some(Admission::Added) => {}
-            Some(Admission::Replaced(victim)) => self.vacate(store, victim),
-            Some(Admission::Bypassed) => self.vacate(store, id),
+        if self.planner.cache().contains(id) {
+            self.planner.computed(id);
+            return;
+        }
+        // Whatever was handed out before is back.
+        match self.planner.admit(id, &|_| false) {
+            Admission::Added => {}
+            Admission::Replaced(victim) => self.vacate(store, victim),
+            Admission::Bypassed => self.vacate(store, id),
         }
     }
 
@@ -345,18 +332,6 @@ impl Inner {
         for id in self.planner.prefetch(&|class| places.free(class), now) {
             let submitted = self.submit(store, id, Urgency::Prefetch);
             debug_assert!(submitted, "the planner saw a free frame for {id}");
-        }
-    }
-
-    /// What was read ahead for a layer that has run, and was not used.
-    fn give_up_passed(&mut self, store: &ExpertStore, layer: usize) {
-        let unused: Vec<ExpertId> =
-            self.spare.iter().copied().filter(|id| id.layer() == layer).collect();
-        unused.into_iter().for_each(|id| self.drop_spare(store, id));
-        for (&key, flight) in &self.flights {
-            if flight.id.layer() == layer {
-                self.mover.discard(key);
-            }
         }
     }
 
