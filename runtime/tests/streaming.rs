@@ -1,0 +1,71 @@
+//! Experts that come from disk give the bits of experts that are in memory,
+//! for every architecture and storage, however few slots there are.
+
+#[path = "support/golden.rs"]
+#[allow(dead_code)]
+mod golden;
+
+use golden::{argmax, entries};
+use pregate_kernels::{Backend, Cpu, CpuOptions};
+use pregate_runtime::model::Source;
+use pregate_runtime::store::disk::{DiskChoice, DiskOptions};
+use pregate_runtime::{
+    LoadOptions, Model, OpenedModel, Residency, Session, SessionOptions, Streaming,
+};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Logits of a prompt and of greedy tokens behind it, as bits.
+fn answer(model: &Model, prefill_chunk: usize) -> Vec<u32> {
+    let options = SessionOptions { prefill_chunk, ..Default::default() };
+    let mut session = Session::new(model, options).unwrap();
+    let vocab = model.description().vocab as u32;
+    let prompt: Vec<u32> = (0..11).map(|i| (i * 37 + 5) % vocab).collect();
+    let mut bits = Vec::new();
+    let mut logits = session.feed_quietly(&prompt).unwrap().to_vec();
+    for _ in 0..6 {
+        bits.extend(logits.iter().map(|logit| logit.to_bits()));
+        logits = session.feed_quietly(&[argmax(&logits) as u32]).unwrap().to_vec();
+    }
+    bits
+}
+
+fn streamed(path: &Path, backend: Arc<dyn Backend>, disk: DiskChoice, extra: usize) -> Model {
+    let opened = OpenedModel::open(path, &mut |_| {}).unwrap();
+    let slots = opened.layout().shape.layers.iter();
+    let slots = slots.map(|layer| layer.map_or(0, |l| (l.top_k + extra).min(l.experts))).collect();
+    let source = Source::Disk(DiskOptions { choice: disk, measure_ns: 0, ..Default::default() });
+    let streaming = Streaming { slots, ring: 1 + extra, source, ..Default::default() };
+    opened
+        .load(LoadOptions { backend, residency: Residency::Streamed(streaming) }, &mut |_| {})
+        .unwrap()
+}
+
+fn models() -> Vec<PathBuf> {
+    let is_model = |path: &PathBuf| {
+        path.extension().is_some_and(|extension| extension == "gguf") || path.is_dir()
+    };
+    let supported = |path: &PathBuf| !path.to_string_lossy().contains("IQ3_S");
+    let all = entries("gguf").into_iter().chain(entries("hf"));
+    all.filter(is_model).filter(supported).collect()
+}
+
+#[test]
+fn every_architecture_gives_the_bits_of_the_resident_run() {
+    let backend: Arc<dyn Backend> =
+        Arc::new(Cpu::new(CpuOptions { threads: Some(2), isa: None }).unwrap());
+    let models = models();
+    assert!(models.len() > 20, "only {} models", models.len());
+    for path in models {
+        let options = LoadOptions { backend: backend.clone(), residency: Residency::Lazy };
+        let resident = answer(&Model::load(&path, options, &mut |_| {}).unwrap(), 4);
+        for (disk, extra) in [(DiskChoice::Auto, 0), (DiskChoice::Threads, 1)] {
+            let model = streamed(&path, backend.clone(), disk, extra);
+            let what = format!("{}, {disk}, {extra} slots more than top-k", path.display());
+            assert!(answer(&model, 4) == resident, "{what}: other bits");
+            let stats = model.store().unwrap().stats();
+            assert!(stats.decode.total().misses > 0, "{what}: no expert was read");
+            assert!(stats.prefill.total().misses > 0, "{what}: no expert was read for the prompt");
+        }
+    }
+}
