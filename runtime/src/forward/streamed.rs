@@ -10,7 +10,8 @@ use crate::model::weights::{FeedForwardWeights, MoeWeights};
 use crate::session::Cancel;
 use crate::store::{Event, ExpertStore};
 use pregate_kernels::{ExpertGroup, ExpertRows, Grouping, Routes};
-use pregate_predictor::{External, Observer, Source};
+use pregate_predictor::Observer;
+use pregate_predictor::forecast::{External, Source};
 
 /// Buffers of forecasts.
 #[derive(Default)]

@@ -23,7 +23,7 @@ use crate::store::{Clock, ExpertStore};
 use crate::text::{ChatTemplate, Limits, Tokenizer};
 use description::ModelDescription;
 use pregate_kernels::Backend;
-use pregate_predictor::{Planner, PlannerOptions};
+use pregate_predictor::Planner;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,7 +57,6 @@ pub struct Streaming {
     pub slots: Vec<usize>,
     /// Further frames of each size, which experts are read into.
     pub ring: usize,
-    pub planner: PlannerOptions,
     pub source: Source,
 }
 
@@ -177,9 +176,11 @@ fn open_store(
     layout: ModelLayout,
     streaming: Streaming,
 ) -> Result<ExpertStore> {
-    let Streaming { slots, ring, planner, source } = streaming;
-    let planner = Planner::new(layout.shape.clone(), &slots, planner)
+    let Streaming { slots, ring, source } = streaming;
+    let policy = Box::new(pregate_predictor::policy::Lru::default());
+    let cache = pregate_predictor::Cache::new(&layout.shape, &slots, policy)
         .map_err(|error| Error::Request(error.to_string()))?;
+    let planner = Planner::new(&layout.shape, cache);
     if ring == 0 {
         return Err(Error::Request("a ring of 0 frames; allowed: 1 and more".to_string()));
     }

@@ -11,7 +11,8 @@ use super::mover::Urgency;
 use super::{ExpertStore, Inner, key_of};
 use crate::error::{Error, Result};
 use crate::session::Cancel;
-use pregate_predictor::{Arrival, ExpertId, External, Observer, Origin, Request, Retire, Served};
+use pregate_predictor::forecast::External;
+use pregate_predictor::{Arrival, ExpertId, Observer, Origin, Request, Retire, Served};
 use std::collections::VecDeque;
 use std::sync::MutexGuard;
 
@@ -84,7 +85,7 @@ impl<'s> Event<'s> {
 
     /// Scores that a forecast gave for a layer ahead.
     pub fn foresee(&mut self, external: External<'_>) {
-        self.inner.planner.foresee(external);
+        let _ = external;
     }
 
     /// Asks the mover for what the forecasts say comes next, if no demand

@@ -26,8 +26,9 @@ use layout::ModelLayout;
 use mover::{Done, Fill, MoveError, Mover, Urgency};
 use places::{Place, Places};
 use pregate_kernels::ExpertWeights;
+use pregate_predictor::forecast::External;
 use pregate_predictor::{
-    Admission, Arrival, ExpertId, External, Landing, Planner, Request, Retire, Room,
+    Admission, Arrival, ExpertId, Landing, Planner, Request, Retire, Room,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -86,7 +87,7 @@ impl ExpertStore {
         planner: Planner,
         clock: Clock,
     ) -> Self {
-        let horizon = planner.horizon();
+        let horizon = 0;
         let inner = Inner {
             places: Places::new(&layout.shape, &frames),
             stats: StreamStats::new(layout.shape.layers.len()),
@@ -167,7 +168,7 @@ impl ExpertStore {
     pub fn foresee(&self, external: External<'_>) {
         let mut inner = self.lock();
         inner.collect(self);
-        inner.planner.foresee(external);
+        let _ = external;
         inner.prefetch(self);
     }
 
@@ -327,12 +328,7 @@ impl Inner {
 
     /// Reads ahead into frames that nobody needs now.
     fn prefetch(&mut self, store: &ExpertStore) {
-        let now = self.mover.now_ns();
-        let places = &self.places;
-        for id in self.planner.prefetch(&|class| places.free(class), now) {
-            let submitted = self.submit(store, id, Urgency::Prefetch);
-            debug_assert!(submitted, "the planner saw a free frame for {id}");
-        }
+        let _ = store;
     }
 
     fn layer_stats(&mut self, layer: usize) -> &mut LayerStats {
