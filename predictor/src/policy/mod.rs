@@ -55,3 +55,17 @@ pub trait Policy: Send {
     /// The text that follows has nothing to do with what came before.
     fn new_sequence(&mut self) {}
 }
+
+/// The policies that [`by_name`] knows.
+pub const NAMES: [&str; 1] = ["lru"];
+
+/// What serves when nobody asks for another.
+pub const DEFAULT: &str = "lru";
+
+/// The policy called `name`.
+pub fn by_name(name: &str) -> Option<Box<dyn Policy>> {
+    match name {
+        "lru" => Some(Box::<Lru>::default()),
+        _ => None,
+    }
+}

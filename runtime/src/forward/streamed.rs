@@ -59,7 +59,7 @@ impl Streamed<'_> {
             scratch.order.extend(self.grouping.experts());
             scratch.order.sort_by_key(|&expert| self.store.position(self.layer, expert));
         }
-        let mut event = self.store.begin(self.layer, &scratch.order);
+        let mut event = self.store.begin(self.layer, &scratch.order, self.routes);
         meter.lap(Work::Overhead);
         shared.compute(self.engine, self.chunk.tokens, self.normed);
         meter.lap(Work::Dense);
@@ -130,7 +130,7 @@ impl Streamed<'_> {
     ) {
         let Scratch { normed, logits, .. } = scratch;
         let logits = router_scores(self.engine, target, state, normed, logits);
-        event.foresee(External { source, target, logits });
+        event.foresee(&External { source, target, logits });
     }
 }
 
@@ -169,6 +169,6 @@ pub fn foresee_own(
     meter.lap(Work::Dense);
     let Scratch { normed, logits, .. } = scratch;
     let logits = router_scores(engine, layer, residual, normed, logits);
-    store.foresee(External { source: Source::OwnGateBeforeAttention, target: layer, logits });
+    store.foresee(&External { source: Source::OwnGateBeforeAttention, target: layer, logits });
     meter.lap(Work::Overhead);
 }

@@ -23,7 +23,8 @@ use crate::store::{Clock, ExpertStore};
 use crate::text::{ChatTemplate, Limits, Tokenizer};
 use description::ModelDescription;
 use pregate_kernels::Backend;
-use pregate_predictor::Planner;
+use pregate_predictor::forecast::{self, Forecaster};
+use pregate_predictor::{Ahead, Cache, Planner, policy};
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,7 +58,29 @@ pub struct Streaming {
     pub slots: Vec<usize>,
     /// Further frames of each size, which experts are read into.
     pub ring: usize,
+    /// One of [`pregate_predictor::policy::NAMES`].
+    pub policy: String,
+    /// One of [`pregate_predictor::forecast::NAMES`], "blend" or "none".
+    pub forecast: String,
+    /// MoE layers that forecasts look ahead.
+    pub horizon: usize,
+    /// When a forecast becomes a read.
+    pub ahead: Ahead,
     pub source: Source,
+}
+
+impl Default for Streaming {
+    fn default() -> Self {
+        Self {
+            slots: Vec::new(),
+            ring: 8,
+            policy: policy::DEFAULT.to_string(),
+            forecast: "blend".to_string(),
+            horizon: 2,
+            ahead: Ahead::default(),
+            source: Source::Disk(DiskOptions::default()),
+        }
+    }
 }
 
 /// What brings experts.
@@ -176,11 +199,21 @@ fn open_store(
     layout: ModelLayout,
     streaming: Streaming,
 ) -> Result<ExpertStore> {
-    let Streaming { slots, ring, source } = streaming;
-    let policy = Box::new(pregate_predictor::policy::Lru::default());
-    let cache = pregate_predictor::Cache::new(&layout.shape, &slots, policy)
+    let Streaming { slots, ring, policy, forecast, horizon, ahead, source } = streaming;
+    let unknown = |what: &str, name: &str, allowed: String| {
+        Error::Request(format!("{what} {name:?}; allowed: {allowed}"))
+    };
+    let Some(rule) = policy::by_name(&policy) else {
+        return Err(unknown("eviction policy", &policy, policy::NAMES.join(", ")));
+    };
+    let cache = Cache::new(&layout.shape, &slots, rule)
         .map_err(|error| Error::Request(error.to_string()))?;
-    let planner = Planner::new(&layout.shape, cache);
+    let forecaster = Forecaster::by_name(&forecast, &layout.shape, horizon);
+    if forecaster.is_none() && forecast != "none" {
+        let names = forecast::NAMES.join(", ");
+        return Err(unknown("forecast", &forecast, format!("none, blend, {names}")));
+    }
+    let planner = Planner::new(&layout.shape, cache, forecaster, ahead);
     if ring == 0 {
         return Err(Error::Request("a ring of 0 frames; allowed: 1 and more".to_string()));
     }

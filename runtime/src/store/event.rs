@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::session::Cancel;
 use pregate_predictor::forecast::External;
 use pregate_predictor::{Arrival, ExpertId, Observer, Origin, Request, Retire, Served};
+use pregate_kernels::Routes;
 use std::collections::VecDeque;
 use std::sync::MutexGuard;
 
@@ -55,9 +56,15 @@ pub struct Event<'s> {
 impl<'s> Event<'s> {
     /// Asks for `experts`, distinct and of one MoE layer, in the order in
     /// which they are wanted.
-    pub(super) fn begin(store: &'s ExpertStore, layer: usize, experts: &[u32]) -> Self {
+    pub(super) fn begin(
+        store: &'s ExpertStore,
+        layer: usize,
+        experts: &[u32],
+        routes: &Routes,
+    ) -> Self {
         let mut inner = store.lock();
         inner.collect(store);
+        inner.tell_routes(layer, routes);
         let mut request = Request::default();
         inner.planner.request(layer, experts, &mut request);
         for &id in &request.in_flight {
@@ -84,8 +91,8 @@ impl<'s> Event<'s> {
     }
 
     /// Scores that a forecast gave for a layer ahead.
-    pub fn foresee(&mut self, external: External<'_>) {
-        let _ = external;
+    pub fn foresee(&mut self, external: &External<'_>) {
+        self.inner.planner.external(external);
     }
 
     /// Asks the mover for what the forecasts say comes next, if no demand
@@ -141,6 +148,7 @@ impl<'s> Event<'s> {
             if !self.inner.submit(self.store, next, Urgency::Demand) {
                 break;
             }
+            self.inner.planner.filling(next);
             self.queue.pop_front();
             self.awaited += 1;
         }

@@ -25,8 +25,8 @@ use frames::{ClassSpec, Frames};
 use layout::ModelLayout;
 use mover::{Done, Fill, MoveError, Mover, Urgency};
 use places::{Place, Places};
-use pregate_kernels::ExpertWeights;
-use pregate_predictor::forecast::External;
+use pregate_kernels::{ExpertWeights, Routes};
+use pregate_predictor::forecast::{External, Forecaster};
 use pregate_predictor::{
     Admission, Arrival, ExpertId, Landing, Planner, Request, Retire, Room,
 };
@@ -53,6 +53,10 @@ struct Inner {
     /// Outstanding with the mover.
     flights: HashMap<u64, Flight>,
     stats: StreamStats,
+    /// Buffers.
+    ahead: Vec<ExpertId>,
+    experts: Vec<u32>,
+    weights: Vec<f32>,
     /// Of the pass that runs.
     tokens: usize,
     session: u64,
@@ -87,13 +91,16 @@ impl ExpertStore {
         planner: Planner,
         clock: Clock,
     ) -> Self {
-        let horizon = 0;
+        let horizon = planner.forecaster().map_or(0, Forecaster::horizon);
         let inner = Inner {
             places: Places::new(&layout.shape, &frames),
             stats: StreamStats::new(layout.shape.layers.len()),
             planner,
             mover,
             flights: HashMap::new(),
+            ahead: Vec::new(),
+            experts: Vec::new(),
+            weights: Vec::new(),
             tokens: 1,
             session: 0,
         };
@@ -139,8 +146,9 @@ impl ExpertStore {
 
     /// Asks for `experts`, distinct, of MoE layer `layer`, in the order in
     /// which they are wanted. Waits while another session's event runs.
-    pub fn begin(&self, layer: usize, experts: &[u32]) -> Event<'_> {
-        Event::begin(self, layer, experts)
+    /// `routes` is what the router chose for each token.
+    pub fn begin(&self, layer: usize, experts: &[u32], routes: &Routes) -> Event<'_> {
+        Event::begin(self, layer, experts, routes)
     }
 
     /// The weights of an expert that has arrived.
@@ -165,10 +173,10 @@ impl ExpertStore {
 
     /// Scores that a forecast gave between two events, and what they make
     /// worth reading.
-    pub fn foresee(&self, external: External<'_>) {
+    pub fn foresee(&self, external: &External<'_>) {
         let mut inner = self.lock();
         inner.collect(self);
-        let _ = external;
+        inner.planner.external(external);
         inner.prefetch(self);
     }
 
@@ -328,7 +336,26 @@ impl Inner {
 
     /// Reads ahead into frames that nobody needs now.
     fn prefetch(&mut self, store: &ExpertStore) {
-        let _ = store;
+        let places = &self.places;
+        let mut ids = std::mem::take(&mut self.ahead);
+        self.planner.prefetch(&|class| places.free(class), &mut ids);
+        for &id in &ids {
+            let submitted = self.submit(store, id, Urgency::Prefetch);
+            debug_assert!(submitted, "the planner saw a free frame for {id}");
+        }
+        self.ahead = ids;
+    }
+
+    /// Tells the planner what the router of `layer` chose for each token.
+    fn tell_routes(&mut self, layer: usize, routes: &Routes) {
+        for token in 0..routes.tokens() {
+            let choices = routes.of(token);
+            self.experts.clear();
+            self.experts.extend(choices.iter().map(|choice| choice.expert));
+            self.weights.clear();
+            self.weights.extend(choices.iter().map(|choice| choice.weight));
+            self.planner.routed(layer, &self.experts, &self.weights);
+        }
     }
 
     fn layer_stats(&mut self, layer: usize) -> &mut LayerStats {
