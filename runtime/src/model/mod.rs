@@ -218,15 +218,20 @@ fn open_store(
         return Err(Error::Request("a ring of 0 frames; allowed: 1 and more".to_string()));
     }
     let frames = Frames::new(&ExpertStore::specs(&layout, &slots, ring))?;
+    let mut disk = None;
     let (mover, clock) = match source {
         Source::Disk(options) => {
             let started = std::time::Instant::now();
             let clock: Clock = Arc::new(move || started.elapsed().as_nanos() as u64);
-            (disk::open(files, &frames, options)?, clock)
+            let names = files.paths().iter().cloned();
+            let files: Vec<_> = names.zip(files.identities()).collect();
+            let (mover, report) = disk::probe(&files, &frames, &options)?;
+            disk = Some(report);
+            (mover, clock)
         }
         Source::Custom(make) => make(files, &layout, &frames)?,
     };
-    Ok(ExpertStore::new(layout, frames, mover, planner, clock))
+    Ok(ExpertStore::new(layout, frames, mover, planner, clock, disk))
 }
 
 /// A model ready to run. Cloning is cheap: clones share everything.

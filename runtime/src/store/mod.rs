@@ -21,6 +21,7 @@ pub use event::{Arrived, Event};
 
 use crate::model::weights::GatedBlock;
 use crate::statistics::{LayerStats, StreamStats, Time};
+use disk::DiskReport;
 use frames::{ClassSpec, Frames};
 use layout::ModelLayout;
 use mover::{Done, Fill, MoveError, Mover, Urgency};
@@ -39,6 +40,7 @@ pub struct ExpertStore {
     frames: Arc<Frames>,
     horizon: usize,
     clock: Clock,
+    disk: Option<DiskReport>,
     inner: Mutex<Inner>,
 }
 
@@ -90,6 +92,7 @@ impl ExpertStore {
         mover: Box<dyn Mover>,
         planner: Planner,
         clock: Clock,
+        disk: Option<DiskReport>,
     ) -> Self {
         let horizon = planner.forecaster().map_or(0, Forecaster::horizon);
         let inner = Inner {
@@ -104,7 +107,7 @@ impl ExpertStore {
             tokens: 1,
             session: 0,
         };
-        Self { layout, frames, horizon, clock, inner: Mutex::new(inner) }
+        Self { layout, frames, horizon, clock, disk, inner: Mutex::new(inner) }
     }
 
     /// The frames of each class for `slots` per layer and `ring` spare ones.
@@ -191,6 +194,11 @@ impl ExpertStore {
 
     pub fn frames(&self) -> &Arc<Frames> {
         &self.frames
+    }
+
+    /// What the probe of the disk found; `None` with another source.
+    pub fn disk(&self) -> Option<&DiskReport> {
+        self.disk.as_ref()
     }
 
     pub fn stats(&self) -> StreamStats {
