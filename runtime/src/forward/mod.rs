@@ -18,9 +18,9 @@ use crate::model::weights::{MixerWeights, ModelWeights, Norm, Projection};
 use crate::session::Cancel;
 use crate::store::{ExpertStore, PassInfo};
 use cache::{Cache, LayerCache};
-use pregate_kernels::{Backend, Linear, dequantize_row, ops};
 use feed_forward::Companions;
 use meter::Meter;
+use pregate_kernels::{Backend, Linear, dequantize_row, ops};
 use pregate_predictor::Observer;
 use rows::{add_scaled, buffer, for_each_row};
 

@@ -130,7 +130,8 @@ impl Router for Grouped {
         // A softmax keeps the order of its logits; a bias behind a sigmoid
         // does not.
         if let Some(bias) = &self.selection_bias {
-            let biased = |(score, bias): (&mut f32, &f32)| *score = contract::sigmoid(*score) + bias;
+            let biased =
+                |(score, bias): (&mut f32, &f32)| *score = contract::sigmoid(*score) + bias;
             logits.iter_mut().zip(bias).for_each(biased);
         }
         if self.groups_used < self.groups {

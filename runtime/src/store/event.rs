@@ -11,9 +11,9 @@ use super::mover::Urgency;
 use super::{ExpertStore, Inner, key_of};
 use crate::error::{Error, Result};
 use crate::session::Cancel;
+use pregate_kernels::Routes;
 use pregate_predictor::forecast::External;
 use pregate_predictor::{Arrival, ExpertId, Observer, Origin, Request, Retire, Served};
-use pregate_kernels::Routes;
 use std::collections::VecDeque;
 use std::sync::MutexGuard;
 
@@ -125,9 +125,11 @@ impl<'s> Event<'s> {
     }
 
     fn pin(&self, id: ExpertId) -> Arrived {
-        let pin = self.inner.places.get(id).and_then(|place| {
-            self.store.frames.pin(place.frame, place.generation)
-        });
+        let pin = self
+            .inner
+            .places
+            .get(id)
+            .and_then(|place| self.store.frames.pin(place.frame, place.generation));
         match pin {
             Some(pin) => Arrived { expert: id.expert, pin },
             // Nobody takes a frame from an expert of the event that runs.

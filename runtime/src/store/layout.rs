@@ -103,18 +103,15 @@ pub struct ModelLayout {
 
 impl ModelLayout {
     /// `top_k` answers for an MoE layer.
-    pub fn new(
-        files: &ModelFiles,
-        weights: &ModelWeights,
-        top_k: impl Fn(usize) -> usize,
-    ) -> Self {
+    pub fn new(files: &ModelFiles, weights: &ModelWeights, top_k: impl Fn(usize) -> usize) -> Self {
         let mut layers: Vec<Vec<ExpertLayout>> = Vec::new();
         layers.resize_with(weights.layers.len(), Vec::new);
         for (index, moe) in weights.moe_layers() {
             layers[index] =
                 moe.experts.iter().map(|block| ExpertLayout::new(files, block)).collect();
         }
-        let largest = |experts: &[ExpertLayout]| experts.iter().map(ExpertLayout::frame_bytes).max();
+        let largest =
+            |experts: &[ExpertLayout]| experts.iter().map(ExpertLayout::frame_bytes).max();
         let class_bytes = classes(layers.iter().filter_map(|experts| largest(experts)).collect());
         let shape = |(index, experts): (usize, &Vec<ExpertLayout>)| {
             let bytes = largest(experts)?;

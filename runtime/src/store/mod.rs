@@ -28,9 +28,7 @@ use mover::{Done, Fill, MoveError, Mover, Urgency};
 use places::{Place, Places};
 use pregate_kernels::{ExpertWeights, Routes};
 use pregate_predictor::forecast::{External, Forecaster};
-use pregate_predictor::{
-    Admission, Arrival, ExpertId, Landing, Planner, Request, Retire, Room,
-};
+use pregate_predictor::{Admission, Arrival, ExpertId, Landing, Planner, Request, Retire, Room};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
