@@ -2,7 +2,7 @@
 
 use crate::{demo, device::Device, exit::Failure, memory, progress::Progress};
 use pregate_runtime::{
-    Error, LoadOptions, Model, ModelDescription, Residency,
+    Error, LoadOptions, LoadProgress, Model, ModelDescription, OpenedModel, Residency,
     files::{Container, ModelFiles},
     text::{Limits, Tokenizer},
 };
@@ -18,12 +18,8 @@ pub fn load(path: &Path, device: &Device) -> Result<Model, Failure> {
     let mut bar: Option<Progress> = None;
     // Room is left for the KV cache, buffers and everybody else.
     let at_most_bytes = memory::available_bytes() / 10 * 8;
-    let options = LoadOptions {
-        backend: device.backend.clone(),
-        residency: Residency::Resident { at_most_bytes },
-    };
     let mut read = false;
-    let model = Model::load(path, options, &mut |progress| {
+    let mut show = |progress: LoadProgress| {
         if progress.bytes == 0 {
             bar.get_or_insert_with(|| Progress::new("loading", "layers", progress.layers))
                 .set(progress.layers_done);
@@ -37,7 +33,14 @@ pub fn load(path: &Path, device: &Device) -> Result<Model, Failure> {
             })
             .set(megabytes(progress.bytes_done));
         }
-    })?;
+    };
+    let opened = OpenedModel::open(path, &mut show)?;
+    let residency = match opened.files().total_bytes() <= at_most_bytes {
+        true => Residency::Resident,
+        false => Residency::Lazy,
+    };
+    let model =
+        opened.load(LoadOptions { backend: device.backend.clone(), residency }, &mut show)?;
     if !read {
         eprintln!(
             "weights: {:.1} GB, more than fits in memory now ({:.1} GB): read from disk as needed, slowly",
