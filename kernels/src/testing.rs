@@ -294,6 +294,37 @@ pub fn inputs(kind: Inputs, len: usize, random: &mut Random) -> Vec<f32> {
         .collect()
 }
 
+/// A layer's routed experts in one answer, `[tokens, hidden]`; every `parts`-th
+/// expert in one call of [`Backend::expert_rows`], as if they had arrived in
+/// that order.
+pub fn experts_in_parts<'a>(
+    backend: &dyn Backend,
+    x: &[f32],
+    routes: &Routes,
+    weights: &dyn Fn(u32) -> ExpertWeights<'a>,
+    activation: GatedActivation,
+    parts: usize,
+) -> Vec<f32> {
+    let hidden = x.len() / routes.tokens().max(1);
+    let mut grouping = Grouping::default();
+    grouping.gather(routes);
+    let mut answers = vec![f32::NAN; grouping.rows() * hidden];
+    let experts: Vec<u32> = grouping.experts().collect();
+    for part in 0..parts {
+        let groups: Vec<ExpertGroup<'_>> = (part..experts.len())
+            .step_by(parts)
+            .map(|index| grouping.group(index, weights(experts[index])))
+            .collect();
+        if !groups.is_empty() {
+            let (tokens, answers) = (routes.tokens(), &mut answers[..]);
+            backend.expert_rows(ExpertRows { x, tokens, groups: &groups, activation, answers });
+        }
+    }
+    let mut out = vec![f32::MAX; x.len()];
+    backend.combine(routes, &grouping, &answers, &mut out);
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,35 +364,4 @@ mod tests {
             weights(Format::Q8_0, Weights::Largest, 1, 32, &mut Random::new(1)).contains(&0x80)
         );
     }
-}
-
-/// A layer's routed experts in one answer, `[tokens, hidden]`; every `parts`-th
-/// expert in one call of [`Backend::expert_rows`], as if they had arrived in
-/// that order.
-pub fn experts_in_parts<'a>(
-    backend: &dyn Backend,
-    x: &[f32],
-    routes: &Routes,
-    weights: &dyn Fn(u32) -> ExpertWeights<'a>,
-    activation: GatedActivation,
-    parts: usize,
-) -> Vec<f32> {
-    let hidden = x.len() / routes.tokens().max(1);
-    let mut grouping = Grouping::default();
-    grouping.gather(routes);
-    let mut answers = vec![f32::NAN; grouping.rows() * hidden];
-    let experts: Vec<u32> = grouping.experts().collect();
-    for part in 0..parts {
-        let groups: Vec<ExpertGroup<'_>> = (part..experts.len())
-            .step_by(parts)
-            .map(|index| grouping.group(index, weights(experts[index])))
-            .collect();
-        if !groups.is_empty() {
-            let (tokens, answers) = (routes.tokens(), &mut answers[..]);
-            backend.expert_rows(ExpertRows { x, tokens, groups: &groups, activation, answers });
-        }
-    }
-    let mut out = vec![f32::MAX; x.len()];
-    backend.combine(routes, &grouping, &answers, &mut out);
-    out
 }

@@ -25,7 +25,7 @@ fn answer(model: &Model, prefill_chunk: usize) -> Vec<u32> {
     let mut logits = session.feed_quietly(&prompt).unwrap().to_vec();
     for _ in 0..6 {
         bits.extend(logits.iter().map(|logit| logit.to_bits()));
-        logits = session.feed_quietly(&[argmax(&logits) as u32]).unwrap().to_vec();
+        logits = session.feed_quietly(&[argmax(&logits)]).unwrap().to_vec();
     }
     bits
 }
