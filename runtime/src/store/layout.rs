@@ -84,9 +84,10 @@ impl ExpertLayout {
             let part = self
                 .parts
                 .iter()
-                .find(|part| part.tensor == tensor && part.range.contains(&start))
+                // Parts may interleave, so `contains` would find a neighbour.
+                .find(|part| part.tensor == tensor && part.range.start == start)
                 .expect("the layout covers its expert");
-            &frame[part.at + (start - part.range.start)..part.at + part.range.len()]
+            &frame[part.at..part.at + part.range.len()]
         })
     }
 }
