@@ -123,6 +123,8 @@ def run_once(engine, model, budget_bytes, options, round_number):
                 run |= {"group_peak_bytes": group.peak_bytes()}
         run |= {"others_cpu": others.share(), "wall_s": ran.wall_s, "peak_anonymous_bytes": ran.peak_anonymous_bytes}
         samples, reported = engine.samples(ran)
+        if budget_bytes is None and reported.get("placement", "whole") != "whole":
+            raise Failure("the model does not fit this machine's memory: --no-resident")
     except Failure as failure:
         return {**run, "error": str(failure)}
     return {**run, DECODE: samples[-1:], "warm_up_tok_s": samples[:-1], "reported": reported,

@@ -337,6 +337,15 @@ class Running(unittest.TestCase):
         self.assertIn("**ik_llama.cpp mmap failed**: 2 runs.", printed.getvalue())
         self.assertIn("pregate with all of it in memory 3.0 tok/s", printed.getvalue())
 
+    def test_a_model_that_is_streamed_gives_no_compute_bound(self):
+        model = engines.Model("m", sys.executable, sys.executable)
+        options = limited.arguments(["--pregate", sys.executable, "--model", f"m={sys.executable}", "--out", "x"])
+        for placement, failed in (("whole", False), ("streaming", True)):
+            answer = json.dumps({**json.loads(PREGATE), "placement": placement})
+            ours = limited.Limited(engines.PREGATE, "", self.engine("ours", answer))
+            with mock.patch.object(limits, "drop_cache"), mock.patch.object(limits.MemoryGroup, "__enter__"):
+                self.assertEqual("error" in limited.run_once(ours, model, None, options, 0), failed)
+
     def test_pregate_may_be_limited_too(self):
         options = limited.arguments(["--pregate", sys.executable, "--model", f"m={sys.executable}", "--out", "x",
                                      "--pregate-group-mib", "64"])
