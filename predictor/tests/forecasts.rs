@@ -176,7 +176,10 @@ fn a_forecast_that_panics_is_disabled_and_reported() {
 /// eight.
 fn odd_shape() -> Shape {
     let layer = |experts, top_k| Some(LayerShape { experts, top_k, expert_bytes: 1, class: 0 });
-    Shape { layers: vec![None, layer(4, 4), layer(30, 12), None, layer(7, 1), layer(16, 3)] }
+    let layers = vec![None, layer(4, 4), layer(30, 12), None, layer(7, 1), layer(16, 3)];
+    // Shapes that no model has.
+    let strange = [layer(0, 2), layer(3, 0), layer(2, 5)];
+    Shape { layers: layers.into_iter().chain(strange).collect() }
 }
 
 /// Something that the runtime could do, well or badly.
@@ -207,9 +210,9 @@ fn call() -> impl Strategy<Value = Call> {
             w.truncate(e.len());
             Call::Routed(l, e, w)
         }),
-        6 => (0..6usize).prop_map(|layer| Call::Routed(layer, vec![0], vec![1.0])),
+        6 => (0..9usize).prop_map(|layer| Call::Routed(layer, vec![0], vec![1.0])),
         1 => (0..7usize, ids(40)).prop_map(|(l, e)| Call::Routed(l, e, vec![1.0])),
-        4 => prop::option::of(0..8usize).prop_map(Call::Forecast),
+        4 => prop::option::of(0..10usize).prop_map(Call::Forecast),
         3 => (0..4u8, 0..6u8, 0..7usize, prop::collection::vec(number(), 0..31))
             .prop_map(|(k, a, t, l)| Call::External(k, a, t, l)),
         2 => (0..4u8, 0..4u8, prop::collection::vec(number(), 16))
@@ -256,7 +259,7 @@ proptest! {
         for call in &calls {
             apply(call, &mut forecaster, &mut ledger);
         }
-        for layer in 0..8 {
+        for layer in 0..11 {
             for expert in 0..40 {
                 let id = ExpertId::new(layer, expert);
                 if let Some(p) = forecaster.probability(id) {

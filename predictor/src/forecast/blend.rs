@@ -18,9 +18,10 @@ const PER_SOURCE: usize = 2;
 const CLAMP: f32 = 4.0;
 const WEIGHT_LIMIT: f32 = 16.0;
 /// Step of AdaGrad, and how slowly its memory of past gradients fades.
-const STEP: f32 = 0.15;
+const STEP: f32 = 0.2;
 const FADE: f32 = 0.998;
-const SCALE_FADE: f32 = 0.02;
+/// How much the newest scores count in a [`Spread`].
+const SPREAD_SHARE: f32 = 0.02;
 
 /// What the sources said about one layer's experts at one moment, `[features,
 /// experts]`. Features of sources that did not answer are zero.
@@ -69,6 +70,23 @@ impl Features {
             .chunks_exact(self.experts.max(1))
             .enumerate()
             .filter(move |(feature, _)| sources >> (feature / PER_SOURCE) & 1 == 1)
+    }
+}
+
+/// The usual spread of the scores that a source gives in one layer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Spread(f32);
+
+impl Spread {
+    /// The spread, after seeing these.
+    pub fn after(&mut self, scores: &[f32]) -> f32 {
+        let share = 1.0 / scores.len().max(1) as f32;
+        let mean = scores.iter().sum::<f32>() * share;
+        let variance = scores.iter().map(|s| (s - mean) * (s - mean)).sum::<f32>() * share;
+        let spread = variance.sqrt();
+        let keep = if self.0 == 0.0 { 0.0 } else { 1.0 - SPREAD_SHARE };
+        self.0 = keep * self.0 + (1.0 - keep) * spread;
+        self.0
     }
 }
 
@@ -132,8 +150,6 @@ pub struct Blend {
     sources: usize,
     /// One per situation that occurred; a runtime has few.
     known: Vec<Weights>,
-    /// `[sources]`, the usual spread of the scores.
-    scales: Vec<f32>,
     learns: bool,
     errors: Vec<f32>,
 }
@@ -143,22 +159,7 @@ const MAX_SITUATIONS: usize = 32;
 
 impl Blend {
     pub fn new(sources: usize, learns: bool) -> Self {
-        Self { sources, known: Vec::new(), scales: vec![0.0; sources], learns, errors: Vec::new() }
-    }
-
-    /// The usual spread of the source's scores, after seeing these.
-    pub fn scale(&mut self, source: usize, scores: &[f32]) -> f32 {
-        let count = scores.len().max(1) as f32;
-        let mean = scores.iter().sum::<f32>() / count;
-        let variance = scores.iter().map(|s| (s - mean) * (s - mean)).sum::<f32>() / count;
-        let spread = variance.sqrt();
-        let scale = &mut self.scales[source];
-        if *scale == 0.0 {
-            *scale = spread;
-        } else {
-            *scale += SCALE_FADE * (spread - *scale);
-        }
-        *scale
+        Self { sources, known: Vec::new(), learns, errors: Vec::new() }
     }
 
     fn weights(&mut self, situation: Situation) -> usize {

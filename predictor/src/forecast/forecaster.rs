@@ -1,15 +1,17 @@
 //! Owns the forecasts, asks them, blends them, and lets the ledger judge them.
 
-use super::blend::{Blend, Features, MAX_SOURCES};
+use super::blend::{Blend, Features, MAX_SOURCES, Spread};
 use super::guard::{Fault, Guarded};
 use super::{External, Forecast, Known, Source, catalogue, select};
 use crate::ledger::{Answer, Ledger};
 use crate::{ExpertId, LayerShape, Outlook, Shape};
 
+const MAX_HORIZON: usize = 16;
+
 /// How the forecaster works.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// MoE layers ahead that are forecast after each layer.
+    /// MoE layers ahead that are forecast after each layer, at most 16.
     pub horizon: usize,
     /// `false`: the sources count as they are, all alike. For tests that want
     /// a wrong forecast to stay wrong.
@@ -20,7 +22,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { horizon: 3, learns: true, group: 1 }
+        Self { horizon: 3, learns: true, group: 8 }
     }
 }
 
@@ -49,6 +51,8 @@ struct Layer {
     next: Vec<usize>,
     pending: Vec<Pending>,
     kept: Vec<Kept>,
+    /// `[sources]`.
+    spreads: Vec<Spread>,
     /// `[experts]`, the newest answer.
     probabilities: Vec<f32>,
     answered: bool,
@@ -92,7 +96,13 @@ impl Forecaster {
 
     /// With these forecasts; what the runtime computes ([`External`]) joins
     /// them by itself. Names should differ. At most 28 are taken.
-    pub fn with(shape: &Shape, options: Options, mut forecasts: Vec<Box<dyn Forecast>>) -> Self {
+    pub fn with(
+        shape: &Shape,
+        mut options: Options,
+        mut forecasts: Vec<Box<dyn Forecast>>,
+    ) -> Self {
+        options.horizon = options.horizon.min(MAX_HORIZON);
+        options.group = options.group.max(1);
         forecasts.truncate(MAX_SOURCES - Source::KINDS);
         let sources: Vec<_> = forecasts.into_iter().map(Guarded::new).collect();
         let columns = sources.len() + Source::KINDS;
@@ -103,11 +113,11 @@ impl Forecaster {
         };
         let layers = shape.layers.iter().enumerate();
         let layers = layers.map(|(index, layer)| {
-            let layer = layer.as_ref()?;
+            let layer = layer.as_ref().filter(|layer| layer.experts > 0 && layer.top_k > 0)?;
             Some(Layer::new(*layer, after(Some(index)), columns, options.horizon))
         });
         let widest = shape.moe().map(|(_, layer)| layer.experts).max().unwrap_or(0);
-        let groups = shape.layers.len().div_ceil(options.group.max(1));
+        let groups = shape.layers.len().div_ceil(options.group);
         Self {
             layers: layers.collect(),
             blends: vec![Blend::new(columns, options.learns); groups],
@@ -194,7 +204,7 @@ impl Forecaster {
             return;
         }
         let blend_column = self.sources.len() + Source::KINDS;
-        let blend = &mut self.blends[layer / self.options.group.max(1)];
+        let blend = &mut self.blends[layer / self.options.group];
         state.judge(layer, experts, weights, self.sources.len(), blend_column, ledger);
         for pending in state.pending.iter_mut().filter(|pending| pending.waits) {
             blend.learn(&pending.features, experts);
@@ -291,7 +301,7 @@ impl Forecaster {
     fn ask(&mut self, target: usize, ahead: usize) {
         let Some(Some(layer)) = self.layers.get_mut(target) else { return };
         let top_k = layer.shape.top_k;
-        let blend = &mut self.blends[target / self.options.group.max(1)];
+        let blend = &mut self.blends[target / self.options.group];
         let known = Known {
             token: self.token.filter(|_| ahead > 0),
             routed: if ahead > 0 { &self.path } else { &self.nothing },
@@ -303,7 +313,7 @@ impl Forecaster {
             guesses[index].clear();
             if source.scores(target, &known, scores) {
                 let threshold = threshold(scores, top_k, &mut guesses[index]);
-                features.set(index, scores, threshold, blend.scale(index, scores));
+                features.set(index, scores, threshold, layer.spreads[index].after(scores));
             }
         }
         for kind in 0..Source::ZeroStaleness.kind() {
@@ -311,7 +321,7 @@ impl Forecaster {
             let Some(freshest) = of_kind.min_by_key(|kept| kept.ahead) else { continue };
             let index = self.sources.len() + kind;
             let threshold = threshold(&freshest.logits, top_k, &mut guesses[index]);
-            let scale = blend.scale(index, &freshest.logits);
+            let scale = layer.spreads[index].after(&freshest.logits);
             features.set(index, &freshest.logits, threshold, scale);
         }
         *waits = features.situation.sources != 0;
@@ -365,6 +375,7 @@ impl Layer {
             next,
             pending: (0..=horizon).map(pending).collect(),
             kept: kept.collect(),
+            spreads: vec![Spread::default(); columns],
             probabilities: vec![0.0; shape.experts],
             answered: false,
         }
