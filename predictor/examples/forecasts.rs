@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use pregate_predictor::Shape;
 use pregate_predictor::forecast::{Forecaster, Options};
-use pregate_predictor::ledger::Ledger;
+use pregate_predictor::ledger::{Ledger, Recall};
 use rtrace::Trace;
 
 fn main() {
@@ -94,33 +94,44 @@ fn report(manifest: &str) {
     let horizon = options.horizon;
     let mut forecaster = Forecaster::new(&shape, options);
     let columns = forecaster.columns();
-    let mut ledgers = [0, 1].map(|_| Ledger::new(&shape, columns.clone(), horizon));
-    let half = trace.tokens / 2;
+    // The first half of the tokens, then the second without and with loops.
+    let mut ledgers = [0, 1, 2].map(|_| Ledger::new(&shape, columns.clone(), horizon));
+    let mut reliability = online::Reliability::default();
     let start = cpu_ns();
-    online::run(&trace, 0..half, &mut forecaster, &mut ledgers[0]);
-    let reliability = online::run(&trace, half..trace.tokens, &mut forecaster, &mut ledgers[1]);
+    for (index, &first) in trace.starts.iter().enumerate() {
+        let end = trace.starts.get(index + 1).copied().unwrap_or(trace.tokens);
+        let half =
+            if first < trace.tokens / 2 { 0 } else { 1 + usize::from(trace.repetitive[index]) };
+        let part = online::run(&trace, first..end, &mut forecaster, &mut ledgers[half]);
+        if half > 0 {
+            online::add(&mut reliability, &part);
+        }
+    }
     let time_ns = cpu_ns() - start;
     println!(
         "\n{manifest}: {} tokens, {} layers, top-{} of {}",
         trace.tokens, trace.layers, trace.top_k, trace.experts
     );
     println!(
-        "{:18} {:>6} {:>12} {:>12} {:>10} {:>10}",
-        "forecast", "ahead", "1st half", "2nd half", "whole set", "gate mass"
+        "{:18} {:>6} {:>10} {:>10} {:>10} {:>10} {:>10}",
+        "forecast", "ahead", "1st half", "2nd half", "whole set", "gate mass", "loops"
     );
     let percent = |value: Option<f64>| value.map_or("-".into(), |v| format!("{:.1} %", 100.0 * v));
-    let cold = ledgers[0].totals();
-    for row in ledgers[1].totals() {
-        let same = |c: &&_| same_row(c, &row);
-        let first = cold.iter().find(same).and_then(|c| c.tally.slot_recall());
+    let [cold, warm, loops] = ledgers.map(|ledger| ledger.totals());
+    for row in &warm {
+        let recall = |rows: &[Recall]| {
+            let same = |c: &&Recall| c.forecast == row.forecast && c.ahead == row.ahead;
+            rows.iter().find(same).and_then(|c| c.tally.slot_recall())
+        };
         println!(
-            "{:18} {:>6} {:>12} {:>12} {:>10} {:>10}",
+            "{:18} {:>6} {:>10} {:>10} {:>10} {:>10} {:>10}",
             row.forecast,
             row.ahead,
-            percent(first),
+            percent(recall(&cold)),
             percent(row.tally.slot_recall()),
             percent(row.tally.whole_set_rate()),
             percent(row.tally.gate_mass_recall()),
+            percent(recall(&loops)),
         );
     }
     println!("\nblend, one layer ahead, 2nd half: probability said, share that came true, guesses");
@@ -134,8 +145,4 @@ fn report(manifest: &str) {
         time_ns as f64 / 1e3 / layers,
         forecaster.memory_bytes() as f64 / 1e6
     );
-}
-
-fn same_row(a: &pregate_predictor::ledger::Recall, b: &pregate_predictor::ledger::Recall) -> bool {
-    a.forecast == b.forecast && a.ahead == b.ahead
 }

@@ -48,3 +48,11 @@ pub fn run(
     }
     reliability
 }
+
+/// Adds the buckets of `part`.
+#[allow(dead_code)]
+pub fn add(sum: &mut Reliability, part: &Reliability) {
+    for (sum, part) in sum.iter_mut().zip(part) {
+        *sum = (sum.0 + part.0, sum.1 + part.1, sum.2 + part.2);
+    }
+}

@@ -12,6 +12,9 @@ pub struct Trace {
     pub experts: usize,
     /// First token of each sequence.
     pub starts: Vec<usize>,
+    /// Of each sequence: the source calls it a degenerate loop.
+    #[allow(dead_code)]
+    pub repetitive: Vec<bool>,
     ids: Vec<u8>,
     /// Little-endian halves in the layout of `ids`; empty if not recorded.
     weights: Vec<u8>,
@@ -41,13 +44,15 @@ impl Trace {
         let starts: Vec<usize> =
             sequences.iter().map(|s| start(s).expect("a start") as usize).collect();
         assert!(starts.iter().all(|&start| start < tokens), "{what}: starts");
+        let repetitive =
+            sequences.iter().map(|s| s["repetition"].as_bool().unwrap_or(false)).collect();
         let weights = std::fs::read(manifest.with_extension("w.f16")).unwrap_or_default();
         assert!(weights.is_empty() || weights.len() == 2 * ids.len(), "{what}: weights");
         let token_ids = std::fs::read(manifest.with_extension("tok.u32")).unwrap_or_default();
         assert!(token_ids.is_empty() || token_ids.len() == 4 * tokens, "{what}: token ids");
         let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
         let token_ids = token_ids.chunks_exact(4).map(number).collect();
-        Self { tokens, layers, top_k, experts, starts, ids, weights, token_ids }
+        Self { tokens, layers, top_k, experts, starts, repetitive, ids, weights, token_ids }
     }
 
     /// The gate weights of [`Self::experts`]; equal ones if not recorded.
