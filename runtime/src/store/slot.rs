@@ -119,7 +119,8 @@ impl Slot {
     /// The writer starts: after every reader of the former content (their
     /// unpinning releases, this acquires).
     fn claim(&self) -> Option<Generation> {
-        let claimed = self.change(Ordering::Acquire, |status| {
+        let order = if seeded(Bug::ClaimRelaxed) { Ordering::Relaxed } else { Ordering::Acquire };
+        let claimed = self.change(order, |status| {
             let pinned = status.pins != 0 && !seeded(Bug::ClaimIgnoresPins);
             let filling = status.state == State::Filling && !seeded(Bug::ClaimIgnoresFilling);
             if pinned || filling || status.generation == Generation::LAST {
@@ -174,7 +175,8 @@ impl Slot {
             return allowed(seen) && self.word.fetch_add(ONE_PIN, Ordering::Acquire) > 0;
         }
         let one_more = |status: Status| Status { pins: status.pins + 1, ..status };
-        self.change(Ordering::Acquire, |status| allowed(status).then(|| one_more(status))).is_some()
+        let order = if seeded(Bug::PinRelaxed) { Ordering::Relaxed } else { Ordering::Acquire };
+        self.change(order, |status| allowed(status).then(|| one_more(status))).is_some()
     }
 
     fn unpin(&self) {
@@ -345,16 +347,21 @@ impl<G: Guarded> Drop for Hold<G> {
 /// Outside of them `seeded` is `false` for all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Bug {
+    // A check that is left out.
     ClaimIgnoresPins,
     ClaimIgnoresFilling,
-    CountOffByOne,
-    CountRelaxed,
-    PublishEarly,
-    PublishRelaxed,
-    FailedIsReady,
-    DropIsSuccess,
+    ReleaseIgnoresPins,
     PinSkipsGeneration,
     PinWithoutRecheck,
+    // A wrong count or result.
+    CountOffByOne,
+    PublishEarly,
+    FailedIsReady,
+    DropIsSuccess,
+    // A memory order that is too weak.
+    ClaimRelaxed,
+    CountRelaxed,
+    PublishRelaxed,
+    PinRelaxed,
     UnpinRelaxed,
-    ReleaseIgnoresPins,
 }

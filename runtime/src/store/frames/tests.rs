@@ -1,6 +1,9 @@
+#![allow(clippy::single_range_in_vec_init)] // chunks come as a slice of ranges
+
 use super::*;
 use crate::store::slot::State;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const SMALL: ClassSpec = ClassSpec { frame_bytes: 8192, frames: 3 };
 const LARGE: ClassSpec = ClassSpec { frame_bytes: 3 * 4096, frames: 2 };
@@ -179,6 +182,57 @@ fn chunks_and_pins_outlive_the_store() {
     chunk.bytes_mut().fill(1);
     assert!(chunk.done().unwrap().ok);
     assert!(std::thread::spawn(move || pin.iter().all(|&byte| byte == 7)).join().unwrap());
+}
+
+/// The models check the protocol; this checks the addresses under it, on real
+/// threads: three writers and three readers of three frames.
+#[test]
+fn readers_see_whole_experts_while_frames_are_refilled() {
+    const FILLS: u64 = 3_000;
+    let frames = frames();
+    let filled: [AtomicU64; 3] = Default::default();
+    let reads = AtomicU64::new(0);
+    let write = |index: u32| {
+        let frame = FrameId { class: 0, index };
+        for _ in 0..FILLS {
+            let ticket = loop {
+                if let Some(ticket) = frames.claim(frame) {
+                    break ticket;
+                }
+                std::thread::yield_now();
+            };
+            let value = ticket.generation().get() as u8;
+            let mut landed = None;
+            for mut chunk in ticket.chunks(&[4096..8192, 0..4096]) {
+                chunk.bytes_mut().fill(value);
+                landed = chunk.done();
+            }
+            assert!(landed.unwrap().ok);
+            filled[index as usize].fetch_add(1, Ordering::Release);
+        }
+    };
+    let read = |index: u32| {
+        let frame = FrameId { class: 0, index };
+        loop {
+            let is_last = filled[index as usize].load(Ordering::Acquire) == FILLS;
+            let generation = frames.state(frame).generation;
+            if let Some(pin) = frames.pin(frame, generation) {
+                let value = generation.get() as u8;
+                assert!(pin.iter().all(|&byte| byte == value), "a torn or stale expert");
+                reads.fetch_add(1, Ordering::Relaxed);
+            }
+            if is_last {
+                break;
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for index in 0..3 {
+            scope.spawn(move || write(index));
+            scope.spawn(move || read(index));
+        }
+    });
+    assert!(reads.load(Ordering::Relaxed) >= 3, "each frame is read at the end at least");
 }
 
 #[test]
