@@ -120,6 +120,8 @@ struct Layer {
 pub struct Candidates<'a> {
     layers: &'a [Layer],
     protected: Protected<'a>,
+    /// All experts of the current event.
+    event: &'a Set,
     pinned: &'a dyn Fn(ExpertId) -> bool,
     incoming: ExpertId,
     scope: Scope,
@@ -168,6 +170,17 @@ impl Candidates<'_> {
             .filter(move |&expert| !(self.pinned)(ExpertId::new(layer, expert)))
     }
 
+    /// All residents of `layer`, also those that may not leave.
+    pub fn residents(&self, layer: usize) -> impl Iterator<Item = u32> + '_ {
+        self.layers[layer].resident.iter()
+    }
+
+    /// Is `id` part of the current event? It may leave when it was computed,
+    /// but others of the event have no better right to its slot than it has.
+    pub fn is_of_event(&self, id: ExpertId) -> bool {
+        id.layer() == self.protected.layer && self.event.contains(id.expert)
+    }
+
     /// May `id` leave?
     pub fn allows(&self, id: ExpertId) -> bool {
         let layer = id.layer();
@@ -185,8 +198,11 @@ pub struct Cache {
     /// Per class, for [`Scope::Pool`]: slots and residents.
     pools: Vec<(usize, usize)>,
     policy: Box<dyn Policy>,
-    /// The current event's layer and its experts that are not computed yet.
-    event: usize,
+    /// The current event's layer, its experts, and those of them that are
+    /// not computed yet.
+    event_layer: usize,
+    event: Set,
+    is_chunk: bool,
     waiting: Set,
 }
 
@@ -213,7 +229,15 @@ impl Cache {
             pools[class].0 += slots;
         }
         policy.prepare(shape, slots);
-        Ok(Self { layers, pools, policy, event: usize::MAX, waiting: Set::default() })
+        Ok(Self {
+            layers,
+            pools,
+            policy,
+            event_layer: usize::MAX,
+            event: Set::default(),
+            is_chunk: false,
+            waiting: Set::default(),
+        })
     }
 
     /// The policy's name.
@@ -251,26 +275,29 @@ impl Cache {
     }
 
     /// One event begins: its experts are protected until they are
-    /// [`Cache::computed`] or the next event begins.
+    /// [`Cache::computed`] (which says what that is good for) or the next
+    /// event begins.
     ///
     /// Panics on experts that the layer does not have.
     pub fn used(&mut self, event: &Event<'_>) {
         let layer = &self.layers[event.layer];
-        self.event = event.layer;
-        self.waiting.clear();
-        self.waiting.words.resize(layer.resident.words.len(), 0);
+        self.event_layer = event.layer;
+        self.is_chunk = event.tokens > 1;
+        self.event.clear();
+        self.event.words.resize(layer.resident.words.len(), 0);
         for &expert in event.experts {
             assert!((expert as usize) < layer.experts, "layer {}: {expert}", event.layer);
-            self.waiting.insert(expert);
+            self.event.insert(expert);
         }
+        self.waiting.clone_from(&self.event);
         self.policy.used(event);
     }
 
-    /// `id` was computed and may leave for another expert of its event. A
-    /// decode event has no use for it: with at least top-k slots all its
-    /// experts can stay. A chunk's experts may be more than the slots.
+    /// `id` was computed. A chunk's experts may be more than the slots, so
+    /// from now on it may leave for another of its event. A token's experts
+    /// all fit and none of them evicts another.
     pub fn computed(&mut self, id: ExpertId) {
-        if id.layer() == self.event {
+        if self.is_chunk && id.layer() == self.event_layer {
             self.waiting.remove(id.expert);
         }
     }
@@ -293,7 +320,8 @@ impl Cache {
         }
         let candidates = Candidates {
             layers: &self.layers,
-            protected: Protected { layer: self.event, set: &self.waiting },
+            protected: Protected { layer: self.event_layer, set: &self.waiting },
+            event: &self.event,
             pinned,
             incoming: id,
             scope: self.policy.scope(),

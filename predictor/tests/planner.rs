@@ -2,7 +2,7 @@
 //! prefetches, with a model of the frames that the runtime owns.
 
 use pregate_predictor::forecast::{Forecaster, NAMES};
-use pregate_predictor::policy::Lru;
+use pregate_predictor::policy;
 use pregate_predictor::{
     Admission, Ahead, Arrival, Cache, ExpertId, Landing, LayerShape, Planner, Request, Retire,
     Room, Shape,
@@ -20,19 +20,28 @@ struct Machine {
     /// Fills in flight; `true`: their discard was ordered.
     flight: BTreeMap<ExpertId, bool>,
     computed: BTreeSet<ExpertId>,
+    /// `[layers]`: residents that a layer had and may not lose, up to top-k.
+    floors: Vec<usize>,
     random: u64,
 }
 
 impl Machine {
-    fn new(shape: Shape, slots: usize, ring: usize, forecast: &str, seed: u64) -> Self {
+    fn new(
+        shape: Shape,
+        slots: usize,
+        ring: usize,
+        [policy, forecast]: [&str; 2],
+        seed: u64,
+    ) -> Self {
         let forecaster = Forecaster::by_name(forecast, &shape, 2);
         let limits = Ahead { threshold: 0.3, most: 8 };
         let per_layer: Vec<usize> =
             shape.layers.iter().map(|layer| layer.map_or(0, |l| slots.max(l.top_k))).collect();
-        let cache = Cache::new(&shape, &per_layer, Box::new(Lru::default())).unwrap();
+        let cache = Cache::new(&shape, &per_layer, policy::by_name(policy).unwrap()).unwrap();
         let mut frames = vec![ring; shape.classes()];
         shape.moe().for_each(|(index, layer)| frames[layer.class] += per_layer[index]);
         Self {
+            floors: vec![0; shape.layers.len()],
             planner: Planner::new(&shape, cache, forecaster, limits),
             shape,
             frames,
@@ -196,17 +205,23 @@ impl Machine {
     }
 
     /// Every frame is accounted for.
-    fn check(&self) {
+    fn check(&mut self) {
+        let cache = self.planner.cache();
+        let mut free = vec![0; self.shape.classes()];
         for (layer, shape) in self.shape.moe() {
-            assert!(self.planner.cache().len(layer) <= self.planner.cache().slots(layer));
+            free[shape.class] += cache.slots(layer) as isize - cache.len(layer) as isize;
+            let (len, floor) = (cache.len(layer), &mut self.floors[layer]);
+            *floor = shape.top_k.min(len.max(*floor));
+            assert!(len >= *floor, "layer {layer} fell to {len}");
             for expert in 0..shape.experts {
                 let id = ExpertId::new(layer, expert as u32);
-                if self.planner.cache().contains(id) {
+                if cache.contains(id) {
                     assert!(self.ready.contains(&id), "{id} is resident without a frame");
                     assert!(!self.flight.contains_key(&id), "{id} is resident and in flight");
                 }
             }
         }
+        assert!(free.iter().all(|&free| free >= 0), "more residents than slots");
     }
 }
 
@@ -222,7 +237,7 @@ fn model(layers: usize, experts: usize, top_k: usize) -> Shape {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
     fn invariants_hold_and_every_demand_completes(
@@ -233,12 +248,19 @@ proptest! {
         more_slots in 0..6usize,
         ring in 1..6usize,
         forecast in 0..NAMES.len() + 2,
+        policy in 0..policy::NAMES.len(),
         faults in any::<bool>(),
     ) {
         let top_k = top_k.min(experts);
         let shape = model(layers, experts, top_k);
         let forecast = NAMES.get(forecast).copied().unwrap_or("blend");
-        let mut machine = Machine::new(shape, top_k + more_slots, ring, forecast, seed);
+        let mut machine = Machine::new(
+            shape,
+            top_k + more_slots,
+            ring,
+            [policy::NAMES[policy], forecast],
+            seed,
+        );
         for token in 0..12 {
             let chunk = machine.below(4) == 0;
             match chunk {

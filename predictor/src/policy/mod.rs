@@ -1,9 +1,16 @@
 //! Who leaves when an expert has arrived and no slot is free.
 
 mod belady;
+mod forecast_aware;
+mod history;
+mod least_stale;
+mod lfu;
 mod lru;
 
 pub use self::belady::Belady;
+pub use self::forecast_aware::ForecastAware;
+pub use self::least_stale::LeastStale;
+pub use self::lfu::Lfu;
 pub use self::lru::Lru;
 
 use crate::cache::{Candidates, Scope};
@@ -26,6 +33,7 @@ pub struct Event<'a> {
 pub trait Policy: Send {
     fn name(&self) -> &'static str;
 
+    /// The same from [`Policy::prepare`] on.
     fn scope(&self) -> Scope;
 
     /// Called once, before everything else. `slots` is `[layers]`.
@@ -56,16 +64,47 @@ pub trait Policy: Send {
     fn new_sequence(&mut self) {}
 }
 
-/// The policies that [`by_name`] knows.
-pub const NAMES: [&str; 1] = ["lru"];
+/// The names that [`by_name`] knows. `-pool`: layers of one class share
+/// their slots.
+pub const NAMES: [&str; 10] = [
+    "frequency",
+    "frequency-layer",
+    "frequency-pool",
+    "forecast-aware",
+    "forecast-aware-pool",
+    "lfu",
+    "lfu-pool",
+    "least-stale",
+    "least-stale-pool",
+    "lru",
+];
 
-/// What serves when nobody asks for another.
-pub const DEFAULT: &str = "lru";
+/// The policy that measures best (`examples/policies.rs`).
+pub const DEFAULT: &str = "frequency";
 
-/// The policy called `name`.
+/// The policy called `name`. Belady's is not among them: it must be told the
+/// future.
 pub fn by_name(name: &str) -> Option<Box<dyn Policy>> {
-    match name {
-        "lru" => Some(Box::<Lru>::default()),
-        _ => None,
-    }
+    Some(match name {
+        "frequency" => Box::new(Lfu::new(None)),
+        "frequency-layer" => Box::new(Lfu::new(Some(Scope::Layer))),
+        "frequency-pool" => Box::new(Lfu::new(Some(Scope::Pool))),
+        "forecast-aware" => Box::new(ForecastAware::new(Scope::Layer)),
+        "forecast-aware-pool" => Box::new(ForecastAware::new(Scope::Pool)),
+        "lfu" => Box::new(Lfu::with_decay(Scope::Layer, Lfu::DECAY)),
+        "lfu-pool" => Box::new(Lfu::with_decay(Scope::Pool, Lfu::DECAY)),
+        "least-stale" => Box::new(LeastStale::new(Scope::Layer)),
+        "least-stale-pool" => Box::new(LeastStale::new(Scope::Pool)),
+        "lru" => Box::<Lru>::default(),
+        _ => return None,
+    })
+}
+
+/// The scope that measures best with `slots`, `[layers]`: sharing them wins
+/// where a layer can spare some, and loses a little where every layer is
+/// short of them.
+pub fn best_scope(shape: &Shape, slots: &[usize]) -> Scope {
+    let experts: usize = shape.moe().map(|(_, layer)| layer.experts).sum();
+    let slots: usize = slots.iter().sum();
+    if slots.saturating_mul(8) >= experts * 3 { Scope::Pool } else { Scope::Layer }
 }

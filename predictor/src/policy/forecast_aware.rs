@@ -1,0 +1,96 @@
+//! What the forecasts want stays.
+
+use super::history::History;
+use super::lfu::TERMS;
+use super::{Event, Policy};
+use crate::cache::{Candidates, Scope};
+use crate::vocabulary::{ExpertId, Outlook, Shape};
+
+/// Evicts the expert with the smallest sum of decayed frequency and the
+/// probability that forecasts give to its next use. Without forecasts it is
+/// [`super::Lfu`].
+pub struct ForecastAware {
+    scope: Scope,
+    weight: f32,
+    history: History,
+}
+
+impl ForecastAware {
+    /// What a probability of one adds to the value of an expert. The value of
+    /// one that every token uses is the sum of the weights of the history.
+    pub const WEIGHT: f32 = 0.2;
+
+    pub fn new(scope: Scope) -> Self {
+        Self::with_weight(scope, Self::WEIGHT)
+    }
+
+    /// `weight` instead of [`ForecastAware::WEIGHT`].
+    pub fn with_weight(scope: Scope, weight: f32) -> Self {
+        Self { scope, weight, history: History::new(&TERMS) }
+    }
+
+    fn value(&self, id: ExpertId, outlook: &dyn Outlook) -> f32 {
+        let probability = outlook.probability(id).unwrap_or(0.0);
+        self.history.value(id) + self.weight * probability
+    }
+}
+
+impl Policy for ForecastAware {
+    fn name(&self) -> &'static str {
+        match self.scope {
+            Scope::Layer => "forecast-aware",
+            Scope::Pool => "forecast-aware-pool",
+        }
+    }
+
+    fn scope(&self) -> Scope {
+        self.scope
+    }
+
+    fn prepare(&mut self, shape: &Shape, _slots: &[usize]) {
+        self.history.prepare(shape);
+    }
+
+    fn used(&mut self, event: &Event<'_>) {
+        self.history.used(event);
+    }
+
+    fn inserted(&mut self, id: ExpertId) {
+        self.history.changed(id.layer());
+    }
+
+    fn removed(&mut self, id: ExpertId) {
+        self.history.changed(id.layer());
+    }
+
+    fn victim(
+        &mut self,
+        candidates: &Candidates<'_>,
+        incoming: ExpertId,
+        outlook: &dyn Outlook,
+    ) -> Option<ExpertId> {
+        let own = incoming.layer();
+        // All of the own layer, and of each other layer that may give a slot
+        // the expert that was used least: looking at all of them would cost
+        // more than it gains.
+        let mut least: Option<(f32, ExpertId)> = None;
+        for layer in candidates.layers() {
+            let mut offer = |id: ExpertId, value: f32| {
+                if least.is_none_or(|(smallest, _)| value < smallest) {
+                    least = Some((value, id));
+                }
+            };
+            if layer == own {
+                for expert in candidates.experts(layer) {
+                    let id = ExpertId::new(layer, expert);
+                    offer(id, self.value(id, outlook));
+                }
+            } else if let Some(id) = self.history.least(layer, candidates) {
+                offer(id, self.value(id, outlook));
+            }
+        }
+        let (value, victim) = least?;
+        let stays = !candidates.is_of_event(victim) || value < self.value(incoming, outlook);
+        stays.then_some(victim)
+    }
+}

@@ -1,0 +1,89 @@
+//! How much each expert was used, recent uses counting more.
+
+use super::Event;
+use crate::cache::Candidates;
+use crate::vocabulary::{ExpertId, Shape};
+
+/// A decay per token, and what the average that it makes weighs.
+#[derive(Clone, Copy, Debug)]
+pub struct Term {
+    pub decay: f32,
+    pub weight: f32,
+}
+
+#[derive(Clone, Default)]
+struct Layer {
+    /// `[terms][experts]`: the average of "was used" over past tokens.
+    averages: Vec<Vec<f32>>,
+    /// `[experts]`: the weighted sum of the averages.
+    values: Vec<f32>,
+    /// The resident with the smallest value, if it is known.
+    least: Option<u32>,
+}
+
+/// The value of every expert, whether resident or not: weighted averages of
+/// its use with several decays. Comparable between layers.
+pub struct History {
+    terms: Vec<Term>,
+    layers: Vec<Layer>,
+}
+
+impl History {
+    /// Nothing was used yet.
+    pub fn new(terms: &[Term]) -> Self {
+        Self { terms: terms.to_vec(), layers: Vec::new() }
+    }
+
+    pub fn prepare(&mut self, shape: &Shape) {
+        let layer = |index: usize| {
+            let experts = shape.layer(index).map_or(0, |layer| layer.experts);
+            let averages = vec![vec![0.0; experts]; self.terms.len()];
+            Layer { averages, values: vec![0.0; experts], least: None }
+        };
+        self.layers = (0..shape.layers.len()).map(layer).collect();
+    }
+
+    /// A chunk counts as its tokens would, had each expert's uses been spread
+    /// evenly over them.
+    pub fn used(&mut self, event: &Event<'_>) {
+        let layer = &mut self.layers[event.layer];
+        layer.least = None;
+        layer.values.fill(0.0);
+        for (term, averages) in self.terms.iter().zip(&mut layer.averages) {
+            let tokens = event.tokens as f32;
+            let kept = term.decay.powf(tokens);
+            averages.iter_mut().for_each(|average| *average *= kept);
+            for (&expert, &count) in event.experts.iter().zip(event.counts) {
+                averages[expert as usize] += (1.0 - kept) * count as f32 / tokens;
+            }
+            for (value, average) in layer.values.iter_mut().zip(averages) {
+                *value += term.weight * *average;
+            }
+        }
+    }
+
+    /// The residents of `layer` have changed.
+    pub fn changed(&mut self, layer: usize) {
+        self.layers[layer].least = None;
+    }
+
+    pub fn value(&self, id: ExpertId) -> f32 {
+        self.layers[id.layer()].values[id.expert()]
+    }
+
+    /// The expert of `layer` with the smallest value that may leave.
+    pub fn least(&mut self, layer: usize, candidates: &Candidates<'_>) -> Option<ExpertId> {
+        let state = &mut self.layers[layer];
+        let values = &state.values;
+        let smaller = |a: &u32, b: &u32| values[*a as usize].total_cmp(&values[*b as usize]);
+        if state.least.is_none() {
+            state.least = candidates.residents(layer).min_by(smaller);
+        }
+        let id = ExpertId::new(layer, state.least?);
+        if candidates.allows(id) {
+            return Some(id);
+        }
+        let least = candidates.experts(layer).min_by(smaller)?;
+        Some(ExpertId::new(layer, least))
+    }
+}
