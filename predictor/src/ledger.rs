@@ -260,7 +260,9 @@ impl Ledger {
         traffic.useful += 1;
         traffic.useful_bytes = traffic.useful_bytes.saturating_add(bytes);
         traffic.saved_ns = traffic.saved_ns.saturating_add(saved_ns);
-        switch.settled(saved_ns as f64);
+        if self.link.ns_per_byte > 0.0 {
+            switch.settled(saved_ns as f64);
+        }
     }
 
     /// `layer` ran without an expert that was prefetched for it, or the
@@ -277,7 +279,9 @@ impl Ledger {
         traffic.wasted += 1;
         traffic.wasted_bytes = traffic.wasted_bytes.saturating_add(bytes);
         traffic.lost_ns = traffic.lost_ns.saturating_add(lost_ns);
-        switch.settled(-(lost_ns as f64));
+        if self.link.ns_per_byte > 0.0 {
+            switch.settled(-(lost_ns as f64));
+        }
     }
 
     /// `layer` waited for its experts.
@@ -309,7 +313,8 @@ impl Ledger {
         self.switches.iter_mut().for_each(|switch| switch.next_token(&self.pricing));
     }
 
-    /// Is prefetching for `layer` worth its price?
+    /// Is prefetching for `layer` worth its price? Yes as long as nothing is
+    /// known about the link.
     pub fn allows(&self, layer: usize) -> bool {
         self.switches.get(layer).is_some_and(Switch::on)
     }

@@ -24,7 +24,9 @@ use crate::forecast::{External, Forecaster};
 use crate::ledger::Ledger;
 use crate::policy::Event;
 use crate::vocabulary::{ExpertId, NoOutlook, Outlook, Shape};
+use accounts::Accounts;
 
+mod accounts;
 mod prompt;
 
 use prompt::Prompt;
@@ -160,11 +162,13 @@ pub struct Ahead {
     pub threshold: f32,
     /// Fetched ahead and not used yet, at most.
     pub most: usize,
+    /// Prefetching stops in layers where the ledger says that it loses.
+    pub priced: bool,
 }
 
 impl Default for Ahead {
     fn default() -> Self {
-        Self { threshold: 0.5, most: 64 }
+        Self { threshold: 0.5, most: 64, priced: true }
     }
 }
 
@@ -174,6 +178,7 @@ pub struct Planner {
     cache: Cache,
     forecaster: Option<Forecaster>,
     ledger: Ledger,
+    accounts: Accounts,
     limits: Ahead,
     /// The layer that was routed last; `None` at the start of a token.
     after: Option<usize>,
@@ -204,6 +209,7 @@ impl Planner {
             states: layers.map(|layer| vec![State::Absent; experts(layer)]).collect(),
             counts: vec![Counts::default(); shape.layers.len()],
             ledger: Ledger::new(shape, columns, horizon),
+            accounts: Accounts::default(),
             shape: shape.clone(),
             cache,
             forecaster,
@@ -238,6 +244,13 @@ impl Planner {
         &self.ledger
     }
 
+    /// The link moved `bytes` in `busy_ns` and was idle for `idle_ns` since
+    /// the last call. Until the first call with bytes, which should bring the
+    /// plan's measured speed, prefetching has no price and stays on.
+    pub fn link(&mut self, bytes: u64, busy_ns: u64, idle_ns: u64) {
+        self.ledger.link(bytes, busy_ns, idle_ns);
+    }
+
     /// A token enters the first layer.
     pub fn begin_token(&mut self, token: u32) {
         self.begin();
@@ -253,6 +266,9 @@ impl Planner {
     }
 
     fn begin(&mut self) {
+        if self.prompt.is_none() {
+            self.ledger.next_token();
+        }
         self.end_of_prompt();
         self.cache.next_token();
         self.after = None;
@@ -340,6 +356,14 @@ impl Planner {
         counts.in_flight += out.in_flight.len() as u64;
         counts.missing += out.missing.len() as u64;
         self.tell_cache(layer);
+        if self.prompt.is_none() {
+            let (states, ahead) = (&self.states, &self.ahead);
+            let flies = |id: &ExpertId| {
+                states[id.layer()][id.expert()] == State::Filling(Purpose::Prefetch)
+            };
+            let under_way = ahead.iter().copied().filter(flies);
+            self.accounts.requested(out, under_way, &self.shape, &mut self.ledger);
+        }
         self.retire(Some(layer), &mut out.retire);
     }
 
@@ -377,13 +401,20 @@ impl Planner {
 
     /// The prefetch of `id` was for nothing.
     fn give_up(&mut self, id: ExpertId, out: &mut Retire) {
-        self.counts[id.layer()].wasted += 1;
+        self.wasted(id);
         if self.state(id) == State::Early {
             self.set(id, State::Absent);
             out.release.push(id);
         } else {
             self.set(id, State::Filling(Purpose::Dropped));
             out.discard.push(id);
+        }
+    }
+
+    fn wasted(&mut self, id: ExpertId) {
+        self.counts[id.layer()].wasted += 1;
+        if self.prompt.is_none() {
+            self.accounts.gave_up(id, &self.shape, &mut self.ledger);
         }
     }
 
@@ -401,7 +432,9 @@ impl Planner {
             if std::mem::take(&mut self.ask) {
                 forecaster.forecast(self.after);
             }
-            for &layer in forecaster.ahead(self.after) {
+            let (ledger, priced) = (&self.ledger, self.limits.priced);
+            let layers = forecaster.ahead(self.after).iter();
+            for &layer in layers.filter(|&&layer| !priced || ledger.allows(layer)) {
                 let start = wanted.len();
                 let probabilities = forecaster.probabilities(layer).unwrap_or_default();
                 let likely = probabilities.iter().zip(0..);
@@ -437,6 +470,9 @@ impl Planner {
             if is_free {
                 self.room[layer.class] -= 1;
                 self.counts[id.layer()].prefetched += 1;
+                if self.prompt.is_none() {
+                    self.ledger.issued(id.layer(), layer.expert_bytes);
+                }
                 self.set(id, State::Filling(Purpose::Prefetch));
                 self.ahead.push(id);
                 out.push(id);
@@ -488,7 +524,7 @@ impl Planner {
         };
         self.set(id, state);
         if purpose == Purpose::Prefetch && arrival == Arrival::Nothing {
-            self.counts[id.layer()].wasted += 1;
+            self.wasted(id);
             self.ahead.retain(|&other| other != id);
         }
         arrival
@@ -520,6 +556,8 @@ impl Planner {
         debug_assert_eq!(self.open.layer, Some(layer));
         out.clear();
         self.counts[layer].stall_ns += stall_ns;
+        self.ledger.stalled(layer, stall_ns);
+        self.accounts.ended(stall_ns, &self.shape, &mut self.ledger);
         for index in 0..self.open.experts.len() {
             let id = ExpertId::new(layer, self.open.experts[index]);
             match self.state(id) {

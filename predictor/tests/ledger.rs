@@ -129,3 +129,15 @@ fn the_links_speed_follows_what_is_measured() {
     ledger.wasted(9, u64::MAX, u64::MAX);
     assert!(ledger.prices()[0].balance_ns.is_finite());
 }
+
+#[test]
+fn without_a_measured_link_nothing_has_a_price() {
+    let mut ledger = Ledger::new(&Shape::uniform(1, 8, 2, BYTES), vec!["one"], 1);
+    for _ in 0..200 {
+        ledger.issued(0, BYTES);
+        ledger.wasted(0, BYTES, BYTES);
+        ledger.next_token();
+    }
+    assert!(ledger.allows(0));
+    assert_eq!(ledger.traffic().wasted_bytes, 200 * BYTES);
+}

@@ -34,7 +34,7 @@ impl Machine {
         seed: u64,
     ) -> Self {
         let forecaster = Forecaster::by_name(forecast, &shape, 2);
-        let limits = Ahead { threshold: 0.3, most: 8 };
+        let limits = Ahead { threshold: 0.3, most: 8, priced: true };
         let per_layer: Vec<usize> =
             shape.layers.iter().map(|layer| layer.map_or(0, |l| slots.max(l.top_k))).collect();
         let cache = Cache::new(&shape, &per_layer, policy::by_name(policy).unwrap()).unwrap();

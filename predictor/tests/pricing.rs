@@ -1,0 +1,73 @@
+//! The planner stops prefetching where the ledger says that it loses.
+
+use pregate_predictor::forecast::Forecaster;
+use pregate_predictor::policy::Lru;
+use pregate_predictor::{
+    Ahead, Arrival, Cache, ExpertId, Landing, Planner, Request, Retire, Shape,
+};
+
+const LAYERS: usize = 3;
+const BYTES: u64 = 1 << 20;
+
+fn planner(forecast: &str, priced: bool) -> Planner {
+    let shape = Shape::uniform(LAYERS, 64, 2, BYTES);
+    let cache = Cache::new(&shape, &[2; LAYERS], Box::new(Lru::default())).unwrap();
+    let forecaster = Forecaster::by_name(forecast, &shape, 1);
+    let limits = Ahead { threshold: 0.2, most: 8, priced };
+    let mut planner = Planner::new(&shape, cache, forecaster, limits);
+    planner.link(BYTES, BYTES, 0);
+    planner
+}
+
+/// Each token uses two experts that the previous one did not; the token says
+/// which. Everything that is ordered lands before the next event. Answers how
+/// many prefetches tokens 200..300 ordered.
+fn decode(planner: &mut Planner) -> usize {
+    let (mut request, mut retire, mut ahead) = (Request::default(), Retire::default(), Vec::new());
+    let mut late = 0;
+    for token in 0..300u32 {
+        planner.begin_token(token % 4);
+        for layer in 0..LAYERS {
+            let first = 32 + (token % 4 * 2 + layer as u32 * 2) % 8;
+            planner.routed(layer, &[first, first + 1], &[0.5, 0.5]);
+            planner.request(layer, &[first, first + 1], &mut request);
+            assert!(request.retire.discard.is_empty() && request.in_flight.is_empty());
+            for &id in &request.missing {
+                planner.filling(id);
+                assert_eq!(planner.arrived(id, Landing::Ready), Arrival::Use);
+            }
+            request.resident.iter().for_each(|&id| planner.computed(id));
+            for &id in request.missing.iter().chain(&request.early) {
+                let _ = planner.admit(id, &|_: ExpertId| false);
+            }
+            planner.prefetch(&|_| 4, &mut ahead);
+            for &id in &ahead {
+                assert_eq!(planner.arrived(id, Landing::Ready), Arrival::Keep);
+            }
+            late += if token >= 200 { ahead.len() } else { 0 };
+            planner.end(layer, 0, &mut retire);
+        }
+    }
+    late
+}
+
+#[test]
+fn a_forecast_that_is_right_goes_on() {
+    let mut planner = planner("token", true);
+    let late = decode(&mut planner);
+    let traffic = planner.ledger().traffic();
+    assert!(late >= 300, "{late} prefetches, {traffic:?}");
+    assert!(traffic.precision().unwrap() > 0.9, "{traffic:?}");
+    assert!(traffic.saved_ns > 300 * BYTES && traffic.useful * BYTES == traffic.useful_bytes);
+}
+
+#[test]
+fn a_forecast_that_is_wrong_is_stopped_unless_prices_are_off() {
+    let mut priced = planner("inverse", true);
+    let stopped = decode(&mut priced);
+    let mut free = planner("inverse", false);
+    let wasteful = decode(&mut free);
+    assert!(free.ledger().traffic().precision().unwrap() < 0.1);
+    assert!(stopped * 4 < wasteful, "{stopped} with prices, {wasteful} without");
+    assert!(priced.ledger().prices().iter().any(|price| price.switched_off > 0));
+}
