@@ -25,11 +25,14 @@ use crate::ledger::Ledger;
 use crate::policy::Event;
 use crate::vocabulary::{ExpertId, NoOutlook, Outlook, Shape};
 use accounts::Accounts;
+use prompt::Prompt;
 
 mod accounts;
+mod ahead;
+mod moves;
 mod prompt;
 
-use prompt::Prompt;
+pub use moves::{Arrival, Counts, Landing, Request, Retire, Room};
 
 /// Where an expert is that no slot holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,96 +54,6 @@ enum Purpose {
     Prefetch,
     /// Nobody any more; its discard was ordered.
     Dropped,
-}
-
-/// What became of a fill.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Landing {
-    /// All bytes are there.
-    Ready,
-    /// They could not be read.
-    Failed,
-    /// It was given up as ordered.
-    Discarded,
-}
-
-/// What to do with a fill that has landed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[must_use]
-pub enum Arrival {
-    /// The open event waits for it: compute it, then admit it.
-    Use,
-    /// It waits for its layer where it is.
-    Keep,
-    /// It is ready and nobody wants it: its frame is free.
-    Release,
-    /// It did not come and the open event needs it: fill it again.
-    Again,
-    /// The open event needs it and it cannot be read: the event fails, unless
-    /// the caller fills it again.
-    Fail,
-    /// It did not come and nobody wants it.
-    Nothing,
-}
-
-/// Frames that are needed no longer.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Retire {
-    /// Ready and unwanted: their frames are free.
-    pub release: Vec<ExpertId>,
-    /// In flight and unwanted: discard the fills. They still land.
-    pub discard: Vec<ExpertId>,
-}
-
-impl Retire {
-    fn clear(&mut self) {
-        self.release.clear();
-        self.discard.clear();
-    }
-}
-
-/// What a layer needs, by where it is; each in the order of the request.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Request {
-    /// In slots: compute them at once.
-    pub resident: Vec<ExpertId>,
-    /// Prefetched and ready outside the slots: compute them at once, then
-    /// admit them.
-    pub early: Vec<ExpertId>,
-    /// Prefetches on their way, which are demands now: promote their fills.
-    pub in_flight: Vec<ExpertId>,
-    /// Nowhere: fill them, and say [`Planner::filling`] of each.
-    pub missing: Vec<ExpertId>,
-    /// What was prefetched for this layer and is not needed.
-    pub retire: Retire,
-}
-
-/// A frame that a demand may have.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Room {
-    /// This prefetched expert's frame is free now.
-    Released(ExpertId),
-    /// Discard this prefetch; its frame is free when it lands.
-    Discard(ExpertId),
-}
-
-/// How the experts of one layer were found.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Counts {
-    /// In a slot.
-    pub resident: u64,
-    /// Prefetched in time.
-    pub early: u64,
-    /// Prefetched, and still on their way.
-    pub in_flight: u64,
-    /// Not there and not on their way.
-    pub missing: u64,
-    /// Fills that were started ahead.
-    pub prefetched: u64,
-    /// Of these, those that nobody used.
-    pub wasted: u64,
-    /// Time that the layer waited for experts.
-    pub stall_ns: u64,
 }
 
 /// The open event.
@@ -189,6 +102,8 @@ pub struct Planner {
     states: Vec<Vec<State>>,
     /// Every expert that is early or whose prefetch is in flight.
     ahead: Vec<ExpertId>,
+    /// Per class: fills in flight that nobody wants.
+    dropped: Vec<usize>,
     open: Open,
     counts: Vec<Counts>,
     /// Scratch: free frames per class.
@@ -219,6 +134,7 @@ impl Planner {
             prompt: None,
             wanted: Vec::new(),
             ahead: Vec::new(),
+            dropped: vec![0; shape.classes()],
             open: Open::default(),
             room: Vec::new(),
         }
@@ -345,6 +261,10 @@ impl Planner {
             self.set(id, State::InUse);
         }
         for &id in &out.in_flight {
+            // One that was given up before counts as wasted for good.
+            if self.state(id) == State::Filling(Purpose::Prefetch) && self.prompt.is_none() {
+                self.accounts.promoted(id);
+            }
             self.set(id, State::Filling(Purpose::Demand));
         }
         for &id in &out.missing {
@@ -364,7 +284,7 @@ impl Planner {
             let under_way = ahead.iter().copied().filter(flies);
             self.accounts.requested(out, under_way, &self.shape, &mut self.ledger);
         }
-        self.retire(Some(layer), &mut out.retire);
+        self.retire(layer, &mut out.retire);
     }
 
     fn tell_cache(&mut self, layer: usize) {
@@ -377,129 +297,6 @@ impl Planner {
         self.cache.used(&Event { layer, experts, counts, tokens });
         open.counts.fill(0);
         open.tokens = 0;
-    }
-
-    /// Gives up prefetches of `layer` (`None`: of all layers) that are not
-    /// part of the open event.
-    fn retire(&mut self, layer: Option<usize>, out: &mut Retire) {
-        out.clear();
-        let mut ahead = std::mem::take(&mut self.ahead);
-        ahead.retain(|&id| {
-            let stays = match self.state(id) {
-                State::Early | State::Filling(Purpose::Prefetch) => {
-                    layer.is_some_and(|layer| layer != id.layer())
-                }
-                _ => return false,
-            };
-            if !stays {
-                self.give_up(id, out);
-            }
-            stays
-        });
-        self.ahead = ahead;
-    }
-
-    /// The prefetch of `id` was for nothing.
-    fn give_up(&mut self, id: ExpertId, out: &mut Retire) {
-        self.wasted(id);
-        if self.state(id) == State::Early {
-            self.set(id, State::Absent);
-            out.release.push(id);
-        } else {
-            self.set(id, State::Filling(Purpose::Dropped));
-            out.discard.push(id);
-        }
-    }
-
-    fn wasted(&mut self, id: ExpertId) {
-        self.counts[id.layer()].wasted += 1;
-        if self.prompt.is_none() {
-            self.accounts.gave_up(id, &self.shape, &mut self.ledger);
-        }
-    }
-
-    /// Which experts of later layers are worth a fill now? They are marked as
-    /// in flight; `out` gets them, best first. Takes free frames only,
-    /// `room(class)` many. May be called whenever the link is idle.
-    pub fn prefetch(&mut self, room: &dyn Fn(usize) -> usize, out: &mut Vec<ExpertId>) {
-        out.clear();
-        let Some(forecaster) = &mut self.forecaster else { return };
-        let mut wanted = std::mem::take(&mut self.wanted);
-        wanted.clear();
-        if let Some(prompt) = &self.prompt {
-            prompt.wanted(&self.shape, self.after, &mut wanted);
-        } else {
-            if std::mem::take(&mut self.ask) {
-                forecaster.forecast(self.after);
-            }
-            let (ledger, priced) = (&self.ledger, self.limits.priced);
-            let layers = forecaster.ahead(self.after).iter();
-            for &layer in layers.filter(|&&layer| !priced || ledger.allows(layer)) {
-                let start = wanted.len();
-                let probabilities = forecaster.probabilities(layer).unwrap_or_default();
-                let likely = probabilities.iter().zip(0..);
-                let likely = likely.filter(|&(&p, _)| p >= self.limits.threshold);
-                wanted.extend(likely.map(|(&p, expert)| (p, ExpertId::new(layer, expert))));
-                wanted[start..].sort_by(|a, b| b.0.total_cmp(&a.0));
-            }
-        }
-        self.fetch_ahead(wanted.iter().map(|&(_, id)| id), room, out);
-        self.wanted = wanted;
-    }
-
-    /// Marks those of `wanted` (best first) that are nowhere as in flight, as
-    /// long as their class has frames left, `room(class)`; `out` gets them.
-    /// Nothing is evicted for them. What the model does not have is left out.
-    pub fn fetch_ahead(
-        &mut self,
-        wanted: impl IntoIterator<Item = ExpertId>,
-        room: &dyn Fn(usize) -> usize,
-        out: &mut Vec<ExpertId>,
-    ) {
-        out.clear();
-        self.room.clear();
-        self.room.extend((0..self.shape.classes()).map(room));
-        for id in wanted {
-            let Some(layer) = self.shape.layer(id.layer()) else { continue };
-            let is_free = id.expert() < layer.experts
-                && self.room[layer.class] > 0
-                && self.ahead.len() < self.limits.most
-                && self.open.layer != Some(id.layer())
-                && self.state(id) == State::Absent
-                && !self.cache.contains(id);
-            if is_free {
-                self.room[layer.class] -= 1;
-                self.counts[id.layer()].prefetched += 1;
-                if self.prompt.is_none() {
-                    self.ledger.issued(id.layer(), layer.expert_bytes);
-                }
-                self.set(id, State::Filling(Purpose::Prefetch));
-                self.ahead.push(id);
-                out.push(id);
-            }
-        }
-    }
-
-    /// No frame of `class` is free for a demand: which prefetch gives way?
-    /// `None`: none is left; a frame becomes free when a fill lands or an
-    /// expert that was computed is admitted.
-    pub fn make_room(&mut self, class: usize) -> Option<Room> {
-        let of_class =
-            |id: &ExpertId| self.shape.layer(id.layer()).is_some_and(|layer| layer.class == class);
-        // The farthest goes first; of these, one that frees its frame at once.
-        let current = self.open.layer.unwrap_or(0);
-        let layers = self.shape.layers.len();
-        let distance = |id: ExpertId| (id.layer() + layers - current) % layers;
-        let index = (0..self.ahead.len())
-            .filter(|&index| of_class(&self.ahead[index]))
-            .max_by_key(|&index| {
-                let id = self.ahead[index];
-                (distance(id), self.state(id) == State::Early)
-            })?;
-        let id = self.ahead.remove(index);
-        let mut retire = Retire::default();
-        self.give_up(id, &mut retire);
-        Some(if retire.release.is_empty() { Room::Discard(id) } else { Room::Released(id) })
     }
 
     /// The fill of a missing expert has started.
@@ -583,6 +380,10 @@ impl Planner {
         self.cache.remove(id);
     }
 
+    fn class(&self, layer: usize) -> usize {
+        self.shape.layer(layer).map_or(0, |layer| layer.class)
+    }
+
     fn state(&self, id: ExpertId) -> State {
         self.states[id.layer()][id.expert()]
     }
@@ -592,16 +393,9 @@ impl Planner {
             state == State::Absent || !self.cache.contains(id),
             "{id} is in a slot and becomes {state:?}"
         );
-        self.states[id.layer()][id.expert()] = state;
-    }
-}
-
-impl Request {
-    fn clear(&mut self) {
-        self.resident.clear();
-        self.early.clear();
-        self.in_flight.clear();
-        self.missing.clear();
-        self.retire.clear();
+        let class = self.class(id.layer());
+        let before = std::mem::replace(&mut self.states[id.layer()][id.expert()], state);
+        self.dropped[class] += usize::from(state == State::Filling(Purpose::Dropped));
+        self.dropped[class] -= usize::from(before == State::Filling(Purpose::Dropped));
     }
 }

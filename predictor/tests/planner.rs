@@ -4,8 +4,8 @@
 use pregate_predictor::forecast::{Forecaster, NAMES};
 use pregate_predictor::policy;
 use pregate_predictor::{
-    Admission, Ahead, Arrival, Cache, ExpertId, Landing, LayerShape, Planner, Request, Retire,
-    Room, Shape,
+    Admission, Ahead, Arrival, Cache, Counts, ExpertId, Landing, LayerShape, Planner, Request,
+    Retire, Room, Shape,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -221,6 +221,10 @@ impl Machine {
                 }
             }
         }
+        let (traffic, counts) = (self.planner.ledger().traffic(), self.planner.counts());
+        let sum = |count: fn(&Counts) -> u64| counts.iter().map(count).sum::<u64>();
+        assert!(traffic.issued <= sum(|counts| counts.prefetched));
+        assert!(traffic.wasted <= sum(|counts| counts.wasted));
         assert!(free.iter().all(|&free| free >= 0), "more residents than slots");
     }
 }

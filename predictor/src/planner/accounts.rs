@@ -31,7 +31,6 @@ impl Accounts {
             self.in_the_way.retain(|&other| other != id);
             ledger.useful(id.layer(), bytes(shape, id), 0);
         }
-        self.promoted.extend_from_slice(&request.in_flight);
         if !request.missing.is_empty() {
             for id in under_way {
                 if !self.in_the_way.contains(&id) {
@@ -39,6 +38,11 @@ impl Accounts {
                 }
             }
         }
+    }
+
+    /// The event that opens waits for the prefetch of `id`.
+    pub fn promoted(&mut self, id: ExpertId) {
+        self.promoted.push(id);
     }
 
     /// The prefetch of `id` was for nothing.

@@ -1,0 +1,129 @@
+//! What comes ahead of its layer, and what gives way again.
+
+use super::{Planner, Purpose, Retire, Room, State};
+use crate::vocabulary::ExpertId;
+
+impl Planner {
+    /// Gives up prefetches of `layer` that are not part of the open event.
+    pub(super) fn retire(&mut self, layer: usize, out: &mut Retire) {
+        out.clear();
+        let mut ahead = std::mem::take(&mut self.ahead);
+        ahead.retain(|&id| {
+            let stays = match self.state(id) {
+                State::Early | State::Filling(Purpose::Prefetch) => layer != id.layer(),
+                _ => return false,
+            };
+            if !stays {
+                self.give_up(id, out);
+            }
+            stays
+        });
+        self.ahead = ahead;
+    }
+
+    /// The prefetch of `id` was for nothing.
+    fn give_up(&mut self, id: ExpertId, out: &mut Retire) {
+        self.wasted(id);
+        if self.state(id) == State::Early {
+            self.set(id, State::Absent);
+            out.release.push(id);
+        } else {
+            self.set(id, State::Filling(Purpose::Dropped));
+            out.discard.push(id);
+        }
+    }
+
+    pub(super) fn wasted(&mut self, id: ExpertId) {
+        self.counts[id.layer()].wasted += 1;
+        if self.prompt.is_none() {
+            self.accounts.gave_up(id, &self.shape, &mut self.ledger);
+        }
+    }
+
+    /// Which experts of later layers are worth a fill now? They are marked as
+    /// in flight; `out` gets them, best first. Takes free frames only,
+    /// `room(class)` many. May be called whenever the link is idle.
+    pub fn prefetch(&mut self, room: &dyn Fn(usize) -> usize, out: &mut Vec<ExpertId>) {
+        out.clear();
+        let Some(forecaster) = &mut self.forecaster else { return };
+        let mut wanted = std::mem::take(&mut self.wanted);
+        wanted.clear();
+        if let Some(prompt) = &self.prompt {
+            prompt.wanted(&self.shape, self.after, &mut wanted);
+        } else {
+            if std::mem::take(&mut self.ask) {
+                forecaster.forecast(self.after);
+            }
+            let (ledger, priced) = (&self.ledger, self.limits.priced);
+            let layers = forecaster.ahead(self.after).iter();
+            for &layer in layers.filter(|&&layer| !priced || ledger.allows(layer)) {
+                let start = wanted.len();
+                let probabilities = forecaster.probabilities(layer).unwrap_or_default();
+                let likely = probabilities.iter().zip(0..);
+                let likely = likely.filter(|&(&p, _)| p >= self.limits.threshold);
+                wanted.extend(likely.map(|(&p, expert)| (p, ExpertId::new(layer, expert))));
+                wanted[start..].sort_by(|a, b| b.0.total_cmp(&a.0));
+            }
+        }
+        self.fetch_ahead(wanted.iter().map(|&(_, id)| id), room, out);
+        self.wanted = wanted;
+    }
+
+    /// Marks those of `wanted` (best first) that are nowhere as in flight, as
+    /// long as their class has frames left, `room(class)`; `out` gets them.
+    /// Nothing is evicted for them. What the model does not have is left out.
+    pub fn fetch_ahead(
+        &mut self,
+        wanted: impl IntoIterator<Item = ExpertId>,
+        room: &dyn Fn(usize) -> usize,
+        out: &mut Vec<ExpertId>,
+    ) {
+        out.clear();
+        self.room.clear();
+        self.room.extend((0..self.shape.classes()).map(room));
+        for id in wanted {
+            let Some(layer) = self.shape.layer(id.layer()) else { continue };
+            let is_free = id.expert() < layer.experts
+                && self.room[layer.class] > 0
+                && self.ahead.len() < self.limits.most
+                && self.open.layer != Some(id.layer())
+                && self.state(id) == State::Absent
+                && !self.cache.contains(id);
+            if is_free {
+                self.room[layer.class] -= 1;
+                self.counts[id.layer()].prefetched += 1;
+                if self.prompt.is_none() {
+                    self.ledger.issued(id.layer(), layer.expert_bytes);
+                }
+                self.set(id, State::Filling(Purpose::Prefetch));
+                self.ahead.push(id);
+                out.push(id);
+            }
+        }
+    }
+
+    /// No frame of `class` is free for a demand: which prefetch gives way?
+    /// `None`: none is left, or enough are about to; a frame becomes free
+    /// when a fill lands or an expert that was computed is admitted.
+    pub fn make_room(&mut self, class: usize) -> Option<Room> {
+        let current = self.open.layer?;
+        let is_needed = |expert: &&u32| self.states[current][**expert as usize] == State::Needed;
+        if self.open.experts.iter().filter(is_needed).count() <= self.dropped[class] {
+            return None;
+        }
+        let of_class = |id: &ExpertId| self.class(id.layer()) == class;
+        // The farthest goes first; of these, one that frees its frame at once.
+        let layers = self.shape.layers.len();
+        let distance = |id: ExpertId| (id.layer() + layers - current) % layers;
+        let index = (0..self.ahead.len())
+            .filter(|&index| of_class(&self.ahead[index]))
+            .max_by_key(|&index| {
+                let id = self.ahead[index];
+                (distance(id), self.state(id) == State::Early)
+            })?;
+        let id = self.ahead.remove(index);
+        let mut retire = Retire::default();
+        self.give_up(id, &mut retire);
+        Some(if retire.release.is_empty() { Room::Discard(id) } else { Room::Released(id) })
+    }
+}
