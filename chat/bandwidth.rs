@@ -6,19 +6,24 @@ use std::{hint::black_box, thread, time::Instant};
 
 /// Larger than any cache.
 const BUFFER_BYTES: usize = 512 << 20;
+/// With less the caches would help.
+const SMALLEST_BUFFER_BYTES: usize = 128 << 20;
 const PASSES: usize = 8;
 /// Sums side by side, so that adding does not limit reading.
 const LANES: usize = 32;
 
 /// The best of several passes in which `threads` threads read a buffer once,
-/// in GB/s (10^9 bytes).
-pub fn read_gb_s(threads: usize) -> Result<f64, Failure> {
-    let words = BUFFER_BYTES / size_of::<u64>();
+/// in GB/s (10^9 bytes). The buffer is there for this call only, and has at
+/// most half of `budget_bytes` where that is enough to measure.
+pub fn read_gb_s(threads: usize, budget_bytes: u64) -> Result<f64, Failure> {
+    let half = usize::try_from(budget_bytes / 2).unwrap_or(usize::MAX);
+    let buffer_bytes = half.clamp(SMALLEST_BUFFER_BYTES, BUFFER_BYTES);
+    let words = buffer_bytes / size_of::<u64>();
     let mut buffer: Vec<u64> = Vec::new();
     buffer.try_reserve_exact(words).map_err(|_| {
         Failure::Resources(format!(
             "measuring the read bandwidth needs {} MiB of memory",
-            BUFFER_BYTES >> 20
+            buffer_bytes >> 20
         ))
     })?;
     // Written with values, so that every page exists.
@@ -40,7 +45,7 @@ pub fn read_gb_s(threads: usize) -> Result<f64, Failure> {
                 .fold(0, u64::wrapping_add))
         });
         black_box(total?);
-        best = best.max(BUFFER_BYTES as f64 / started.elapsed().as_secs_f64() / 1e9);
+        best = best.max(buffer_bytes as f64 / started.elapsed().as_secs_f64() / 1e9);
     }
     Ok(best)
 }

@@ -1,5 +1,6 @@
 //! The command line: what can be asked, and the text of `--help`.
 
+use crate::size::Size;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ const MAX_THREADS: usize = 1024;
   pregate run --prompt 'list files by size'      one answer on standard output
   git diff | pregate run --model model.gguf      the prompt from a pipe
   pregate inspect model.gguf                     what a model file holds
+  pregate plan --model model.gguf --ram 8G       how it would use the memory
 
 A model is a .gguf file (any shard of a split one) or a Hugging Face folder with
 config.json, tokenizer.json and *.safetensors.
@@ -56,6 +58,18 @@ Standard output has the answer and nothing else; notes and --stats go to standar
   pregate inspect --json folder/ | jq .bytes_by_kind
   pregate inspect --tensors model-00001-of-00003.gguf")]
     Inspect(InspectArgs),
+    /// Show how a model would use the memory, and how fast that can be
+    #[command(after_help = "Examples:
+  pregate plan --model model.gguf
+  pregate plan --model model.gguf --ram 50% --context 4096
+  pregate plan --model model.gguf --ram 6G --json | jq .prediction
+
+A model that fits is used where it is mapped. Of one that does not, all weights but the
+experts stay in memory, experts come from disk into slots, and every layer has slots for at
+least the experts of one token. The prediction takes every expert to be as likely as every
+other; real routing hits slots more often. Its bounds are memory bandwidth / bytes per token
+and disk bandwidth / bytes that miss.")]
+    Plan(PlanArgs),
     /// Measure prompt and decode speed
     #[command(after_help = "Examples:
   pregate bench -p 512 -n 128 -r 5
@@ -115,6 +129,15 @@ pub struct DeviceArgs {
     /// Threads [default: one per core that this process may use]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub struct RamArgs {
+    /// Memory for all that pregate holds: 6G or 6GiB (2^30 bytes each), 6GB (10^9), 800M, or 50%
+    /// of the size of the model's files; a model that does not fit is streamed from disk
+    /// [default: what is free, less a reserve of a tenth]
+    #[arg(long, value_name = "SIZE")]
+    pub ram: Option<Size>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -196,6 +219,8 @@ pub enum KvChoice {
 pub struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub ram: RamArgs,
     /// Instruction that stands before the conversation
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
@@ -209,6 +234,8 @@ pub struct ChatArgs {
 pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub ram: RamArgs,
     /// The question; `-` reads it from standard input, which is also read when there is no
     /// --prompt and standard input is not a terminal
     #[arg(short, long, value_name = "TEXT")]
@@ -219,13 +246,33 @@ pub struct RunArgs {
     /// Continue the prompt as it is, without the chat template
     #[arg(long)]
     pub raw: bool,
-    /// Print tokens, speeds and seed on standard error
-    #[arg(long)]
-    pub stats: bool,
+    /// Print tokens, speeds, memory and where the time went on standard error, as text or as one
+    /// line of JSON
+    #[arg(long, value_name = "FORM", value_enum, num_args = 0..=1, default_missing_value = "text")]
+    pub stats: Option<StatsForm>,
     #[command(flatten)]
     pub session: SessionArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StatsForm {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub ram: RamArgs,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -248,6 +295,8 @@ pub struct BenchArgs {
     pub model: Option<PathBuf>,
     #[command(flatten)]
     pub device: DeviceArgs,
+    #[command(flatten)]
+    pub ram: RamArgs,
     /// Tokens of the prompt; 0: skip
     #[arg(short = 'p', value_name = "N", default_value_t = 512, value_parser = context_or_zero)]
     pub n_prompt: usize,
@@ -267,6 +316,8 @@ pub struct LogitsArgs {
     /// A .gguf file or a Hugging Face folder
     #[arg(short, long, value_name = "PATH")]
     pub model: PathBuf,
+    #[command(flatten)]
+    pub ram: RamArgs,
     /// A JSON array of token ids
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
@@ -297,6 +348,8 @@ pub enum BackendChoice {
 pub struct PerplexityArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub ram: RamArgs,
     /// The text, UTF-8
     #[arg(long, value_name = "TEXT")]
     pub file: PathBuf,
@@ -422,6 +475,10 @@ mod tests {
             ["--max-tokens", "-1"],
             ["--stop", ""],
             ["--device", "cuda"],
+            ["--ram", "0"],
+            ["--ram", "lots"],
+            ["--ram", "-1G"],
+            ["--stats", "xml"],
         ] {
             let command = ["pregate", "run", "--prompt", "x", bad[0], bad[1]];
             assert!(Cli::try_parse_from(command).is_err(), "{bad:?} was accepted");

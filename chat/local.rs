@@ -9,7 +9,7 @@ use crate::{
 };
 use pregate_predictor::NoObserver;
 use pregate_runtime::{
-    Cancel, Dry, Event, GenerateOptions, Generated, Model, SamplerOptions, Session, SessionOptions,
+    Cancel, Dry, Event, GenerateOptions, Generated, Model, SamplerOptions, Session,
     text::{self, ChatTemplate, Moment, RenderOptions, TextKind, Tokenizer, encode_chat},
 };
 use std::{
@@ -37,14 +37,9 @@ impl Local {
     ) -> Result<Self, Failure> {
         let tokenizer = model.tokenizer()?;
         let template = model.chat_template()?.clone();
-        let options = SessionOptions {
-            context: session.context,
-            kv: session.kv.into(),
-            ..SessionOptions::default()
-        };
         let options_of_answers = generate_options(sampling, is_demo, tokenizer);
         options_of_answers.sampler.check()?;
-        let session = Session::new(model, options)?;
+        let session = Session::new(model, session.options())?;
         Ok(Self { session, template, options: options_of_answers })
     }
 

@@ -12,9 +12,12 @@ mod local;
 mod memory;
 mod model;
 mod output;
+mod plan;
 mod progress;
+mod roofline;
 mod save;
 mod signals;
+mod size;
 mod slash;
 mod tui;
 
@@ -48,6 +51,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
     let Some(command) = cli.command else { return bare() };
     match &command {
         Command::Inspect(args) => commands::inspect::run(args)?,
+        Command::Plan(args) => commands::plan::run(args)?,
         Command::Bench(args) => commands::bench::run(args)?,
         Command::Tokenize(args) => commands::tokenize::run(args)?,
         Command::Eval(EvalCommand::Logits(args)) => commands::eval::logits(args)?,

@@ -1,9 +1,16 @@
 //! Opens models for the commands.
 
-use crate::{demo, device::Device, exit::Failure, memory, progress::Progress};
+use crate::{
+    demo,
+    device::Device,
+    exit::Failure,
+    plan::{self, Needs, Planned},
+    progress::Progress,
+};
 use pregate_runtime::{
-    Error, LoadOptions, LoadProgress, Model, ModelDescription, OpenedModel, Residency,
+    Error, LoadOptions, Model, ModelDescription, OpenedModel,
     files::{Container, ModelFiles},
+    store::ExpertStore,
     text::{Limits, Tokenizer},
 };
 use std::path::{Path, PathBuf};
@@ -13,40 +20,43 @@ pub fn path_or_demo(path: Option<&Path>) -> Result<PathBuf, Failure> {
     path.map_or_else(demo::find, |path| Ok(path.to_path_buf()))
 }
 
-/// Loads a model for `device` with a progress bar.
-pub fn load(path: &Path, device: &Device) -> Result<Model, Failure> {
+/// Loads a model for `device` with a progress bar, after saying on standard
+/// error how the memory is divided.
+pub fn load(path: &Path, device: &Device, needs: &Needs) -> Result<Model, Failure> {
+    let opened = open(path)?;
+    let planned = plan::make(&opened, device, needs)?;
+    planned.announce();
+    place(opened, device, &planned)
+}
+
+/// A model whose weights are still on disk, with a progress bar. Its
+/// tokenizer is there already, if it has one: a plan must count it.
+pub fn open(path: &Path) -> Result<OpenedModel, Failure> {
     let mut bar: Option<Progress> = None;
-    // Room is left for the KV cache, buffers and everybody else.
-    let at_most_bytes = memory::available_bytes() / 10 * 8;
-    let mut read = false;
-    let mut show = |progress: LoadProgress| {
-        if progress.bytes == 0 {
-            bar.get_or_insert_with(|| Progress::new("loading", "layers", progress.layers))
-                .set(progress.layers_done);
-        } else {
-            if !std::mem::replace(&mut read, true) {
-                bar = None;
-            }
-            let megabytes = |bytes: u64| (bytes / 1_000_000) as usize;
-            bar.get_or_insert_with(|| {
-                Progress::new("reading weights", "MB", megabytes(progress.bytes))
-            })
-            .set(megabytes(progress.bytes_done));
-        }
-    };
-    let opened = OpenedModel::open(path, &mut show)?;
-    let residency = match opened.files().total_bytes() <= at_most_bytes {
-        true => Residency::Resident,
-        false => Residency::Lazy,
-    };
-    let model =
-        opened.load(LoadOptions { backend: device.backend.clone(), residency }, &mut show)?;
-    if !read {
-        eprintln!(
-            "weights: {:.1} GB, more than fits in memory now ({:.1} GB): read from disk as needed, slowly",
-            model.files().total_bytes() as f64 / 1e9,
-            at_most_bytes as f64 / 1e9,
-        );
+    let opened = OpenedModel::open(path, &mut |progress| {
+        bar.get_or_insert_with(|| Progress::new("loading", "layers", progress.layers))
+            .set(progress.layers_done);
+    })?;
+    // Who needs it will hear what is wrong with it.
+    let _ = opened.tokenizer();
+    Ok(opened)
+}
+
+/// Brings the weights to where the plan wants them.
+pub fn place(opened: OpenedModel, device: &Device, planned: &Planned) -> Result<Model, Failure> {
+    let mut bar: Option<Progress> = None;
+    let megabytes = |bytes: u64| (bytes / 1_000_000) as usize;
+    let options =
+        LoadOptions { backend: device.backend.clone(), residency: planned.plan.residency() };
+    let model = opened.load(options, &mut |progress| {
+        bar.get_or_insert_with(|| {
+            Progress::new("reading weights", "MB", megabytes(progress.bytes))
+        })
+        .set(megabytes(progress.bytes_done));
+    })?;
+    drop(bar);
+    if let Some(disk) = model.store().and_then(ExpertStore::disk) {
+        eprintln!("disk: {}", plan::disk_line(disk));
     }
     Ok(model)
 }

@@ -165,3 +165,97 @@ fn bench_reports_raw_samples() {
         assert!(report[field].as_f64().unwrap() > 0.0, "{field}: {report}");
     }
 }
+
+fn plan_json(arguments: &[&str]) -> serde_json::Value {
+    let output = run(&[&["plan", "--json", "-t", "1"], arguments].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_str(&stdout(&output)).expect("JSON")
+}
+
+/// The sum of the object's numbers.
+fn sum(object: &serde_json::Value) -> u64 {
+    object.as_object().expect("an object").values().map(|v| v.as_u64().expect("bytes")).sum()
+}
+
+#[test]
+fn plans_account_for_the_budget_and_slots_follow_it() {
+    let all = plan_json(&["--context", "256"]);
+    assert_eq!(all["placement"], "whole", "{all}");
+    assert_eq!(all["slots"], serde_json::Value::Null);
+    assert_eq!(all["prediction"]["hit_ratio"], 1.0);
+    assert_eq!(all["prediction"]["binds"], "memory");
+
+    // What the process itself holds is not ours to say: the budget is the
+    // parts of the whole model, less some of its weights.
+    let whole = sum(&all["parts"]);
+    let budget = |less: u64| format!("{}", whole - less);
+    let plan = plan_json(&["--context", "256", "--ram", &budget(4_000_000)]);
+    assert_eq!(plan["placement"], "streaming", "{plan}");
+    assert_eq!(plan["budget_bytes"], whole - 4_000_000);
+    let placed = sum(&plan["parts"]) + plan["left_bytes"].as_u64().unwrap();
+    assert_eq!(placed, whole - 4_000_000, "{plan}");
+    let slots: Vec<u64> =
+        plan["slots"].as_array().unwrap().iter().map(|slots| slots.as_u64().unwrap()).collect();
+    let experts = plan["experts"].as_array().unwrap();
+    assert_eq!(slots.len(), experts.len());
+    for (slots, experts) in slots.iter().zip(experts) {
+        assert!((4..=experts.as_u64().unwrap()).contains(slots), "{plan}");
+    }
+    let hits = plan["prediction"]["hit_ratio"].as_f64().unwrap();
+    assert!(hits > 0.1 && hits < 1.0, "{plan}");
+    assert!(plan["prediction"]["disk_bytes_per_token"].as_u64().unwrap() > 0, "{plan}");
+
+    let text = run(&["plan", "--context", "256", "-t", "1", "--ram", &budget(4_000_000)]);
+    let text = stdout(&text);
+    for part in ["budget", "[w", "slots", "ring", "KV cache, 256 tokens", "prediction"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+#[test]
+fn a_budget_that_is_too_small_is_refused_with_the_one_that_works() {
+    for command in [
+        &["plan"][..],
+        &["run", "--prompt", "x"],
+        &["bench", "-p", "4", "-n", "0"],
+        &["eval", "perplexity", "--file", "README.md"],
+        &["chat"],
+    ] {
+        let (code, text) = failure(&[command, &["--ram", "10M", "-t", "1"]].concat());
+        assert_eq!(code, 4, "{text}");
+        assert!(text.contains("too small") && text.contains("--context"), "{text}");
+        for part in ["weights", "KV cache", "scratch", "slots", "ring"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+    for nonsense in ["0", "lots", "1,5G", "0%", "1e9"] {
+        let (code, text) = failure(&["plan", "--ram", nonsense]);
+        assert_eq!(code, 2, "{text}");
+    }
+    let (code, text) = failure(&["plan", "--context", "99999", "--ram", "10M"]);
+    assert_eq!(code, 2, "not a matter of memory: {text}");
+
+    // The figure of the message works, with what a process's size varies.
+    let (_, text) = failure(&["plan", "--ram", "10M", "-t", "1"]);
+    let figure = text.split("works is ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    let ram = format!("{}MB", figure.parse::<f64>().unwrap() + 1.0);
+    let plan = plan_json(&["--ram", &ram]);
+    let experts_of_a_token = 4;
+    for slots in plan["slots"].as_array().unwrap() {
+        assert!(slots.as_u64().unwrap() <= experts_of_a_token + 3, "{plan}");
+    }
+}
+
+#[test]
+fn statistics_have_two_forms() {
+    let question = ["run", "--prompt", "list files", "--temperature", "0", "--max-tokens", "4"];
+    let output = run(&[&question[..], &["--stats"]].concat());
+    let notes = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(notes.contains("stats: ") && notes.contains("memory: "), "{notes}");
+    let output = run(&[&question[..], &["--stats", "json"]].concat());
+    let notes = String::from_utf8_lossy(&output.stderr).into_owned();
+    let line = notes.lines().find(|line| line.starts_with('{')).expect(&notes);
+    let stats: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    assert_eq!(stats["tokens"], 4);
+    assert!(stats["decode_tok_s"].as_f64().unwrap() > 0.0, "{stats}");
+}

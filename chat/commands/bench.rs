@@ -1,11 +1,17 @@
 //! `pregate bench`: prompt and decode speed, beside what the memory allows.
 
 use crate::{
-    bandwidth, cli::BenchArgs, device::Device, exit::Failure, model, output, progress::Progress,
+    bandwidth,
+    cli::BenchArgs,
+    device::Device,
+    exit::Failure,
+    memory, model, output,
+    plan::{self, Needs},
+    progress::Progress,
     signals,
 };
 use pregate_predictor::NoObserver;
-use pregate_runtime::{Cancel, Model, Run, Session, SessionOptions};
+use pregate_runtime::{Cancel, Run, Session, SessionOptions, budget::Parts};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -25,6 +31,13 @@ struct Report {
     /// bytes_per_token * median decode tok/s / bandwidth; `null` without
     /// decode samples.
     decode_bandwidth_share: Option<f64>,
+    /// "whole" or "streaming".
+    placement: &'static str,
+    /// The memory as planned.
+    parts: Parts,
+    /// Memory of the process's own, without the page cache: the most that it
+    /// held behind a repetition.
+    held_bytes: Option<u64>,
     /// Of the sources, where PREGATE_COMMIT was set at build time.
     commit: Option<&'static str>,
 }
@@ -36,32 +49,40 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let path = model::path_or_demo(args.model.as_deref())?;
     let device = Device::open(&args.device)?;
     device.announce();
-    let model = model::load(&path, &device)?;
-    let cancel = Cancel::new();
-    signals::cancel_on_interrupt(cancel.clone())?;
     let context = args.n_prompt.max(args.n_gen);
     let options = SessionOptions { context: Some(context), ..SessionOptions::default() };
+    let opened = model::open(&path)?;
+    let planned = plan::make(&opened, &device, &Needs::new(args.ram.ram, options))?;
+    planned.announce();
+    // Half of the bandwidth passes before, half after, and both when the model
+    // takes no memory: the same machine, the same minute, the same budget.
+    let bandwidth = || bandwidth::read_gb_s(device.threads, planned.plan.budget_bytes);
+    let before = bandwidth()?;
+    let model = model::place(opened, &device, &planned)?;
+    let cancel = Cancel::new();
+    signals::cancel_on_interrupt(cancel.clone())?;
     let mut bench = Bench { session: Session::new(&model, options)?, cancel };
 
     let per_round = args.n_prompt + args.n_gen;
     let mut bar = Progress::new("measuring", "tokens", per_round * (args.repetitions + 1));
-    // Half of the bandwidth passes before, half after: the same machine, the
-    // same minute.
-    let before = bandwidth::read_gb_s(device.threads)?;
     let (mut prompt_tok_s, mut decode_tok_s) = (Vec::new(), Vec::new());
+    let mut held_bytes = None;
     for round in 0..=args.repetitions {
         let done = round * per_round;
         let prompt = bench.prompt(args.n_prompt, &mut |n| bar.set(done + n))?;
         let decode = bench.decode(args.n_gen, &mut |n| bar.set(done + args.n_prompt + n))?;
         // The first round reads the weights from disk and wakes the threads.
         if round > 0 {
+            held_bytes = held_bytes.max(memory::held_bytes());
             prompt_tok_s.extend(prompt);
             decode_tok_s.extend(decode);
         }
     }
     drop(bar);
-    let read_bandwidth_gb_s = before.max(bandwidth::read_gb_s(device.threads)?);
     let bytes_per_token = model.bytes_per_token();
+    let experts = model::experts(model.description());
+    drop((bench, model));
+    let read_bandwidth_gb_s = before.max(bandwidth()?);
     let report = Report {
         model: path.display().to_string(),
         backend: device.backend.describe(),
@@ -74,9 +95,12 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         decode_tok_s,
         bytes_per_token,
         read_bandwidth_gb_s,
+        placement: if planned.plan.is_whole() { "whole" } else { "streaming" },
+        parts: planned.plan.parts,
+        held_bytes,
         commit: option_env!("PREGATE_COMMIT"),
     };
-    if args.json { output::json(&report) } else { print(&report, &model) }
+    if args.json { output::json(&report) } else { print(&report, &experts) }
 }
 
 struct Bench {
@@ -154,7 +178,7 @@ fn median(samples: &[f64]) -> Option<f64> {
     }
 }
 
-fn print(report: &Report, model: &Model) -> Result<(), Failure> {
+fn print(report: &Report, experts: &str) -> Result<(), Failure> {
     let show = |label: &str, samples: &[f64]| -> Result<(), Failure> {
         let Some(middle) = median(samples) else { return Ok(()) };
         let low = samples.iter().copied().fold(f64::INFINITY, f64::min);
@@ -165,7 +189,7 @@ fn print(report: &Report, model: &Model) -> Result<(), Failure> {
         ))
     };
     output::line(&format!("{:<16} {}", "model", report.model))?;
-    output::line(&format!("{:<16} {}", "experts", model::experts(model.description())))?;
+    output::line(&format!("{:<16} {experts}", "experts"))?;
     show(&format!("prompt {}", report.n_prompt), &report.prompt_tok_s)?;
     show(&format!("decode {}", report.n_gen), &report.decode_tok_s)?;
     output::line(&format!(
@@ -174,6 +198,9 @@ fn print(report: &Report, model: &Model) -> Result<(), Failure> {
         output::bytes(report.bytes_per_token)
     ))?;
     output::line(&format!("{:<16} {:10.1} GB/s", "read bandwidth", report.read_bandwidth_gb_s))?;
+    if let Some(held) = report.held_bytes {
+        output::line(&format!("{:<16} {:>10}", "memory held", output::bytes(held)))?;
+    }
     match report.decode_bandwidth_share {
         Some(share) => output::line(&format!("{:<16} {:10.1} %", "decode uses", share * 100.0)),
         None => Ok(()),

@@ -1,10 +1,11 @@
 //! `pregate eval logits`: logits and routing of given tokens, as a file.
 
 use crate::{
-    cli::{KvChoice, LogitsArgs},
+    cli::{KvChoice, LogitsArgs, SessionArgs},
     device::Device,
     exit::Failure,
     model,
+    plan::Needs,
     progress::Progress,
     save, signals,
 };
@@ -17,6 +18,13 @@ use std::{fs::File, io::Read, path::Path};
 const CHUNK: usize = 64;
 /// A list of ids longer than this is not one.
 const MAX_TOKENS_FILE: u64 = 64 << 20;
+
+impl SessionArgs {
+    /// What the engine is asked for.
+    pub fn options(&self) -> SessionOptions {
+        SessionOptions { context: self.context, kv: self.kv.into(), ..SessionOptions::default() }
+    }
+}
 
 impl From<KvChoice> for KvFormat {
     fn from(choice: KvChoice) -> Self {
@@ -39,13 +47,13 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     let ids = read_ids(&args.tokens)?;
     let device = Device::for_backend(args.backend, args.threads)?;
     device.announce();
-    let model = model::load(&args.model, &device)?;
+    let rows = ids.len() + args.greedy.saturating_sub(1);
+    let options = SessionOptions { context: Some(rows), kv: args.kv.into(), prefill_chunk: CHUNK };
+    let needs = Needs { logit_rows: CHUNK, ..Needs::new(args.ram.ram, options) };
+    let model = model::load(&args.model, &device, &needs)?;
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
     let vocab = model.description().vocab;
-    let rows = ids.len() + args.greedy.saturating_sub(1);
-    let options =
-        SessionOptions { context: Some(rows), kv: args.kv.into(), ..SessionOptions::default() };
     let mut session = Session::new(&model, options)?;
     let mut log = RoutingLog::default();
     let mut bar = Progress::new("computing", "tokens", rows);

@@ -5,6 +5,7 @@ pub mod chat;
 pub mod eval;
 pub mod inspect;
 pub mod perplexity;
+pub mod plan;
 pub mod run;
 pub mod tensor_kinds;
 pub mod tokenize;

@@ -1,10 +1,11 @@
 //! `pregate eval perplexity`: how well a model predicts a text.
 
 use crate::{
-    cli::PerplexityArgs, device::Device, exit::Failure, model, output, progress::Progress, signals,
+    cli::PerplexityArgs, device::Device, exit::Failure, model, output, plan::Needs,
+    progress::Progress, signals,
 };
 use pregate_predictor::NoObserver;
-use pregate_runtime::{Cancel, Run, Session, SessionOptions};
+use pregate_runtime::{Cancel, Run, Session, SessionOptions, files::ModelFiles, model::describe};
 use serde_json::json;
 use std::fs;
 
@@ -19,9 +20,13 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     let path = model::path_or_demo(args.model.model.as_deref())?;
     let device = Device::open(&args.model.device)?;
     device.announce();
-    let model = model::load(&path, &device)?;
+    let limit = describe(&ModelFiles::open(&path)?)?.context_limit;
+    let window = args.context.unwrap_or(WINDOW.min(limit));
+    let options =
+        SessionOptions { context: Some(window), prefill_chunk: CHUNK, ..SessionOptions::default() };
+    let needs = Needs { logit_rows: CHUNK, ..Needs::new(args.ram.ram, options) };
+    let model = model::load(&path, &device, &needs)?;
     let ids = model.tokenizer()?.encode_document(&text)?;
-    let window = args.context.unwrap_or(WINDOW.min(model.description().context_limit));
     // A last window of one token has nothing to predict.
     let windows: Vec<&[u32]> = ids
         .chunks(window)
@@ -37,7 +42,6 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     }
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
-    let options = SessionOptions { context: Some(window), ..SessionOptions::default() };
     let mut session = Session::new(&model, options)?;
     let mut bar = Progress::new("perplexity", "tokens", windows.iter().map(|w| w.len()).sum());
     let mut done = 0;

@@ -1,17 +1,20 @@
 //! `pregate run`: one answer on standard output.
 
 use crate::{
-    cli::RunArgs,
+    cli::{RunArgs, StatsForm},
     commands::tokenize::read_text,
     device::Device,
     engine::{Message, Role},
     exit::Failure,
     local::Local,
-    model,
+    memory, model,
+    output::bytes,
+    plan::Needs,
     progress::Progress,
     signals, tui,
 };
 use pregate_runtime::{Cancel, Event, Finish, Generated};
+use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
@@ -25,7 +28,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let path = model::path_or_demo(args.model.model.as_deref())?;
     let device = Device::open(&args.model.device)?;
     device.announce();
-    let model = model::load(&path, &device)?;
+    let model = model::load(&path, &device, &Needs::new(args.ram.ram, args.session.options()))?;
     let mut engine = Local::new(&model, &args.session, &args.sampling, args.model.model.is_none())?;
     if !args.raw {
         engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
@@ -56,8 +59,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     drop(bar);
     printer.end()?;
     let answer = answer?;
-    if args.stats {
-        eprintln!("{}", stats(&answer, seed));
+    if let Some(form) = args.stats {
+        eprintln!("{}", Stats::new(&answer, seed).show(form)?);
     }
     match answer.finish {
         Finish::Cancelled => Err(Failure::Interrupted),
@@ -69,17 +72,46 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     }
 }
 
-fn stats(answer: &Generated, seed: u64) -> String {
-    let prompt_tokens = answer.prompt_tokens - answer.reused_tokens;
-    let prompt_speed = prompt_tokens as f64 / answer.ttft.as_secs_f64().max(1e-9);
-    let decode = answer.decode_tok_s().map_or("-".to_string(), |speed| format!("{speed:.1}"));
-    format!(
-        "stats: {} prompt tokens at {prompt_speed:.1} tok/s, TTFT {:.1} ms, {} tokens at \
-         {decode} tok/s, seed {seed}",
-        answer.prompt_tokens,
-        answer.ttft.as_secs_f64() * 1e3,
-        answer.tokens.len(),
-    )
+/// The fields of `--stats json`; scripts read them by name.
+#[derive(Serialize)]
+struct Stats {
+    prompt_tokens: usize,
+    prompt_tok_s: f64,
+    ttft_ms: f64,
+    tokens: usize,
+    decode_tok_s: Option<f64>,
+    seed: u64,
+    /// Memory of the process's own, without the page cache, at the end.
+    held_bytes: Option<u64>,
+}
+
+impl Stats {
+    fn new(answer: &Generated, seed: u64) -> Self {
+        let computed = answer.prompt_tokens - answer.reused_tokens;
+        Self {
+            prompt_tokens: answer.prompt_tokens,
+            prompt_tok_s: computed as f64 / answer.ttft.as_secs_f64().max(1e-9),
+            ttft_ms: answer.ttft.as_secs_f64() * 1e3,
+            tokens: answer.tokens.len(),
+            decode_tok_s: answer.decode_tok_s(),
+            seed,
+            held_bytes: memory::held_bytes(),
+        }
+    }
+
+    fn show(&self, form: StatsForm) -> Result<String, Failure> {
+        if form == StatsForm::Json {
+            return serde_json::to_string(self)
+                .map_err(|error| Failure::Internal(error.to_string()));
+        }
+        let decode = self.decode_tok_s.map_or("-".to_string(), |speed| format!("{speed:.1}"));
+        let held = self.held_bytes.map_or(String::new(), |held| format!(", {} held", bytes(held)));
+        Ok(format!(
+            "stats: {} prompt tokens at {:.1} tok/s, TTFT {:.1} ms, {} tokens at {decode} tok/s, \
+             seed {}{held}",
+            self.prompt_tokens, self.prompt_tok_s, self.ttft_ms, self.tokens, self.seed,
+        ))
+    }
 }
 
 /// Standard output, piece by piece. When nobody reads any more, it stops the

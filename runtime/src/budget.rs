@@ -12,6 +12,7 @@ mod sizes;
 pub use scratch::{Chunk, scratch_bytes};
 pub use sizes::Sizes;
 
+use crate::model::{Residency, Streaming};
 use pregate_predictor::LayerShape;
 use serde::Serialize;
 use std::fmt;
@@ -96,6 +97,18 @@ impl Plan {
         self.placement == Placement::Whole
     }
 
+    /// What to load a model with.
+    pub fn residency(&self) -> Residency {
+        match &self.placement {
+            Placement::Whole => Residency::Resident,
+            Placement::Streaming { slots, ring, .. } => Residency::Streamed(Streaming {
+                slots: slots.clone(),
+                ring: *ring,
+                ..Streaming::default()
+            }),
+        }
+    }
+
     /// Per layer of the model; `None` if there are none to count.
     pub fn slots(&self) -> Option<&[usize]> {
         match &self.placement {
@@ -131,13 +144,13 @@ impl fmt::Display for TooSmall {
             f,
             "a budget of {} is {} too small: the smallest that works is {} ({weights} {}, KV \
              cache {}, scratch {}, the program itself {}",
-            Mib(self.budget_bytes),
-            Mib(self.missing_bytes()),
-            Mib(self.parts.total()),
-            Mib(weights_bytes),
-            Mib(kv_bytes),
-            Mib(scratch_bytes),
-            Mib(process_bytes),
+            Megabytes(self.budget_bytes),
+            Megabytes(self.missing_bytes()),
+            Megabytes(self.parts.total()),
+            Megabytes(weights_bytes),
+            Megabytes(kv_bytes),
+            Megabytes(scratch_bytes),
+            Megabytes(process_bytes),
         )?;
         if !self.is_whole {
             write!(
@@ -145,8 +158,8 @@ impl fmt::Display for TooSmall {
                 ", slots for the {} experts of one token in {} layers {}, ring {}",
                 self.experts,
                 self.moe_layers,
-                Mib(self.parts.slots_bytes),
-                Mib(self.parts.ring_bytes),
+                Megabytes(self.parts.slots_bytes),
+                Megabytes(self.parts.ring_bytes),
             )?;
         }
         f.write_str("); a larger budget or a shorter context helps")
@@ -156,12 +169,12 @@ impl fmt::Display for TooSmall {
 impl std::error::Error for TooSmall {}
 
 /// Rounded up: a figure that is copied from a message must work.
-struct Mib(u64);
+struct Megabytes(u64);
 
-impl fmt::Display for Mib {
+impl fmt::Display for Megabytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tenths = (u128::from(self.0) * 10).div_ceil(1 << 20);
-        write!(f, "{}.{} MiB", tenths / 10, tenths % 10)
+        let tenths = (u128::from(self.0) * 10).div_ceil(1_000_000);
+        write!(f, "{}.{} MB", tenths / 10, tenths % 10)
     }
 }
 

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::forward::cache::{Cache, KvFormat, cache_bytes};
 use crate::forward::{Pass, Scratch, forward};
 use crate::model::Model;
+use crate::model::description::ModelDescription;
 use crate::model::rope::Rope;
 use pregate_predictor::{NoObserver, Observer};
 use std::sync::Arc;
@@ -23,6 +24,21 @@ pub struct SessionOptions {
 impl Default for SessionOptions {
     fn default() -> Self {
         Self { context: None, kv: KvFormat::F16, prefill_chunk: 512 }
+    }
+}
+
+impl SessionOptions {
+    /// Positions of a session on a model; an error if it was not made for so
+    /// many.
+    pub fn positions(&self, model: &ModelDescription) -> Result<usize> {
+        let limit = model.context_limit;
+        let context = self.context.unwrap_or(limit.min(DEFAULT_CONTEXT));
+        if context == 0 || context > limit {
+            return Err(Error::Request(format!(
+                "a context of {context} tokens; allowed: 1..={limit} for this model"
+            )));
+        }
+        Ok(context)
     }
 }
 
@@ -71,13 +87,7 @@ impl Session {
     /// Makes room for the context; refuses one that the model was not made
     /// for.
     pub fn new(model: &Model, options: SessionOptions) -> Result<Self> {
-        let limit = model.description().context_limit;
-        let context = options.context.unwrap_or(limit.min(DEFAULT_CONTEXT));
-        if context == 0 || context > limit {
-            return Err(Error::Request(format!(
-                "a context of {context} tokens; allowed: 1..={limit} for this model"
-            )));
-        }
+        let context = options.positions(model.description())?;
         if options.prefill_chunk == 0 {
             return Err(Error::Request("a prefill chunk of 0 tokens; allowed: 1 and more".into()));
         }

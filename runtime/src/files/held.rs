@@ -24,6 +24,11 @@ pub(super) struct Held {
     readers: Vec<File>,
 }
 
+/// Bytes of memory that `which` will take.
+pub(super) fn size(tensors: &TensorTable, which: &[usize]) -> usize {
+    which.iter().map(|&index| tensors.all()[index].bytes.next_multiple_of(ALIGN)).sum()
+}
+
 impl Held {
     /// Reads the tensors `which` (indices into `tensors`). `progress` is told
     /// the bytes done and all bytes.

@@ -220,6 +220,12 @@ impl ModelFiles {
         Ok(())
     }
 
+    /// Bytes of memory that [`ModelFiles::hold`] takes for `which`.
+    #[cfg(unix)]
+    pub(crate) fn size_to_hold(&self, which: &[usize]) -> u64 {
+        held::size(&self.tensors, which) as u64
+    }
+
     /// Bytes of memory that [`ModelFiles::hold`] took.
     pub fn held_bytes(&self) -> usize {
         #[cfg(unix)]

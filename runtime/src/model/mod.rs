@@ -112,6 +112,7 @@ pub struct OpenedModel {
     description: ModelDescription,
     weights: ModelWeights,
     layout: ModelLayout,
+    tokenizer: OnceLock<Tokenizer>,
 }
 
 impl OpenedModel {
@@ -126,7 +127,7 @@ impl OpenedModel {
             progress(done);
         })?;
         let layout = ModelLayout::new(&files, &weights, |layer| description.top_k(layer));
-        Ok(Self { files, description, weights, layout })
+        Ok(Self { files, description, weights, layout, tokenizer: OnceLock::new() })
     }
 
     pub fn files(&self) -> &ModelFiles {
@@ -144,6 +145,18 @@ impl OpenedModel {
     /// Where experts lie in the files and in frames.
     pub fn layout(&self) -> &ModelLayout {
         &self.layout
+    }
+
+    /// As [`Model::tokenizer`], which is this one: who plans memory reads it
+    /// first.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        tokenizer(&self.tokenizer, &self.files, self.description.vocab)
+    }
+
+    /// Weight bytes that one decoded token reads, with average experts.
+    pub fn bytes_per_token(&self) -> u64 {
+        let description = &self.description;
+        self.weights.bytes_per_token(|layer| description.top_k(layer))
     }
 
     /// Brings the weights to where `options` wants them.
@@ -174,7 +187,7 @@ impl OpenedModel {
             backend: options.backend,
             store,
             sessions: AtomicU64::new(0),
-            tokenizer: OnceLock::new(),
+            tokenizer: self.tokenizer,
             template: OnceLock::new(),
         };
         Ok(Model { shared: Arc::new(shared) })
@@ -182,7 +195,7 @@ impl OpenedModel {
 
     /// All tensors but those of routed experts and, unless it is the head as
     /// well, the embedding, of which a token needs one row.
-    fn tensors_of_every_token(&self) -> Vec<usize> {
+    pub(crate) fn tensors_of_every_token(&self) -> Vec<usize> {
         let experts = self.weights.moe_layers().flat_map(|(_, moe)| &moe.experts);
         let mut beside: HashSet<usize> =
             experts.flat_map(GatedBlock::extents).map(|(tensor, _)| tensor).collect();
@@ -290,26 +303,7 @@ impl Model {
     /// The tokenizer: of a folder's `tokenizer.json`, or built from a GGUF
     /// file's metadata. It is read when it is first asked for.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        if let Some(tokenizer) = self.shared.tokenizer.get() {
-            return Ok(tokenizer);
-        }
-        let tokenizer = match self.files().container() {
-            Container::Gguf(metadata) => Tokenizer::from_gguf(metadata)?,
-            Container::HuggingFace { folder, .. } => {
-                Tokenizer::from_json_file(&folder.join("tokenizer.json"), Limits::default())?
-            }
-        };
-        let rows = self.description().vocab;
-        if tokenizer.vocab_size() > rows {
-            return Err(Error::invalid(
-                &self.files().paths()[0],
-                None,
-                "vocabulary",
-                format!("{} tokens", tokenizer.vocab_size()),
-                format!("at most the {rows} rows of the output layer"),
-            ));
-        }
-        Ok(self.shared.tokenizer.get_or_init(|| tokenizer))
+        tokenizer(&self.shared.tokenizer, self.files(), self.description().vocab)
     }
 
     /// The model's chat template, or [`ChatTemplate::fallback`] if its files
@@ -341,6 +335,34 @@ impl Model {
             store: self.store(),
         }
     }
+}
+
+/// What is in `cell`, or what is read from `files`: a vocabulary of at most
+/// `rows` tokens.
+fn tokenizer<'a>(
+    cell: &'a OnceLock<Tokenizer>,
+    files: &ModelFiles,
+    rows: usize,
+) -> Result<&'a Tokenizer> {
+    if let Some(tokenizer) = cell.get() {
+        return Ok(tokenizer);
+    }
+    let tokenizer = match files.container() {
+        Container::Gguf(metadata) => Tokenizer::from_gguf(metadata)?,
+        Container::HuggingFace { folder, .. } => {
+            Tokenizer::from_json_file(&folder.join("tokenizer.json"), Limits::default())?
+        }
+    };
+    if tokenizer.vocab_size() > rows {
+        return Err(Error::invalid(
+            &files.paths()[0],
+            None,
+            "vocabulary",
+            format!("{} tokens", tokenizer.vocab_size()),
+            format!("at most the {rows} rows of the output layer"),
+        ));
+    }
+    Ok(cell.get_or_init(|| tokenizer))
 }
 
 /// The description alone: what `pregate inspect` shows without loading.

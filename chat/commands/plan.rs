@@ -1,0 +1,246 @@
+//! `pregate plan`: what goes where in memory, and how fast that can be.
+
+use crate::{
+    bandwidth,
+    cli::PlanArgs,
+    device::Device,
+    exit::Failure,
+    model,
+    output::{self, bytes},
+    plan::{self, Needs, Planned},
+    roofline::{self, Prediction},
+};
+use pregate_runtime::{
+    OpenedModel,
+    budget::{ClassPlan, Parts, Placement},
+    store::{
+        disk::{self, DiskOptions},
+        frames::{ClassSpec, Frames},
+    },
+};
+use serde::Serialize;
+use std::fmt::Write;
+
+/// The fields of `--json`; scripts read them by name.
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    model_bytes: u64,
+    device: String,
+    threads: usize,
+    context: usize,
+    /// `null`: as much as there is.
+    budget_bytes: Option<u64>,
+    budget_source: String,
+    /// "whole" or "streaming".
+    placement: &'static str,
+    parts: Parts,
+    left_bytes: Option<u64>,
+    /// Per layer of the model, 0 for dense layers; `null` where the whole
+    /// model is in memory.
+    slots: Option<Vec<usize>>,
+    /// Experts of the same layers.
+    experts: Vec<usize>,
+    ring: Option<usize>,
+    classes: Vec<ClassPlan>,
+    /// How experts are read; `null` where they are not.
+    disk: Option<Disk>,
+    read_bandwidth_gb_s: f64,
+    prediction: Prediction,
+}
+
+/// What the probe of the disk found.
+#[derive(Serialize)]
+struct Disk {
+    /// How it is read.
+    path: String,
+    /// `null`: there is too little to measure with.
+    gb_s: Option<f64>,
+    /// Why faster ways cannot be used here.
+    refused: Vec<String>,
+    #[serde(skip)]
+    line: String,
+}
+
+/// Frames that are read into while the disk is measured, and their size: what
+/// one read has at most.
+const FRAMES: ClassSpec = ClassSpec { frame_bytes: 2 << 20, frames: 16 };
+
+/// Reads some of the model's files as streaming would.
+fn probe(model: &OpenedModel) -> Result<Disk, Failure> {
+    let names = model.files().paths().iter().cloned();
+    let files: Vec<_> = names.zip(model.files().identities()).collect();
+    let frames = Frames::new(&[FRAMES])?;
+    let (_, report) = disk::probe(&files, &frames, &DiskOptions::default())?;
+    Ok(Disk {
+        line: plan::disk_line(&report),
+        path: report.words,
+        gb_s: report.measured.map(|measured| measured.bytes_per_second() / 1e9),
+        refused: report.refused,
+    })
+}
+
+pub fn run(args: &PlanArgs) -> Result<(), Failure> {
+    let path = model::path_or_demo(args.model.model.as_deref())?;
+    let device = Device::open(&args.model.device)?;
+    let model = model::open(&path)?;
+    let needs = Needs::new(args.ram.ram, args.session.options());
+    let planned = plan::make(&model, &device, &needs)?;
+    let gb_s = bandwidth::read_gb_s(device.threads, planned.plan.budget_bytes)?;
+    let disk = if planned.plan.is_whole() { None } else { Some(probe(&model)?) };
+    let disk_rate = disk.as_ref().and_then(|disk| Some(disk.gb_s? * 1e9));
+    let prediction =
+        roofline::predict(model.bytes_per_token(), &planned.loads(), gb_s * 1e9, disk_rate);
+    let report = Report {
+        model: path.display().to_string(),
+        model_bytes: planned.sizes.whole_bytes,
+        device: device.backend.describe(),
+        threads: device.threads,
+        context: planned.context,
+        budget_bytes: known(planned.plan.budget_bytes),
+        budget_source: planned.source.clone(),
+        placement: if planned.plan.is_whole() { "whole" } else { "streaming" },
+        parts: planned.plan.parts,
+        left_bytes: known(planned.plan.budget_bytes).map(|_| planned.plan.left_bytes),
+        slots: planned.plan.slots().map(<[usize]>::to_vec),
+        experts: planned
+            .sizes
+            .shape
+            .layers
+            .iter()
+            .map(|layer| layer.map_or(0, |layer| layer.experts))
+            .collect(),
+        ring: match planned.plan.placement {
+            Placement::Whole => None,
+            Placement::Streaming { ring, .. } => Some(ring),
+        },
+        classes: match &planned.plan.placement {
+            Placement::Whole => Vec::new(),
+            Placement::Streaming { classes, .. } => classes.clone(),
+        },
+        disk,
+        read_bandwidth_gb_s: gb_s,
+        prediction,
+    };
+    if args.json {
+        return output::json(&report);
+    }
+    output::line(text(&report, &planned, &model).trim_end())
+}
+
+/// Where the system does not say what is free, the budget has no number.
+fn known(bytes: u64) -> Option<u64> {
+    (bytes != u64::MAX).then_some(bytes)
+}
+
+/// A part of the picture: letter, name, bytes.
+type Part = (char, String, u64);
+
+fn parts(report: &Report, planned: &Planned) -> Vec<Part> {
+    let Parts { process_bytes, weights_bytes, kv_bytes, scratch_bytes, slots_bytes, ring_bytes } =
+        report.parts;
+    let is_whole = report.slots.is_none();
+    let weights = if is_whole { "all weights, mapped" } else { "weights of every token" };
+    let mut parts = vec![
+        ('w', weights.to_string(), weights_bytes),
+        ('k', format!("KV cache, {} tokens", report.context), kv_bytes),
+        ('s', "scratch".to_string(), scratch_bytes),
+        ('p', "program, tokenizer".to_string(), process_bytes),
+    ];
+    if !is_whole {
+        let ring = report.ring.unwrap_or(0);
+        parts.push(('E', format!("slots: {} experts", planned.slots()), slots_bytes));
+        parts.push(('r', format!("ring of {ring} frames a size"), ring_bytes));
+    }
+    if let Some(left) = report.left_bytes {
+        parts.push(('.', "left".to_string(), left));
+    }
+    parts
+}
+
+/// Columns of the picture.
+const BAR: usize = 72;
+
+/// One letter per share of the budget; a part that is there has at least one.
+fn bar(parts: &[Part]) -> String {
+    let total: u128 = parts.iter().map(|(_, _, bytes)| u128::from(*bytes)).sum::<u128>().max(1);
+    let columns = |bytes: u64| match bytes {
+        0 => 0,
+        some => ((u128::from(some) * BAR as u128 + total / 2) / total).max(1) as usize,
+    };
+    parts
+        .iter()
+        .flat_map(|(letter, _, bytes)| std::iter::repeat_n(*letter, columns(*bytes)))
+        .collect()
+}
+
+fn text(report: &Report, planned: &Planned, model: &OpenedModel) -> String {
+    let mut out = String::new();
+    let mut add = |label: &str, value: String| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "{label:<18} {value}");
+    };
+    let layers = model.description().moe_layers().count();
+    add("model", format!("{}, {}", report.model, bytes(report.model_bytes)));
+    add("experts", format!("{} in {layers} layers", model::experts(model.description())));
+    add("device", report.device.clone());
+    match report.budget_bytes {
+        Some(budget) => add("budget", format!("{} ({})", bytes(budget), report.budget_source)),
+        None => add("budget", report.budget_source.clone()),
+    }
+    let parts = parts(report, planned);
+    let total = parts.iter().map(|(_, _, bytes)| *bytes as f64).sum::<f64>().max(1.0);
+    add("", format!("[{}]", bar(&parts)));
+    for (letter, name, size) in &parts {
+        let share = *size as f64 / total * 100.0;
+        add(&format!("  {letter} {:>10}", bytes(*size)), format!("{share:5.1} %  {name}"));
+    }
+    add("read bandwidth", format!("{:.1} GB/s from memory", report.read_bandwidth_gb_s));
+    if let Some(disk) = &report.disk {
+        add("disk", disk.line.clone());
+    }
+    prediction(&report.prediction, report.slots.is_some(), &mut add);
+    out
+}
+
+fn prediction(found: &Prediction, is_streaming: bool, add: &mut dyn FnMut(&str, String)) {
+    let per_token = found.memory_bytes_per_token;
+    let mut read = format!("{} from memory", bytes(per_token));
+    if is_streaming {
+        let _ = write!(read, ", {} from disk", bytes(found.disk_bytes_per_token));
+        add("hit ratio", format!("{:.1} % if routing is uniform", found.hit_ratio * 100.0));
+    }
+    add("read per token", read);
+    add("memory allows", format!("{:.1} tok/s", found.compute_bound_tok_s));
+    if let Some(disk) = found.disk_bound_tok_s {
+        add("disk allows", format!("{disk:.1} tok/s"));
+        let least = found.without_overlap_tok_s;
+        add(
+            "prediction",
+            format!(
+                "{least:.1} tok/s without prefetch, at most {:.1} with it; the {} binds",
+                found.bound_tok_s, found.binds
+            ),
+        );
+    } else if is_streaming && found.disk_bytes_per_token > 0 {
+        add("prediction", "none: the disk was not measured".to_string());
+    } else {
+        add("prediction", format!("at most {:.1} tok/s; the memory binds", found.bound_tok_s));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_that_is_there_is_in_the_picture() {
+        let part = |letter, bytes| (letter, String::new(), bytes);
+        let picture = bar(&[part('w', 500), part('k', 1), part('s', 0), part('.', 499)]);
+        assert_eq!(picture.matches('w').count(), BAR / 2);
+        assert_eq!(picture.matches('k').count(), 1);
+        assert!(!picture.contains('s'));
+        assert_eq!(bar(&[]), "");
+        assert_eq!(bar(&[part('w', u64::MAX), part('.', u64::MAX)]).len(), BAR);
+    }
+}

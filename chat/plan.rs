@@ -1,0 +1,179 @@
+//! Divides the memory before any large part of it is taken, and says how.
+
+use crate::{
+    device::Device, exit::Failure, memory, output::bytes, roofline::LayerLoad, size::Size,
+};
+use pregate_runtime::{
+    OpenedModel, SessionOptions,
+    budget::{self, Chunk, Parts, Placement, Plan, Request, Sizes},
+    forward::cache::cache_bytes,
+    store::disk::DiskReport,
+};
+
+/// What a command will do with a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Needs {
+    /// `None`: what is free, less a reserve.
+    pub ram: Option<Size>,
+    pub session: SessionOptions,
+    /// Logits that a pass is asked for: 1, or those of all its tokens.
+    pub logit_rows: usize,
+}
+
+impl Needs {
+    pub fn new(ram: Option<Size>, session: SessionOptions) -> Self {
+        Self { ram, session, logit_rows: 1 }
+    }
+}
+
+/// A plan and what it rests on.
+pub struct Planned {
+    pub plan: Plan,
+    pub sizes: Sizes,
+    /// Where the budget comes from, for people.
+    pub source: String,
+    /// Positions of a session.
+    pub context: usize,
+}
+
+/// What the process will hold of its own beyond what it holds when the plan
+/// is made: thread stacks, the conversation, the allocator's rests.
+const GROWTH_BYTES: u64 = 16 << 20;
+/// What a process holds where the system does not say.
+const USUAL_BYTES: u64 = 32 << 20;
+
+/// Plans for `model`, whose weights are still on disk.
+pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Planned, Failure> {
+    let context = needs.session.positions(model.description())?;
+    let sizes = Sizes::of(model);
+    let held = memory::held_bytes().unwrap_or(USUAL_BYTES);
+    let (budget_bytes, source) = match needs.ram {
+        Some(size) => (size.of(sizes.whole_bytes), asked_for(size, sizes.whole_bytes)),
+        None => default_budget(held),
+    };
+    let tokens = needs.session.prefill_chunk.min(context);
+    let chunk = Chunk {
+        tokens,
+        logit_rows: needs.logit_rows.min(tokens),
+        context,
+        threads: device.threads,
+    };
+    let request = Request {
+        budget_bytes,
+        process_bytes: held + GROWTH_BYTES,
+        kv_bytes: cache_bytes(model.description(), context, needs.session.kv),
+        scratch_bytes: budget::scratch_bytes(model.description(), model.weights(), chunk),
+        ring: None,
+    };
+    let plan = budget::divide(&sizes, &request)
+        .map_err(|error| Failure::Resources(format!("{source}: {error} (--ram, --context)")))?;
+    Ok(Planned { plan, sizes, source, context })
+}
+
+fn asked_for(size: Size, model_bytes: u64) -> String {
+    match size {
+        Size::Bytes(count) => format!("--ram of {}", bytes(count)),
+        Size::Share(share) => {
+            format!("--ram of {}% of the model's {}", share * 100.0, bytes(model_bytes))
+        }
+    }
+}
+
+/// What is free and what this process holds already, less a tenth for
+/// everybody else, at least 256 MiB, at most 2 GiB.
+fn default_budget(held: u64) -> (u64, String) {
+    let available = memory::available();
+    if available.bytes == u64::MAX {
+        return (u64::MAX, "this system does not say what is free".to_string());
+    }
+    let reserve = (available.bytes / 10).clamp(256 << 20, 2 << 30).min(available.bytes / 2);
+    let source = format!(
+        "{} by {}, less a reserve of {}",
+        bytes(available.bytes),
+        available.according_to,
+        bytes(reserve)
+    );
+    (available.bytes - reserve + held, source)
+}
+
+/// How experts are read, and how fast, as measured.
+pub fn disk_line(disk: &DiskReport) -> String {
+    let speed = disk.measured.map_or_else(
+        || ", too little to measure".to_string(),
+        |measured| format!(", {:.2} GB/s", measured.bytes_per_second() / 1e9),
+    );
+    let refused: String = disk.refused.iter().map(|why| format!(" (not {why})")).collect();
+    format!("{}{speed}{refused}", disk.words)
+}
+
+impl Planned {
+    /// Says on standard error what goes where.
+    pub fn announce(&self) {
+        eprintln!("{}", self.summary());
+    }
+
+    /// The plan in a line or two.
+    fn summary(&self) -> String {
+        let Parts {
+            process_bytes,
+            weights_bytes,
+            kv_bytes,
+            scratch_bytes,
+            slots_bytes,
+            ring_bytes,
+        } = self.plan.parts;
+        let rest = format!(
+            "KV cache for {} tokens {}, scratch {}, program {}",
+            self.context,
+            bytes(kv_bytes),
+            bytes(scratch_bytes),
+            bytes(process_bytes),
+        );
+        let budget = match self.plan.budget_bytes {
+            u64::MAX => self.source.clone(),
+            known => format!("{} ({})", bytes(known), self.source),
+        };
+        match &self.plan.placement {
+            Placement::Whole => {
+                format!("memory: {budget}: all weights {}, {rest}", bytes(weights_bytes))
+            }
+            Placement::Streaming { ring, .. } => format!(
+                "memory: {budget}: weights without experts {}, {rest}\n        experts from disk: \
+                 {} in slots, {}; ring of {ring} more, {}",
+                bytes(weights_bytes),
+                self.slots(),
+                bytes(slots_bytes),
+                bytes(ring_bytes),
+            ),
+        }
+    }
+
+    /// "8 to 9 of 64 in each layer (13 %)".
+    pub fn slots(&self) -> String {
+        let loads = self.loads();
+        let range = |of: fn(&LayerLoad) -> usize| {
+            let least = loads.iter().map(of).min().unwrap_or(0);
+            let most = loads.iter().map(of).max().unwrap_or(0);
+            if least == most { least.to_string() } else { format!("{least} to {most}") }
+        };
+        let sum = |of: fn(&LayerLoad) -> usize| loads.iter().map(of).sum::<usize>() as f64;
+        format!(
+            "{} of {} in each layer ({:.0} %)",
+            range(|load| load.slots),
+            range(|load| load.experts),
+            sum(|load| load.slots) / sum(|load| load.experts).max(1.0) * 100.0,
+        )
+    }
+
+    /// The MoE layers, in the order of the model.
+    pub fn loads(&self) -> Vec<LayerLoad> {
+        let slots = self.plan.slots();
+        let load = |(index, layer): (usize, &pregate_predictor::LayerShape)| LayerLoad {
+            experts: layer.experts,
+            top_k: layer.top_k,
+            slots: slots.map_or(layer.experts, |slots| slots[index]),
+            expert_bytes: layer.expert_bytes,
+        };
+        self.sizes.shape.moe().map(load).collect()
+    }
+}
