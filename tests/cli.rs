@@ -248,7 +248,8 @@ fn a_budget_that_is_too_small_is_refused_with_the_one_that_works() {
 
 #[test]
 fn statistics_have_two_forms() {
-    let question = ["run", "--prompt", "list files", "--temperature", "0", "--max-tokens", "4"];
+    let prompt = "extract a tar.gz archive";
+    let question = ["run", "--prompt", prompt, "--temperature", "0", "--max-tokens", "4"];
     let output = run(&[&question[..], &["--stats"]].concat());
     let notes = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(notes.contains("stats: ") && notes.contains("memory: "), "{notes}");
