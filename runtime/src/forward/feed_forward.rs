@@ -69,7 +69,7 @@ pub fn run(
         }
         (FeedForwardWeights::Moe(moe), FeedForward::Moe(m)) => {
             route(engine, chunk, layer, moe, m.experts, scratch, normed, companions.observer);
-            let Scratch { routes, grouping, answers, shared, streamed, .. } = scratch;
+            let Scratch { logits, routes, grouping, answers, shared, streamed, .. } = scratch;
             grouping.gather(routes);
             let answers = buffer(answers, grouping.rows() * description.hidden);
             let mut shared = Shared::new(moe, m.activation, shared);
@@ -87,6 +87,7 @@ pub fn run(
                         grouping,
                         residual,
                         normed,
+                        logits: &logits[..chunk.tokens * m.experts],
                     };
                     let Companions { observer, cancel, meter } = companions;
                     block.run(streamed, &mut shared, answers, meter, *observer, cancel)?;

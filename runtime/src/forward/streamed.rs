@@ -37,6 +37,8 @@ pub struct Streamed<'a> {
     pub residual: &'a [f32],
     /// Input of the experts, `[tokens, hidden]`.
     pub normed: &'a [f32],
+    /// What the layer's own router answered, `[tokens, experts]`.
+    pub logits: &'a [f32],
 }
 
 impl Streamed<'_> {
@@ -59,11 +61,21 @@ impl Streamed<'_> {
             scratch.order.extend(self.grouping.experts());
             scratch.order.sort_by_key(|&expert| self.store.position(self.layer, expert));
         }
+        let forecasts = self.chunk.tokens == 1 && self.store.horizon() > 0;
+        if forecasts {
+            // The control: a forecast from the very state that the router saw
+            // must name every expert, or the books of forecasts are wrong.
+            let logits = buffer(&mut scratch.logits, self.logits.len());
+            logits.copy_from_slice(self.logits);
+            self.weights.rule.rank(logits);
+            let (source, target) = (Source::ZeroStaleness, self.layer);
+            self.store.control(&External { source, target, logits });
+        }
         let mut event = self.store.begin(self.layer, &scratch.order, self.routes);
         meter.lap(Work::Overhead);
         shared.compute(self.engine, self.chunk.tokens, self.normed);
         meter.lap(Work::Dense);
-        if self.chunk.tokens == 1 && self.store.horizon() > 0 {
+        if forecasts {
             let shared = shared.of_one_token(self.engine.description.hidden);
             self.foresee(scratch, &mut event, shared);
         }

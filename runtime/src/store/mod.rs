@@ -24,7 +24,7 @@ use crate::statistics::{LayerStats, StreamStats, Time};
 use disk::DiskReport;
 use frames::{ClassSpec, Frames};
 use layout::ModelLayout;
-use mover::{Done, Fill, MoveError, Mover, Urgency};
+use mover::{Counters, Done, Fill, MoveError, Mover, Urgency};
 use places::{Place, Places};
 use pregate_kernels::{ExpertWeights, Routes};
 use pregate_predictor::forecast::{External, Forecaster};
@@ -57,6 +57,8 @@ struct Inner {
     ahead: Vec<ExpertId>,
     experts: Vec<u32>,
     weights: Vec<f32>,
+    /// What the mover had done at this moment.
+    link: (Counters, u64),
     /// Of the pass that runs.
     tokens: usize,
     session: u64,
@@ -88,14 +90,19 @@ impl ExpertStore {
         layout: ModelLayout,
         frames: Arc<Frames>,
         mover: Box<dyn Mover>,
-        planner: Planner,
+        mut planner: Planner,
         clock: Clock,
         disk: Option<DiskReport>,
     ) -> Self {
+        if let Some(measured) = disk.as_ref().and_then(|disk| disk.measured.as_ref()) {
+            // Before the first token this is what a byte costs.
+            planner.link(measured.bytes, measured.elapsed_ns, 0);
+        }
         let horizon = planner.forecaster().map_or(0, Forecaster::horizon);
         let inner = Inner {
             places: Places::new(&layout.shape, &frames),
             stats: StreamStats::new(layout.shape.layers.len()),
+            link: (mover.counters(), mover.now_ns()),
             planner,
             mover,
             flights: HashMap::new(),
@@ -128,6 +135,7 @@ impl ExpertStore {
             inner.planner.new_sequence();
         }
         inner.session = pass.session;
+        inner.meter_link();
         inner.tokens = pass.ids.len();
         match *pass.ids {
             [token] => inner.planner.begin_token(token),
@@ -170,6 +178,11 @@ impl ExpertStore {
     /// Layers ahead whose routers a forecast wants to hear; 0: none.
     pub fn horizon(&self) -> usize {
         self.horizon
+    }
+
+    /// Scores that are only judged: [`pregate_predictor::forecast::Source::ZeroStaleness`].
+    pub fn control(&self, external: &External<'_>) {
+        self.lock().planner.external(external);
     }
 
     /// Scores that a forecast gave between two events, and what they make
@@ -350,6 +363,16 @@ impl Inner {
             debug_assert!(submitted, "the planner saw a free frame for {id}");
         }
         self.ahead = ids;
+    }
+
+    /// Tells the planner what the link did since the last pass.
+    fn meter_link(&mut self) {
+        let (counters, now) = (self.mover.counters(), self.mover.now_ns());
+        let (before, then) = self.link;
+        let busy_ns = counters.busy_ns - before.busy_ns;
+        let idle_ns = (now - then).saturating_sub(busy_ns);
+        self.planner.link(counters.bytes - before.bytes, busy_ns, idle_ns);
+        self.link = (counters, now);
     }
 
     /// Tells the planner what the router of `layer` chose for each token.
