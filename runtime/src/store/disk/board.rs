@@ -40,6 +40,7 @@ struct Progress {
 /// A job that an engine has.
 struct Flight {
     key: u64,
+    urgency: Urgency,
     file: usize,
     offset: u64,
     since_ns: u64,
@@ -48,6 +49,9 @@ struct Flight {
 
 #[derive(Default)]
 pub(super) struct Board {
+    /// How many prefetches engines may have at once, so that a demand finds
+    /// little in front of it.
+    most_prefetches: usize,
     fills: HashMap<u64, Progress>,
     demands: VecDeque<u64>,
     prefetches: VecDeque<u64>,
@@ -66,6 +70,10 @@ pub(super) struct Board {
 }
 
 impl Board {
+    pub fn new(most_prefetches: usize) -> Self {
+        Self { most_prefetches, ..Self::default() }
+    }
+
     /// Takes in a fill as its jobs, in the order of reading; at least one.
     /// With `refused` it ends at once.
     pub fn submit(
@@ -114,6 +122,8 @@ impl Board {
             return;
         }
         fill.urgency = Urgency::Demand;
+        let of_key = self.flights.iter_mut().filter(|flight| flight.key == key);
+        of_key.for_each(|flight| flight.urgency = Urgency::Demand);
         if !fill.waiting.is_empty() {
             self.prefetches.retain(|&other| other != key);
             self.demands.push_back(key);
@@ -138,22 +148,29 @@ impl Board {
     /// [`Board::settle`].
     pub fn take(&mut self, now_ns: u64) -> Take {
         self.wake_later(now_ns);
-        let Some(&key) = self.demands.front().or(self.prefetches.front()) else {
+        let Some(key) = self.next_key() else {
             let due = self.later.iter().map(|&(due_ns, _)| due_ns).min();
             return due.map_or(Take::Nothing, Take::Until);
         };
         let fill = self.fills.get_mut(&key).expect("a queued fill is outstanding");
         let job = fill.waiting.pop_front().expect("a queued fill has jobs");
+        let urgency = fill.urgency;
         if fill.waiting.is_empty() {
-            let urgency = fill.urgency;
             self.queue(urgency).pop_front();
         }
         if self.flights.is_empty() {
             self.busy_since_ns = now_ns;
         }
         let (file, offset) = (job.file, job.offset);
-        self.flights.push(Flight { key, file, offset, since_ns: now_ns, told: false });
+        self.flights.push(Flight { key, urgency, file, offset, since_ns: now_ns, told: false });
         Take::Job(job)
+    }
+
+    fn next_key(&self) -> Option<u64> {
+        let is_prefetch = |flight: &&Flight| flight.urgency == Urgency::Prefetch;
+        let has_room = || self.flights.iter().filter(is_prefetch).count() < self.most_prefetches;
+        let prefetch = self.prefetches.front().filter(|_| has_room());
+        self.demands.front().or(prefetch).copied()
     }
 
     /// Puts jobs whose moment has come back to the front of the queues.

@@ -49,6 +49,9 @@ pub struct DiskOptions {
     pub chunk_bytes: usize,
     /// Reads at once, 1 to 64.
     pub depth: usize,
+    /// Of these, prefetches at most, 1 to `depth`: a demand finds a place at
+    /// once, and not too much of the disk's time is promised to others.
+    pub prefetch_depth: usize,
     /// Whether to register the frames with io_uring.
     pub register: bool,
     /// How long to measure; 0: not at all.
@@ -61,6 +64,7 @@ impl Default for DiskOptions {
             choice: DiskChoice::Auto,
             chunk_bytes: 2 << 20,
             depth: 8,
+            prefetch_depth: 4,
             register: true,
             measure_ns: 300_000_000,
         }
@@ -80,6 +84,12 @@ impl DiskOptions {
             return Err(Error::Request(format!(
                 "{} reads from disk at once: it must be 1 to 64",
                 self.depth
+            )));
+        }
+        if !(1..=self.depth).contains(&self.prefetch_depth) {
+            return Err(Error::Request(format!(
+                "{} prefetches from disk at once: it must be 1 to {}",
+                self.prefetch_depth, self.depth
             )));
         }
         Ok(())
@@ -163,9 +173,10 @@ fn start(
         };
         opened.push((path.clone(), *identity, Box::new(file)));
     }
-    let shared = Arc::new(Shared::new(Sources::new(opened)?));
+    let shared = Arc::new(Shared::new(Sources::new(opened)?, options.prefetch_depth));
     let kib = options.chunk_bytes >> 10;
-    let reads = format!("{kib} KiB reads, {} at once", options.depth);
+    let (depth, prefetch_depth) = (options.depth, options.prefetch_depth);
+    let reads = format!("{kib} KiB reads, {depth} at once ({prefetch_depth} prefetches)");
     let started = match choice {
         DiskChoice::Uring => uring(&shared, frames, options),
         _ => threads::start(&shared, options.depth)

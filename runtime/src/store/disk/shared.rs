@@ -29,8 +29,8 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(sources: Sources) -> Self {
-        let (board, landed) = (Mutex::new(Board::default()), Condvar::new());
+    pub fn new(sources: Sources, prefetch_depth: usize) -> Self {
+        let (board, landed) = (Mutex::new(Board::new(prefetch_depth)), Condvar::new());
         Self { board, landed, sources, start: Instant::now() }
     }
 
@@ -179,7 +179,14 @@ impl Mover for DiskMover {
     }
 
     fn promote(&mut self, key: u64) {
-        self.shared.board().promote(key);
+        let mut board = self.shared.board();
+        board.promote(key);
+        // There may be room for it, and for other prefetches in its place.
+        let asleep = board.asleep;
+        drop(board);
+        if asleep > 0 {
+            (self.wake)(asleep);
+        }
     }
 
     fn discard(&mut self, key: u64) {

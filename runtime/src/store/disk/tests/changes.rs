@@ -88,7 +88,7 @@ fn a_replaced_file_is_told_once_and_the_old_one_read_on() {
 #[test]
 fn no_fill_mixes_old_and_new_bytes() {
     for way in ways() {
-        let way = DiskOptions { chunk_bytes: 4096, depth: 1, ..way };
+        let way = DiskOptions { chunk_bytes: 4096, depth: 1, prefetch_depth: 1, ..way };
         let scratch = Scratch::new("mixed");
         let (mut mover, frames, path) = opened(&scratch, &way);
         let writer = std::thread::spawn({

@@ -132,6 +132,8 @@ fn options_and_files_are_checked() {
     for bad in [
         DiskOptions { depth: 0, ..good.clone() },
         DiskOptions { depth: 65, ..good.clone() },
+        DiskOptions { prefetch_depth: 0, ..good.clone() },
+        DiskOptions { prefetch_depth: 5, ..good.clone() },
         DiskOptions { chunk_bytes: 0, ..good.clone() },
         DiskOptions { chunk_bytes: 5000, ..good.clone() },
         DiskOptions { chunk_bytes: 128 << 20, ..good.clone() },

@@ -82,7 +82,14 @@ fn with_identities(paths: &[PathBuf]) -> Vec<(PathBuf, Identity)> {
 }
 
 fn options(choice: DiskChoice) -> DiskOptions {
-    DiskOptions { choice, chunk_bytes: 64 << 10, depth: 4, register: true, measure_ns: 0 }
+    DiskOptions {
+        choice,
+        chunk_bytes: 64 << 10,
+        depth: 4,
+        prefetch_depth: 3,
+        register: true,
+        measure_ns: 0,
+    }
 }
 
 /// All the ways to read that this system has to have, with options for small
@@ -116,13 +123,13 @@ fn fill(key: u64, ticket: Ticket, pieces: &[Piece], urgency: Urgency) -> Fill {
     Fill { key, ticket, pieces: pieces.into(), urgency }
 }
 
-/// Threads over `readers`, in the places of files of these lengths.
+/// Threads over `readers`, all but one at most for prefetches, in the places of files of these lengths.
 fn over(readers: Vec<(u64, Box<dyn ReadAt>)>, depth: usize, chunk_bytes: usize) -> DiskMover {
     let sources = readers.into_iter().enumerate().map(|(index, (len, reader))| {
         let identity = Identity { len, modified: None, device: 1, inode: index as u64 };
         (PathBuf::from(format!("/nowhere/{index}.gguf")), identity, reader)
     });
-    let shared = Arc::new(Shared::new(Sources::new(sources).unwrap()));
+    let shared = Arc::new(Shared::new(Sources::new(sources).unwrap(), 1.max(depth - 1)));
     let (threads, wake) = threads::start(&shared, depth).unwrap();
     DiskMover { shared, threads, wake, chunk_bytes, words: "threads over a test".into() }
 }

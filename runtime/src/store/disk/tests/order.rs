@@ -106,6 +106,40 @@ fn a_promoted_prefetch_goes_behind_the_demands() {
     assert_eq!(mover.counters().demands_landed, 2);
 }
 
+/// Three threads, two of them for prefetches.
+#[test]
+fn a_demand_finds_a_place_while_prefetches_are_read() {
+    let gate = Arc::new(Gate::default());
+    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 3, ALIGN);
+    let frames = frames(4 * ALIGN, 3);
+    submit(&mut mover, &frames, 0, 10, Urgency::Prefetch);
+    submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
+    gate.await_reads(2);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(gate.offsets().len(), 2, "a third prefetch at once");
+    submit(&mut mover, &frames, 2, 30, Urgency::Demand);
+    gate.await_reads(3);
+    assert!(blocks(&gate).contains(&30));
+    gate.open();
+    (0..3).for_each(|_| wait(&mut mover).result.unwrap());
+}
+
+#[test]
+fn a_promoted_prefetch_is_read_at_once_if_a_thread_is_idle() {
+    let gate = Arc::new(Gate::default());
+    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 2, ALIGN);
+    let frames = frames(4 * ALIGN, 2);
+    submit(&mut mover, &frames, 0, 10, Urgency::Prefetch);
+    submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
+    gate.await_reads(1);
+    std::thread::sleep(Duration::from_millis(20));
+    mover.promote(1);
+    gate.await_reads(2);
+    assert_eq!(blocks(&gate), [10, 20]);
+    gate.open();
+    (0..2).for_each(|_| wait(&mut mover).result.unwrap());
+}
+
 #[test]
 fn a_discarded_fill_gives_up_what_is_not_read_yet() {
     let (gate, mut mover) = gated();
@@ -181,7 +215,7 @@ fn every_way_lets_a_demand_overtake() {
     let scratch = Scratch::new("overtake");
     let path = scratch.file("model", &Random(3).bytes(16 << 20));
     for way in ways() {
-        let way = DiskOptions { depth: 1, ..way };
+        let way = DiskOptions { depth: 1, prefetch_depth: 1, ..way };
         let frames = frames(256 << 10, 65);
         let files = with_identities(std::slice::from_ref(&path));
         let (mut mover, report) = probe(&files, &frames, &way).unwrap();
@@ -206,6 +240,7 @@ fn next_waits_as_long_as_it_is_told() {
     assert!(mover.next(u64::MAX).is_none(), "nothing is outstanding");
     assert!(mover.now_ns() - start_ns < SECOND_NS);
     submit(&mut mover, &frames, 0, 10, Urgency::Demand);
+    gate.await_reads(1);
     assert!(mover.next(0).is_none());
     let start_ns = mover.now_ns();
     assert!(mover.next(20_000_000).is_none());
