@@ -63,8 +63,8 @@ impl Default for DiskOptions {
         Self {
             choice: DiskChoice::Auto,
             chunk_bytes: 2 << 20,
-            depth: 8,
-            prefetch_depth: 4,
+            depth: 4,
+            prefetch_depth: 2,
             register: true,
             measure_ns: 300_000_000,
         }
