@@ -19,6 +19,7 @@ mod save;
 mod signals;
 mod size;
 mod slash;
+mod statistics;
 mod tui;
 
 use clap::{CommandFactory, Parser};

@@ -250,13 +250,45 @@ fn a_budget_that_is_too_small_is_refused_with_the_one_that_works() {
 fn statistics_have_two_forms() {
     let prompt = "extract a tar.gz archive";
     let question = ["run", "--prompt", prompt, "--temperature", "0", "--max-tokens", "4"];
-    let output = run(&[&question[..], &["--stats"]].concat());
-    let notes = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(notes.contains("stats: ") && notes.contains("memory: "), "{notes}");
-    let output = run(&[&question[..], &["--stats", "json"]].concat());
-    let notes = String::from_utf8_lossy(&output.stderr).into_owned();
-    let line = notes.lines().find(|line| line.starts_with('{')).expect(&notes);
-    let stats: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    let answer = |more: &[&str]| {
+        let output = run(&[&question[..], more].concat());
+        let notes = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{notes}");
+        (stdout(&output), notes)
+    };
+    let json = |notes: &str| -> serde_json::Value {
+        let line = notes.lines().find(|line| line.starts_with('{')).expect(notes);
+        serde_json::from_str(line).expect("JSON")
+    };
+    let (whole, notes) = answer(&["--stats"]);
+    assert!(notes.contains("stats: 17 prompt tokens") && notes.contains("memory: "), "{notes}");
+    let (_, notes) = answer(&["--stats", "json"]);
+    let stats = json(&notes);
     assert_eq!(stats["tokens"], 4);
     assert!(stats["decode_tok_s"].as_f64().unwrap() > 0.0, "{stats}");
+    assert_eq!(stats["stream"], serde_json::Value::Null);
+
+    // A budget that this process cannot hold the whole model in.
+    let plan = plan_json(&["--context", "128"]);
+    let ram = format!("{}", sum(&plan["parts"]) - 6_000_000);
+    let limited = ["--ram", &ram, "--context", "128", "-t", "1", "--stats"];
+    let (streamed, notes) = answer(&limited);
+    assert_eq!(streamed, whole, "placement changes speed, never tokens");
+    assert!(notes.contains("stats: decode: 3 tokens, "), "{notes}");
+    assert!(notes.contains("waiting for the disk") && notes.contains("% in slots"), "{notes}");
+    let (_, notes) = answer(&[&limited[..], &["json"]].concat());
+    let stats = json(&notes);
+    let decode = &stats["stream"]["decode"];
+    assert_eq!(decode["tokens"], 3, "the first token comes from the prompt's last pass");
+    let asked = decode["layers"].as_array().unwrap().iter().map(|layer| {
+        ["hits", "in_flight", "misses"]
+            .map(|name| layer[name].as_u64().unwrap())
+            .iter()
+            .sum::<u64>()
+    });
+    assert_eq!(asked.sum::<u64>(), 3 * 6 * 4, "3 tokens, 6 layers, 4 experts: {decode}");
+    let total = decode["time"]["total_ns"].as_u64().unwrap();
+    assert!(decode["time"]["wait_disk_ns"].as_u64().unwrap() < total, "{decode}");
+    let held = stats["held_bytes"].as_u64().unwrap();
+    assert!(held <= ram.parse::<u64>().unwrap() + (64 << 20), "{held} bytes held, budget {ram}");
 }

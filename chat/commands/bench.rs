@@ -8,10 +8,12 @@ use crate::{
     memory, model, output,
     plan::{self, Needs},
     progress::Progress,
-    signals,
+    signals, statistics,
 };
 use pregate_predictor::NoObserver;
-use pregate_runtime::{Cancel, Run, Session, SessionOptions, budget::Parts};
+use pregate_runtime::{
+    Cancel, Model, Run, Session, SessionOptions, StreamStats, budget::Parts, store::ExpertStore,
+};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -38,6 +40,10 @@ struct Report {
     /// Memory of the process's own, without the page cache: the most that it
     /// held behind a repetition.
     held_bytes: Option<u64>,
+    /// Of the repetitions; `null` where the whole model is in memory.
+    stats: Option<StreamStats>,
+    /// How experts are read.
+    disk: Option<String>,
     /// Of the sources, where PREGATE_COMMIT was set at build time.
     commit: Option<&'static str>,
 }
@@ -66,13 +72,15 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let per_round = args.n_prompt + args.n_gen;
     let mut bar = Progress::new("measuring", "tokens", per_round * (args.repetitions + 1));
     let (mut prompt_tok_s, mut decode_tok_s) = (Vec::new(), Vec::new());
-    let mut held_bytes = None;
+    let (mut held_bytes, mut warm_up) = (None, None);
     for round in 0..=args.repetitions {
         let done = round * per_round;
         let prompt = bench.prompt(args.n_prompt, &mut |n| bar.set(done + n))?;
         let decode = bench.decode(args.n_gen, &mut |n| bar.set(done + args.n_prompt + n))?;
         // The first round reads the weights from disk and wakes the threads.
-        if round > 0 {
+        if round == 0 {
+            warm_up = stream_stats(&model);
+        } else {
             held_bytes = held_bytes.max(memory::held_bytes());
             prompt_tok_s.extend(prompt);
             decode_tok_s.extend(decode);
@@ -81,6 +89,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     drop(bar);
     let bytes_per_token = model.bytes_per_token();
     let experts = model::experts(model.description());
+    let stats = stream_stats(&model).zip(warm_up).map(|(now, before)| now.since(&before));
+    let disk = model.store().map(ExpertStore::describe);
     drop((bench, model));
     let read_bandwidth_gb_s = before.max(bandwidth()?);
     let report = Report {
@@ -98,9 +108,15 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         placement: if planned.plan.is_whole() { "whole" } else { "streaming" },
         parts: planned.plan.parts,
         held_bytes,
+        stats,
+        disk,
         commit: option_env!("PREGATE_COMMIT"),
     };
     if args.json { output::json(&report) } else { print(&report, &experts) }
+}
+
+fn stream_stats(model: &Model) -> Option<StreamStats> {
+    model.store().map(ExpertStore::stats)
 }
 
 struct Bench {
@@ -201,10 +217,10 @@ fn print(report: &Report, experts: &str) -> Result<(), Failure> {
     if let Some(held) = report.held_bytes {
         output::line(&format!("{:<16} {:>10}", "memory held", output::bytes(held)))?;
     }
-    match report.decode_bandwidth_share {
-        Some(share) => output::line(&format!("{:<16} {:10.1} %", "decode uses", share * 100.0)),
-        None => Ok(()),
+    if let Some(share) = report.decode_bandwidth_share {
+        output::line(&format!("{:<16} {:10.1} %", "decode uses", share * 100.0))?;
     }
+    report.stats.iter().flat_map(statistics::lines).try_for_each(|line| output::line(&line))
 }
 
 #[cfg(test)]

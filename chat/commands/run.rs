@@ -11,9 +11,9 @@ use crate::{
     output::bytes,
     plan::Needs,
     progress::Progress,
-    signals, tui,
+    signals, statistics, tui,
 };
-use pregate_runtime::{Cancel, Event, Finish, Generated};
+use pregate_runtime::{Cancel, Event, Finish, Generated, Model, StreamStats, store::ExpertStore};
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 
@@ -60,7 +60,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     printer.end()?;
     let answer = answer?;
     if let Some(form) = args.stats {
-        eprintln!("{}", Stats::new(&answer, seed).show(form)?);
+        eprintln!("{}", Stats::new(&answer, seed, &model).show(form)?);
     }
     match answer.finish {
         Finish::Cancelled => Err(Failure::Interrupted),
@@ -83,10 +83,12 @@ struct Stats {
     seed: u64,
     /// Memory of the process's own, without the page cache, at the end.
     held_bytes: Option<u64>,
+    /// `null` where the whole model is in memory.
+    stream: Option<StreamStats>,
 }
 
 impl Stats {
-    fn new(answer: &Generated, seed: u64) -> Self {
+    fn new(answer: &Generated, seed: u64, model: &Model) -> Self {
         let computed = answer.prompt_tokens - answer.reused_tokens;
         Self {
             prompt_tokens: answer.prompt_tokens,
@@ -96,6 +98,7 @@ impl Stats {
             decode_tok_s: answer.decode_tok_s(),
             seed,
             held_bytes: memory::held_bytes(),
+            stream: model.store().map(ExpertStore::stats),
         }
     }
 
@@ -106,11 +109,16 @@ impl Stats {
         }
         let decode = self.decode_tok_s.map_or("-".to_string(), |speed| format!("{speed:.1}"));
         let held = self.held_bytes.map_or(String::new(), |held| format!(", {} held", bytes(held)));
-        Ok(format!(
+        let mut text = format!(
             "stats: {} prompt tokens at {:.1} tok/s, TTFT {:.1} ms, {} tokens at {decode} tok/s, \
              seed {}{held}",
             self.prompt_tokens, self.prompt_tok_s, self.ttft_ms, self.tokens, self.seed,
-        ))
+        );
+        for line in self.stream.iter().flat_map(statistics::lines) {
+            text.push_str("\nstats: ");
+            text.push_str(&line);
+        }
+        Ok(text)
     }
 }
 

@@ -1,0 +1,94 @@
+//! What streaming cost, for people.
+
+use crate::output::bytes;
+use pregate_runtime::{
+    StreamStats,
+    statistics::{LayerStats, Phase, Time},
+};
+
+/// Lines about the passes that were made: where their time went, where their
+/// experts came from. Empty without passes.
+pub fn lines(stats: &StreamStats) -> Vec<String> {
+    let phases = [("prompt", &stats.prefill), ("decode", &stats.decode)];
+    phases.into_iter().filter(|(_, phase)| phase.passes > 0).flat_map(phase_lines).collect()
+}
+
+fn phase_lines((name, phase): (&str, &Phase)) -> [String; 2] {
+    [
+        format!("{name}: {}", time(&phase.time, phase.tokens)),
+        format!("{name}: {}", experts(&phase.total(), phase.tokens)),
+    ]
+}
+
+/// "9 tokens, 41.20 ms each: compute 12.10, ..."
+fn time(time: &Time, tokens: u64) -> String {
+    let each = |ns: u64| ns as f64 / tokens.max(1) as f64 / 1e6;
+    let Time { compute_ns, experts_ns, wait_disk_ns, copy_ns, overhead_ns, total_ns } = *time;
+    let parts = [
+        ("compute", compute_ns),
+        ("experts", experts_ns),
+        ("waiting for the disk", wait_disk_ns),
+        ("copies", copy_ns),
+        ("planning", overhead_ns),
+        ("other", time.unattributed_ns()),
+    ];
+    let parts: Vec<String> =
+        parts.iter().map(|(name, ns)| format!("{name} {:.2}", each(*ns))).collect();
+    format!("{tokens} tokens, {:.2} ms each: {}", each(total_ns), parts.join(", "))
+}
+
+/// "experts 55.2 % in slots, ..."
+fn experts(total: &LayerStats, tokens: u64) -> String {
+    let share = |part: u64| part as f64 / total.requests().max(1) as f64 * 100.0;
+    let each = |count: u64| bytes(count / tokens.max(1));
+    format!(
+        "experts {:.1} % in slots, {:.1} % on their way, {:.1} % missed; from disk {} a token, {} \
+         of it ahead ({} never used)",
+        share(total.hits),
+        share(total.in_flight),
+        share(total.misses),
+        each(total.bytes_read()),
+        each(total.bytes_prefetch),
+        each(total.bytes_wasted),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_is_per_token() {
+        let mut stats = StreamStats::new(2);
+        assert!(lines(&stats).is_empty());
+        stats.decode.passes = 4;
+        stats.decode.tokens = 4;
+        stats.decode.time = Time {
+            compute_ns: 4_000_000,
+            experts_ns: 8_000_000,
+            wait_disk_ns: 12_000_000,
+            copy_ns: 0,
+            overhead_ns: 400_000,
+            total_ns: 40_000_000,
+        };
+        for layer in &mut stats.decode.layers {
+            layer.hits = 5;
+            layer.in_flight = 2;
+            layer.misses = 3;
+            layer.bytes_demand = 6_000_000;
+            layer.bytes_prefetch = 2_000_000;
+            layer.bytes_wasted = 1_000_000;
+        }
+        let [time, experts] = lines(&stats).try_into().expect("two lines");
+        assert_eq!(
+            time,
+            "decode: 4 tokens, 10.00 ms each: compute 1.00, experts 2.00, waiting for the disk \
+             3.00, copies 0.00, planning 0.10, other 3.90"
+        );
+        assert_eq!(
+            experts,
+            "decode: experts 50.0 % in slots, 20.0 % on their way, 30.0 % missed; from disk 4.0 MB \
+             a token, 1.0 MB of it ahead (500.0 kB never used)"
+        );
+    }
+}
