@@ -49,11 +49,15 @@ fn the_toy_trace_hits_event_by_event() {
 }
 
 fn check(trace: &Trace, slots: usize, lru: u64, belady: u64) {
-    assert_eq!(replay::hits(trace, slots, Box::new(Lru::default())), lru, "LRU, {slots} slots");
+    assert_eq!(
+        replay::hits(trace, slots, Box::new(Lru::default()), None),
+        lru,
+        "LRU, {slots} slots"
+    );
     let policy = Box::new(replay::belady(trace, Scope::Layer, false));
-    assert_eq!(replay::hits(trace, slots, policy), belady, "Belady, {slots} slots");
+    assert_eq!(replay::hits(trace, slots, policy, None), belady, "Belady, {slots} slots");
     let policy = Box::new(replay::belady(trace, Scope::Layer, true));
-    assert!(replay::hits(trace, slots, policy) >= belady, "bypassing can only help Belady");
+    assert!(replay::hits(trace, slots, policy, None) >= belady, "bypassing can only help Belady");
 }
 
 #[test]

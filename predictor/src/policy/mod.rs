@@ -65,13 +65,14 @@ pub trait Policy: Send {
 }
 
 /// The names that [`by_name`] knows. `-pool`: layers of one class share
-/// their slots.
-pub const NAMES: [&str; 10] = [
+/// their slots; `-layer`: each keeps its own.
+pub const NAMES: [&str; 11] = [
+    "forecast-aware",
+    "forecast-aware-layer",
+    "forecast-aware-pool",
     "frequency",
     "frequency-layer",
     "frequency-pool",
-    "forecast-aware",
-    "forecast-aware-pool",
     "lfu",
     "lfu-pool",
     "least-stale",
@@ -80,17 +81,18 @@ pub const NAMES: [&str; 10] = [
 ];
 
 /// The policy that measures best (`examples/policies.rs`).
-pub const DEFAULT: &str = "frequency";
+pub const DEFAULT: &str = "forecast-aware";
 
 /// The policy called `name`. Belady's is not among them: it must be told the
 /// future.
 pub fn by_name(name: &str) -> Option<Box<dyn Policy>> {
     Some(match name {
+        "forecast-aware" => Box::new(ForecastAware::new(None)),
+        "forecast-aware-layer" => Box::new(ForecastAware::new(Some(Scope::Layer))),
+        "forecast-aware-pool" => Box::new(ForecastAware::new(Some(Scope::Pool))),
         "frequency" => Box::new(Lfu::new(None)),
         "frequency-layer" => Box::new(Lfu::new(Some(Scope::Layer))),
         "frequency-pool" => Box::new(Lfu::new(Some(Scope::Pool))),
-        "forecast-aware" => Box::new(ForecastAware::new(Scope::Layer)),
-        "forecast-aware-pool" => Box::new(ForecastAware::new(Scope::Pool)),
         "lfu" => Box::new(Lfu::with_decay(Scope::Layer, Lfu::DECAY)),
         "lfu-pool" => Box::new(Lfu::with_decay(Scope::Pool, Lfu::DECAY)),
         "least-stale" => Box::new(LeastStale::new(Scope::Layer)),

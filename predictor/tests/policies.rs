@@ -1,0 +1,188 @@
+//! What each policy is for.
+
+#[path = "support/replay.rs"]
+mod replay;
+#[path = "support/rtrace.rs"]
+mod rtrace;
+
+use pregate_predictor::policy::{self, ForecastAware, LeastStale, Lfu};
+use pregate_predictor::{
+    Admission, Cache, CapacityError, Event, ExpertId, NoOutlook, Outlook, Policy, Scope, Shape,
+};
+use rtrace::Trace;
+
+fn cache(slots: usize, policy: impl Policy + 'static) -> Cache {
+    Cache::new(&Shape::uniform(2, 16, 2, 1), &[slots; 2], Box::new(policy)).unwrap()
+}
+
+/// One token uses `experts` of `layer`; what is missing is admitted.
+fn token(cache: &mut Cache, layer: usize, experts: &[u32], outlook: &dyn Outlook) {
+    cache.next_token();
+    let counts = vec![1; experts.len()];
+    cache.used(&Event { layer, experts, counts: &counts, tokens: 1 });
+    for &expert in experts {
+        let id = ExpertId::new(layer, expert);
+        if !cache.contains(id) {
+            cache.admit(id, &|_| false, outlook);
+        }
+    }
+}
+
+fn resident(cache: &Cache, layer: usize) -> Vec<u32> {
+    cache.resident(layer).collect()
+}
+
+#[test]
+fn frequency_outlives_recency() {
+    let mut cache = cache(3, Lfu::with_decay(Scope::Layer, 0.99));
+    for _ in 0..20 {
+        token(&mut cache, 0, &[0, 1], &NoOutlook);
+    }
+    // Each comes once: the often used stay, the newcomers replace each other.
+    for expert in 2..9 {
+        token(&mut cache, 0, &[expert], &NoOutlook);
+        assert_eq!(resident(&cache, 0), [0, 1, expert]);
+    }
+}
+
+#[test]
+fn least_stale_evicts_what_this_pass_has_not_used_first_come_first() {
+    let mut cache = cache(4, LeastStale::new(Scope::Layer));
+    token(&mut cache, 0, &[5, 6], &NoOutlook);
+    token(&mut cache, 0, &[7, 8], &NoOutlook);
+    // 5 came first, but this pass uses it: 6 is the first of the others.
+    token(&mut cache, 0, &[5, 9], &NoOutlook);
+    assert_eq!(resident(&cache, 0), [5, 7, 8, 9]);
+    token(&mut cache, 0, &[1, 2], &NoOutlook);
+    assert_eq!(resident(&cache, 0), [1, 2, 8, 9]);
+}
+
+/// Certain about some experts, silent about the others.
+struct Certain(&'static [u32]);
+
+impl Outlook for Certain {
+    fn probability(&self, id: ExpertId) -> Option<f32> {
+        self.0.contains(&id.expert).then_some(1.0)
+    }
+}
+
+#[test]
+fn a_forecast_keeps_what_history_would_evict() {
+    for (outlook, kept) in [(&Certain(&[3]) as &dyn Outlook, true), (&NoOutlook, false)] {
+        let mut cache = cache(3, ForecastAware::new(None));
+        token(&mut cache, 0, &[3], &NoOutlook);
+        for _ in 0..4 {
+            token(&mut cache, 0, &[4, 5], &NoOutlook);
+        }
+        token(&mut cache, 0, &[6], outlook);
+        assert_eq!(cache.contains(ExpertId::new(0, 3)), kept);
+        assert!(cache.contains(ExpertId::new(0, 6)));
+    }
+}
+
+#[test]
+fn a_pool_lends_slots_and_leaves_every_layer_its_top_k() {
+    let mut cache = cache(4, Lfu::new(Some(Scope::Pool)));
+    token(&mut cache, 0, &[8, 9], &NoOutlook);
+    token(&mut cache, 0, &[10, 11], &NoOutlook);
+    // Layer 0 needs two experts, layer 1 one after the other.
+    for round in 0..64 {
+        token(&mut cache, 0, &[0, 1], &NoOutlook);
+        token(&mut cache, 1, &[round % 16], &NoOutlook);
+        assert!(cache.len(0) >= 2 && cache.len(0) + cache.len(1) <= 8);
+    }
+    assert_eq!([cache.len(0), cache.len(1)], [2, 6]);
+    // And the other way round.
+    for round in 0..64 {
+        token(&mut cache, 0, &[round % 16], &NoOutlook);
+        token(&mut cache, 1, &[0, 1], &NoOutlook);
+        assert!(cache.len(1) >= 2);
+    }
+    assert!(cache.len(0) > 4, "{:?}", resident(&cache, 0));
+}
+
+/// A chunk that uses every expert, `hot` by each of its tokens.
+fn chunk(cache: &mut Cache, hot: u32) {
+    let experts: Vec<u32> = (0..16).collect();
+    let counts: Vec<u32> = experts.iter().map(|&e| if e == hot { 64 } else { 3 }).collect();
+    cache.next_token();
+    cache.used(&Event { layer: 0, experts: &experts, counts: &counts, tokens: 64 });
+    let was_resident = |cache: &Cache, e: u32| cache.contains(ExpertId::new(0, e));
+    let (here, missing): (Vec<u32>, Vec<u32>) =
+        experts.iter().partition(|&&e| was_resident(cache, e));
+    here.iter().for_each(|&e| cache.computed(ExpertId::new(0, e)));
+    for expert in missing {
+        let id = ExpertId::new(0, expert);
+        cache.computed(id);
+        cache.admit(id, &|_| false, &NoOutlook);
+    }
+}
+
+#[test]
+fn after_a_prompt_the_cache_holds_what_decoding_and_the_prompt_used_most() {
+    for name in ["lru", "lfu", "frequency", "forecast-aware"] {
+        let policy = policy::by_name(name).unwrap();
+        let mut cache = Cache::new(&Shape::uniform(2, 16, 2, 1), &[4; 2], policy).unwrap();
+        for _ in 0..200 {
+            token(&mut cache, 0, &[2, 3], &NoOutlook);
+        }
+        chunk(&mut cache, 12);
+        assert!(cache.contains(ExpertId::new(0, 12)), "{name}: {:?}", resident(&cache, 0));
+        assert_eq!(cache.len(0), 4);
+        if name == "frequency" || name == "forecast-aware" {
+            // One chunk that uses all alike is no reason to forget them.
+            assert!(cache.contains(ExpertId::new(0, 2)), "{name}: {:?}", resident(&cache, 0));
+            assert!(cache.contains(ExpertId::new(0, 3)), "{name}: {:?}", resident(&cache, 0));
+        }
+    }
+}
+
+#[test]
+fn an_event_never_evicts_its_own_and_pins_are_kept() {
+    for name in policy::NAMES {
+        let policy = policy::by_name(name).unwrap();
+        assert_eq!(policy.name(), name);
+        let mut cache = Cache::new(&Shape::uniform(2, 16, 2, 1), &[2; 2], policy).unwrap();
+        token(&mut cache, 0, &[0, 1], &NoOutlook);
+        token(&mut cache, 1, &[0, 1], &NoOutlook);
+        cache.next_token();
+        cache.used(&Event { layer: 0, experts: &[1, 2], counts: &[1, 1], tokens: 1 });
+        // 0 is pinned, 1 is of the event, layer 1 has no more than its top-k.
+        let id = ExpertId::new(0, 2);
+        let pinned = cache.admit(id, &|id| id.expert == 0, &NoOutlook);
+        assert_eq!(pinned, Admission::Bypassed, "{name}");
+        let admission = cache.admit(id, &|_| false, &NoOutlook);
+        assert_eq!(admission, Admission::Replaced(ExpertId::new(0, 0)), "{name}");
+    }
+    assert!(policy::by_name("belady").is_none());
+}
+
+#[test]
+fn too_few_slots_are_refused_with_the_layer() {
+    let make = |slots: &[usize]| {
+        let policy = policy::by_name(policy::DEFAULT).unwrap();
+        Cache::new(&Shape::uniform(3, 8, 4, 1), slots, policy).err()
+    };
+    let error = make(&[4, 4, 3]).unwrap();
+    assert_eq!(error, CapacityError::TooFew { layer: 2, slots: 3, top_k: 4 });
+    let text = error.to_string();
+    assert!(text.contains("layer 2") && text.contains('3') && text.contains('4'), "{text}");
+    assert_eq!(make(&[4, 4]), Some(CapacityError::Layers { found: 2, layers: 3 }));
+    assert_eq!(make(&[4, 5, 8]), None);
+}
+
+#[test]
+fn on_real_routing_the_default_beats_lru_and_not_belady() {
+    let trace = Trace::open(&rtrace::find("gptoss20b/cut.json").expect("the cut"));
+    for slots in [8, 16, 24] {
+        let hits = |name| replay::hits(&trace, slots, policy::by_name(name).unwrap(), None);
+        let bound = replay::belady(&trace, Scope::Layer, true);
+        let bound = replay::hits(&trace, slots, Box::new(bound), None);
+        let (default, lru) = (hits(policy::DEFAULT), hits("lru"));
+        assert!(default > lru, "{slots} slots: {default} hits, LRU {lru}");
+        let layer = hits("forecast-aware-layer");
+        assert!(layer < bound, "{slots} slots: {layer} hits, Belady {bound}");
+        // Without forecasts nothing but the history counts.
+        assert_eq!(default, hits("frequency"));
+    }
+}
