@@ -40,6 +40,11 @@ impl Planner {
         }
     }
 
+    /// Is a forecast for `layer` worth its time: could a read-ahead follow?
+    pub fn wants(&self, layer: usize) -> bool {
+        self.forecaster.is_some() && (!self.limits.priced || self.ledger.allows(layer))
+    }
+
     /// Which experts of later layers are worth a fill now? They are marked as
     /// in flight; `out` gets them, best first. Takes free frames only,
     /// `room(class)` many. May be called whenever the link is idle.
@@ -51,12 +56,14 @@ impl Planner {
         if let Some(prompt) = &self.prompt {
             prompt.wanted(&self.shape, self.after, &mut wanted);
         } else {
-            if std::mem::take(&mut self.ask) {
+            let (ledger, priced) = (&self.ledger, self.limits.priced);
+            let pays = |layer: &usize| !priced || ledger.allows(*layer);
+            // Where no layer ahead pays, the guess is not worth its time.
+            let any_pays = forecaster.ahead(self.after).iter().any(pays);
+            if any_pays && std::mem::take(&mut self.ask) {
                 forecaster.forecast(self.after);
             }
-            let (ledger, priced) = (&self.ledger, self.limits.priced);
-            let layers = forecaster.ahead(self.after).iter();
-            for &layer in layers.filter(|&&layer| !priced || ledger.allows(layer)) {
+            for &layer in forecaster.ahead(self.after).iter().filter(|layer| pays(layer)) {
                 let start = wanted.len();
                 let probabilities = forecaster.probabilities(layer).unwrap_or_default();
                 let likely = probabilities.iter().zip(0..);

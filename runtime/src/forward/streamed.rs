@@ -62,7 +62,7 @@ impl Streamed<'_> {
             scratch.order.sort_by_key(|&expert| self.store.position(self.layer, expert));
         }
         let forecasts = self.chunk.tokens == 1 && self.store.horizon() > 0;
-        if forecasts {
+        if forecasts && self.store.wants(self.layer) {
             // The control: a forecast from the very state that the router saw
             // must name every expert, or the books of forecasts are wrong.
             let logits = buffer(&mut scratch.logits, self.logits.len());
@@ -119,6 +119,9 @@ impl Streamed<'_> {
             .filter(|&layer| matches!(layers[layer].feed_forward, FeedForwardWeights::Moe(_)))
             .take(self.store.horizon());
         for target in targets {
+            if !event.wants(target) {
+                continue;
+            }
             let ahead = ahead_of(target);
             self.ask_router(scratch, event, target, self.residual, Source::StaleGate { ahead });
             if let Some((gate, shared)) = shared {
@@ -178,6 +181,9 @@ pub fn foresee_own(
 ) {
     let is_moe = matches!(engine.weights.layers[layer].feed_forward, FeedForwardWeights::Moe(_));
     let Some(store) = engine.store.filter(|store| is_moe && store.horizon() > 0) else { return };
+    if !store.wants(layer) {
+        return;
+    }
     meter.lap(Work::Dense);
     let Scratch { normed, logits, .. } = scratch;
     let logits = router_scores(engine, layer, residual, normed, logits);

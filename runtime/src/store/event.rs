@@ -90,6 +90,11 @@ impl<'s> Event<'s> {
         event
     }
 
+    /// Is a forecast for `layer` worth its time now?
+    pub fn wants(&self, layer: usize) -> bool {
+        self.inner.planner.wants(layer)
+    }
+
     /// Scores that a forecast gave for a layer ahead.
     pub fn foresee(&mut self, external: &External<'_>) {
         self.inner.planner.external(external);

@@ -180,6 +180,12 @@ impl ExpertStore {
         self.horizon
     }
 
+    /// Is a forecast for `layer` worth its time now? Not while read-aheads
+    /// for it are switched off.
+    pub fn wants(&self, layer: usize) -> bool {
+        self.lock().planner.wants(layer)
+    }
+
     /// Scores that are only judged: [`pregate_predictor::forecast::Source::ZeroStaleness`].
     pub fn control(&self, external: &External<'_>) {
         self.lock().planner.external(external);
