@@ -187,7 +187,12 @@ impl Ring {
         self.flights[index] = Some(job);
         // SAFETY: `start` is `len` bytes of the chunk of a job that stays in
         // `flights`, untouched, until its completion was seen.
-        unsafe { push(&mut self.uring, &entry.user_data(index as u64)) }
+        let pushed = unsafe { push(&mut self.uring, &entry.user_data(index as u64)) };
+        if pushed.is_err() {
+            // The kernel does not have it, so no completion would come.
+            self.flights[index] = None;
+        }
+        pushed
     }
 
     /// Submits, and waits for a completion or until the time is over.

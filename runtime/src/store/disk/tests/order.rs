@@ -1,7 +1,13 @@
 //! Who is served when.
 
 use super::*;
-use crate::store::mover::MoveError;
+use crate::store::{
+    disk::{
+        board::{Board, Take},
+        job::{Job, Verdict},
+    },
+    mover::{MoveError, SLOW_NS},
+};
 use std::{
     io,
     sync::{Condvar, Mutex},
@@ -250,4 +256,27 @@ fn next_waits_as_long_as_it_is_told() {
     let done = wait(&mut mover);
     assert!(done.submitted_ns <= done.ended_ns && done.ended_ns <= mover.now_ns());
     assert!(mover.counters().busy_ns >= 20_000_000);
+}
+
+/// A read that takes longer than five seconds is told while it goes on, once.
+#[test]
+fn a_slow_read_is_told_once() {
+    let frames = frames(4 * ALIGN, 2);
+    let mut board = Board::new(1);
+    for key in [0, 1] {
+        let ticket = frames.claim(frame(key)).unwrap();
+        let chunk = ticket.chunks(&[0..ALIGN, ALIGN..2 * ALIGN]).into_iter();
+        let job = |chunk| Job::new(key as u64, chunk, 3, 8192, ALIGN);
+        board.submit(chunk.map(job).collect(), Urgency::Demand, None, 0);
+    }
+    let Take::Job(slow) = board.take(1000) else { panic!("there are four jobs") };
+    let Take::Job(mut fast) = board.take(1000) else { panic!("there are four jobs") };
+    assert!(matches!(fast.answered(Ok(ALIGN)), Verdict::Complete));
+    assert!(board.settle(fast, Verdict::Complete, 2000).is_none());
+    assert_eq!(board.slow(1000 + SLOW_NS), None);
+    assert_eq!(board.slow(1001 + SLOW_NS), Some((3, 8192)));
+    assert_eq!(board.slow(1001 + 9 * SLOW_NS), None);
+    assert!(board.settle(slow, Verdict::Complete, 20 * SLOW_NS).is_none());
+    assert_eq!((board.slow(u64::MAX), board.counters(0).slow_reads), (None, 1));
+    assert_eq!(board.counters(0).busy_ns, 20 * SLOW_NS - 1000);
 }
