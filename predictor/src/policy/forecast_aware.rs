@@ -40,11 +40,6 @@ impl ForecastAware {
     pub fn with_weight(self, weight: f32) -> Self {
         Self { weight, ..self }
     }
-
-    fn value(&self, id: ExpertId, outlook: &dyn Outlook) -> f32 {
-        let probability = outlook.probability(id).unwrap_or(0.0);
-        self.history.value(id) + self.weight * probability
-    }
 }
 
 impl Policy for ForecastAware {
@@ -81,28 +76,23 @@ impl Policy for ForecastAware {
         incoming: ExpertId,
         outlook: &dyn Outlook,
     ) -> Option<ExpertId> {
-        let own = incoming.layer();
-        // All of the own layer, and of each other layer that may give a slot
-        // the expert that was used least: looking at all of them would cost
-        // more than it gains.
+        let weight = self.weight;
+        let extra = |id: ExpertId| weight * outlook.probability(id).unwrap_or(0.0);
+        let history = &mut self.history;
+        // The incoming expert's layer has changed, so its forecasts are
+        // fresh; of the others each offers what it could spare when it ran,
+        // at today's price.
         let mut least: Option<(f32, ExpertId)> = None;
         for layer in candidates.layers() {
-            let mut offer = |id: ExpertId, value: f32| {
-                if least.is_none_or(|(smallest, _)| value < smallest) {
-                    least = Some((value, id));
-                }
-            };
-            if layer == own {
-                for expert in candidates.experts(layer) {
-                    let id = ExpertId::new(layer, expert);
-                    offer(id, self.value(id, outlook));
-                }
-            } else if let Some(id) = self.history.least(layer, candidates) {
-                offer(id, self.value(id, outlook));
+            let Some(id) = history.least(layer, candidates, &extra) else { continue };
+            let value = history.value(id) + extra(id);
+            if least.is_none_or(|(smallest, _)| value < smallest) {
+                least = Some((value, id));
             }
         }
         let (value, victim) = least?;
-        let stays = !candidates.is_of_event(victim) || value < self.value(incoming, outlook);
+        let stays =
+            !candidates.is_of_event(victim) || value < history.value(incoming) + extra(incoming);
         stays.then_some(victim)
     }
 }

@@ -71,19 +71,30 @@ impl History {
         self.layers[id.layer()].values[id.expert()]
     }
 
-    /// The expert of `layer` with the smallest value that may leave.
-    pub fn least(&mut self, layer: usize, candidates: &Candidates<'_>) -> Option<ExpertId> {
+    /// The expert of `layer` with the smallest value plus `extra` that may
+    /// leave. It is looked for once between changes of the layer, so `extra`
+    /// may be somewhat older than the call.
+    pub fn least(
+        &mut self,
+        layer: usize,
+        candidates: &Candidates<'_>,
+        extra: &dyn Fn(ExpertId) -> f32,
+    ) -> Option<ExpertId> {
         let state = &mut self.layers[layer];
-        let values = &state.values;
-        let smaller = |a: &u32, b: &u32| values[*a as usize].total_cmp(&values[*b as usize]);
+        let smallest = |experts: &mut dyn Iterator<Item = u32>| {
+            experts
+                .map(|expert| (state.values[expert as usize], ExpertId::new(layer, expert)))
+                .map(|(value, id)| (value + extra(id), id))
+                .min_by(|a, b| a.0.total_cmp(&b.0))
+                .map(|(_, id)| id)
+        };
         if state.least.is_none() {
-            state.least = candidates.residents(layer).min_by(smaller);
+            state.least = smallest(&mut candidates.residents(layer)).map(|id| id.expert);
         }
         let id = ExpertId::new(layer, state.least?);
-        if candidates.allows(id) {
-            return Some(id);
+        match candidates.allows(id) {
+            true => Some(id),
+            false => smallest(&mut candidates.experts(layer)),
         }
-        let least = candidates.experts(layer).min_by(smaller)?;
-        Some(ExpertId::new(layer, least))
     }
 }

@@ -94,7 +94,7 @@ impl Policy for Lfu {
         let least = candidates
             .layers()
             .filter_map(|layer| {
-                let id = history.least(layer, candidates)?;
+                let id = history.least(layer, candidates, &|_| 0.0)?;
                 Some((history.value(id), id))
             })
             .min_by(|a, b| a.0.total_cmp(&b.0))?;
