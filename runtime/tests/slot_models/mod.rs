@@ -305,7 +305,6 @@ pub const MODELS: [Model; 5] = [
             Bug::PinSkipsGeneration,
             Bug::PinWithoutRecheck,
             Bug::CountOffByOne,
-            Bug::PublishEarly,
             Bug::ClaimRelaxed,
             Bug::PublishRelaxed,
             Bug::PinRelaxed,
