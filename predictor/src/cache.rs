@@ -57,9 +57,11 @@ impl std::error::Error for CapacityError {}
 
 /// A set of experts of one layer.
 ///
-/// Members are counted when asked for: an optimised build by rustc 1.95 lost
-/// the increments of a counter beside the bits (`tests/replay.rs` in release
-/// mode shows such a loss).
+/// Members are counted when asked for. A counter beside the bits lost its
+/// increments in release builds: rustc 1.95 drops a comparison that is both
+/// branched on and added as a number (`let joins = word & bit == 0;
+/// self.len += usize::from(joins); joins`). `tests/replay.rs` in release mode
+/// finds it.
 #[derive(Clone, Debug, Default)]
 struct Set {
     words: Vec<u64>,

@@ -62,9 +62,22 @@ impl History {
         }
     }
 
-    /// The residents of `layer` have changed.
-    pub fn changed(&mut self, layer: usize) {
-        self.layers[layer].least = None;
+    /// `id` became resident. If its history is worth less than that of the
+    /// least, it may be the least itself.
+    pub fn inserted(&mut self, id: ExpertId) {
+        let layer = &mut self.layers[id.layer()];
+        let value = |expert: u32| layer.values[expert as usize];
+        if layer.least.is_some_and(|least| value(id.expert) <= value(least)) {
+            layer.least = None;
+        }
+    }
+
+    /// `id` is no longer resident.
+    pub fn removed(&mut self, id: ExpertId) {
+        let layer = &mut self.layers[id.layer()];
+        if layer.least == Some(id.expert) {
+            layer.least = None;
+        }
     }
 
     pub fn value(&self, id: ExpertId) -> f32 {

@@ -77,11 +77,11 @@ impl Policy for Lfu {
     }
 
     fn inserted(&mut self, id: ExpertId) {
-        self.history.changed(id.layer());
+        self.history.inserted(id);
     }
 
     fn removed(&mut self, id: ExpertId) {
-        self.history.changed(id.layer());
+        self.history.removed(id);
     }
 
     fn victim(
