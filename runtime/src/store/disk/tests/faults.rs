@@ -322,7 +322,8 @@ fn storm(mover: &mut dyn Mover, random: &mut Random, expected: &dyn Fn(usize) ->
         outstanding.remove(&done.key).expect("one Done per fill");
     }
     assert!(mover.next(0).is_none() && mover.counters().outstanding == 0);
-    assert!(ends[0] > 100 && ends[1] > 10, "{ends:?}");
+    // How many of each depends on the speed of the disk.
+    assert!(ends[0] > 10 && ends[1] > 2, "{ends:?}");
     let ended = |counters: Counters| {
         let landed = counters.demands_landed + counters.prefetches_landed;
         landed + counters.discarded + counters.failed
