@@ -75,8 +75,8 @@ and disk bandwidth / bytes that miss.")]
   pregate bench -p 512 -n 128 -r 5
   pregate bench --model model.gguf -t 8 --json > speed.json
 
-Prompt speed: -p tokens of fixed pseudo-random ids in one prefill. Decode speed: -n tokens one
-at a time from an empty context. The read bandwidth is measured in the same run, with as many
+Prompt speed: -p tokens of pseudo-random ids in one prefill. Decode speed: -n tokens one at a
+time from an empty context. Every repetition has ids of its own, the same in every run. The read bandwidth is measured in the same run, with as many
 threads: the best of several passes over 512 MiB. The share is
 bytes per token * median decode tok/s / bandwidth.")]
     Bench(BenchArgs),

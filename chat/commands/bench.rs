@@ -75,8 +75,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let (mut held_bytes, mut warm_up) = (None, None);
     for round in 0..=args.repetitions {
         let done = round * per_round;
-        let prompt = bench.prompt(args.n_prompt, &mut |n| bar.set(done + n))?;
-        let decode = bench.decode(args.n_gen, &mut |n| bar.set(done + args.n_prompt + n))?;
+        let prompt = bench.prompt(args.n_prompt, round, &mut |n| bar.set(done + n))?;
+        let decode = bench.decode(args.n_gen, round, &mut |n| bar.set(done + args.n_prompt + n))?;
         // The first round reads the weights from disk and wakes the threads.
         if round == 0 {
             warm_up = stream_stats(&model);
@@ -129,12 +129,13 @@ impl Bench {
     fn prompt(
         &mut self,
         count: usize,
+        round: usize,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Option<f64>, Failure> {
         if count == 0 {
             return Ok(None);
         }
-        let ids = self.ids(count);
+        let ids = self.ids(count, 2 * round);
         self.session.reset();
         let started = Instant::now();
         let mut run =
@@ -147,12 +148,13 @@ impl Bench {
     fn decode(
         &mut self,
         count: usize,
+        round: usize,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Option<f64>, Failure> {
         if count == 0 {
             return Ok(None);
         }
-        let ids = self.ids(count);
+        let ids = self.ids(count, 2 * round + 1);
         self.session.reset();
         let started = Instant::now();
         let mut observer = NoObserver;
@@ -167,20 +169,25 @@ impl Bench {
         Ok(Some(count as f64 / started.elapsed().as_secs_f64()))
     }
 
-    /// Fixed pseudo-random ids (a linear congruential generator; Knuth, TAOCP
-    /// volume 2, section 3.3.4).
-    fn ids(&self, count: usize) -> Vec<u32> {
-        let vocab = self.session.model().description().vocab as u64;
-        let mut state = 42u64;
-        (0..count)
-            .map(|_| {
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1_442_695_040_888_963_407);
-                ((state >> 33) % vocab) as u32
-            })
-            .collect()
+    /// Pseudo-random ids (a linear congruential generator; Knuth, TAOCP volume
+    /// 2, section 3.3.4): the same in every run of this program, and others
+    /// for every `series`, or forecasts would have seen the answers.
+    fn ids(&self, count: usize, series: usize) -> Vec<u32> {
+        let vocab = self.session.model().description().vocab;
+        ids(vocab, count, series)
     }
+}
+
+fn ids(vocab: usize, count: usize, series: usize) -> Vec<u32> {
+    let mut state = 42u64.wrapping_add(series as u64);
+    (0..count)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 33) % vocab as u64) as u32
+        })
+        .collect()
 }
 
 fn median(samples: &[f64]) -> Option<f64> {
@@ -226,6 +233,19 @@ fn print(report: &Report, experts: &str) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_repetition_repeats_what_another_one_taught() {
+        let series: Vec<Vec<u32>> = (0..8).map(|series| ids(50_304, 64, series)).collect();
+        assert_eq!(series[3], ids(50_304, 64, 3), "the same in every run");
+        for (a, first) in series.iter().enumerate() {
+            assert!(first.iter().all(|id| *id < 50_304));
+            for second in &series[..a] {
+                let common = first.iter().filter(|id| second.contains(id)).count();
+                assert!(common <= 3, "{common} of 64 ids are in both");
+            }
+        }
+    }
 
     #[test]
     fn medians() {
