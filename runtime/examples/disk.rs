@@ -1,6 +1,7 @@
 //! What a disk gives to the ways of reading, lengths of reads and reads at
 //! once: GB/s of random reads all over a file, processor time per GB, and the
-//! time of a single small read.
+//! time of a single small read; then what would be chosen. Without depths
+//! (`''`), only the choice.
 //!
 //! ```text
 //! cargo run --release -p pregate-runtime --example disk -- model.gguf [seconds per cell] [depths] [KiB]
@@ -35,6 +36,9 @@ fn main() -> Outcome<()> {
     ];
     println!("GB/s (processor seconds per GB)");
     for way in ways {
+        if depths.is_empty() {
+            break;
+        }
         println!("\n{}{}", way.choice, if way.register { ", registered" } else { "" });
         print!("{:>10}", "KiB");
         depths.iter().for_each(|depth| print!("{:>16}", format!("{depth} at once")));
@@ -70,11 +74,17 @@ fn main() -> Outcome<()> {
         println!("{}", single(&mut *mover, &frames)?);
         println!("{}", report.words);
     }
+    let frames = Frames::new(&[ClassSpec { frame_bytes: 4 << 20, frames: 16 }])?;
+    let (_, report) = probe(&files, &frames, &DiskOptions::default())?;
+    let rate = report.measured.map_or(0.0, |measured| measured.bytes_per_second() / 1e9);
+    println!("\nchosen here: {}; {rate:.2} GB/s", report.words);
+    report.refused.iter().for_each(|why| println!("refused: {why}"));
     Ok(())
 }
 
+/// Numbers between commas; none for an empty text.
 fn list(text: &str) -> Outcome<Vec<usize>> {
-    Ok(text.split(',').map(str::parse).collect::<Result<_, _>>()?)
+    Ok(text.split_terminator(',').map(str::parse).collect::<Result<_, _>>()?)
 }
 
 /// The time of one read of 4 KiB from submission to arrival, nothing else
