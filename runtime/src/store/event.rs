@@ -117,6 +117,9 @@ impl<'s> Event<'s> {
         self.ask();
         self.prefetch();
         self.receive(0)?;
+        // A read that was given up has landed: it is asked for again before
+        // anything waits.
+        self.ask();
         while self.ready.is_empty() && (self.awaited > 0 || !self.queue.is_empty()) {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -151,6 +154,9 @@ impl<'s> Event<'s> {
 
     /// Gives waiting demands to the mover while frames are free.
     fn ask(&mut self) {
+        if let Some(&first) = self.queue.front() {
+            self.inner.make_room(self.store, first, self.queue.len());
+        }
         while let Some(&next) = self.queue.front() {
             if !self.inner.submit(self.store, next, Urgency::Demand) {
                 break;
