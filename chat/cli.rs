@@ -1,6 +1,6 @@
 //! The command line: what can be asked, and the text of `--help`.
 
-use crate::size::Size;
+use crate::streaming::MemoryArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -76,9 +76,9 @@ and disk bandwidth / bytes that miss.")]
   pregate bench --model model.gguf -t 8 --json > speed.json
 
 Prompt speed: -p tokens of pseudo-random ids in one prefill. Decode speed: -n tokens one at a
-time from an empty context. Every repetition has ids of its own, the same in every run. The read bandwidth is measured in the same run, with as many
-threads: the best of several passes over 512 MiB. The share is
-bytes per token * median decode tok/s / bandwidth.")]
+time from an empty context. Every repetition has ids of its own, the same in every run. The
+read bandwidth is measured in the same run, with as many threads: the best of several passes
+over 512 MiB. The share is bytes per token * median decode tok/s / bandwidth.")]
     Bench(BenchArgs),
     /// Compute what tests and comparisons need
     #[command(subcommand)]
@@ -129,15 +129,6 @@ pub struct DeviceArgs {
     /// Threads [default: one per core that this process may use]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
-}
-
-#[derive(Clone, Copy, Debug, Args)]
-pub struct RamArgs {
-    /// Memory for all that pregate holds: 6G or 6GiB (2^30 bytes each), 6GB (10^9), 800M, or 50%
-    /// of the size of the model's files; a model that does not fit is streamed from disk
-    /// [default: what is free, less a reserve of a tenth]
-    #[arg(long, value_name = "SIZE")]
-    pub ram: Option<Size>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -220,7 +211,7 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
-    pub ram: RamArgs,
+    pub memory: MemoryArgs,
     /// Instruction that stands before the conversation
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
@@ -235,7 +226,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
-    pub ram: RamArgs,
+    pub memory: MemoryArgs,
     /// The question; `-` reads it from standard input, which is also read when there is no
     /// --prompt and standard input is not a terminal
     #[arg(short, long, value_name = "TEXT")]
@@ -267,7 +258,7 @@ pub struct PlanArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
-    pub ram: RamArgs,
+    pub memory: MemoryArgs,
     #[command(flatten)]
     pub session: SessionArgs,
     /// One JSON object on standard output
@@ -296,7 +287,7 @@ pub struct BenchArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     #[command(flatten)]
-    pub ram: RamArgs,
+    pub memory: MemoryArgs,
     /// Tokens of the prompt; 0: skip
     #[arg(short = 'p', value_name = "N", default_value_t = 512, value_parser = context_or_zero)]
     pub n_prompt: usize,
@@ -317,7 +308,7 @@ pub struct LogitsArgs {
     #[arg(short, long, value_name = "PATH")]
     pub model: PathBuf,
     #[command(flatten)]
-    pub ram: RamArgs,
+    pub memory: MemoryArgs,
     /// A JSON array of token ids
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
@@ -349,7 +340,7 @@ pub struct PerplexityArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
-    pub ram: RamArgs,
+    pub memory: MemoryArgs,
     /// The text, UTF-8
     #[arg(long, value_name = "TEXT")]
     pub file: PathBuf,
@@ -479,6 +470,11 @@ mod tests {
             ["--ram", "lots"],
             ["--ram", "-1G"],
             ["--stats", "xml"],
+            ["--policy", "belady"],
+            ["--forecast", "oracle"],
+            ["--horizon", "0"],
+            ["--ring", "0"],
+            ["--disk", "tape"],
         ] {
             let command = ["pregate", "run", "--prompt", "x", bad[0], bad[1]];
             assert!(Cli::try_parse_from(command).is_err(), "{bad:?} was accepted");

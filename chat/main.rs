@@ -20,6 +20,7 @@ mod signals;
 mod size;
 mod slash;
 mod statistics;
+mod streaming;
 mod tui;
 
 use clap::{CommandFactory, Parser};

@@ -1,28 +1,36 @@
 //! Divides the memory before any large part of it is taken, and says how.
 
 use crate::{
-    device::Device, exit::Failure, memory, output::bytes, roofline::LayerLoad, size::Size,
+    device::Device,
+    exit::Failure,
+    memory,
+    output::bytes,
+    roofline::LayerLoad,
+    size::Size,
+    streaming::{MemoryArgs, StreamingArgs},
 };
 use pregate_runtime::{
-    OpenedModel, SessionOptions,
+    OpenedModel, Residency, SessionOptions,
     budget::{self, Chunk, Parts, Placement, Plan, Request, Sizes},
     forward::cache::cache_bytes,
     store::disk::DiskReport,
 };
 
 /// What a command will do with a model.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Needs {
     /// `None`: what is free, less a reserve.
     pub ram: Option<Size>,
+    pub streaming: StreamingArgs,
     pub session: SessionOptions,
     /// Logits that a pass is asked for: 1, or those of all its tokens.
     pub logit_rows: usize,
 }
 
 impl Needs {
-    pub fn new(ram: Option<Size>, session: SessionOptions) -> Self {
-        Self { ram, session, logit_rows: 1 }
+    pub fn new(memory: &MemoryArgs, session: SessionOptions) -> Self {
+        let MemoryArgs { ram, streaming } = memory.clone();
+        Self { ram, streaming, session, logit_rows: 1 }
     }
 }
 
@@ -34,6 +42,7 @@ pub struct Planned {
     pub source: String,
     /// Positions of a session.
     pub context: usize,
+    pub streaming: StreamingArgs,
 }
 
 /// What the process will hold of its own beyond what it holds when the plan
@@ -63,11 +72,11 @@ pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Plann
         process_bytes: held + GROWTH_BYTES,
         kv_bytes: cache_bytes(model.description(), context, needs.session.kv),
         scratch_bytes: budget::scratch_bytes(model.description(), model.weights(), chunk),
-        ring: None,
+        ring: needs.streaming.ring,
     };
     let plan = budget::divide(&sizes, &request)
         .map_err(|error| Failure::Resources(format!("{source}: {error} (--ram, --context)")))?;
-    Ok(Planned { plan, sizes, source, context })
+    Ok(Planned { plan, sizes, source, context, streaming: needs.streaming.clone() })
 }
 
 fn asked_for(size: Size, model_bytes: u64) -> String {
@@ -110,6 +119,24 @@ impl Planned {
     /// Says on standard error what goes where.
     pub fn announce(&self) {
         eprintln!("{}", self.summary());
+        self.notes();
+    }
+
+    /// Says on standard error which wishes the plan does not follow.
+    pub fn notes(&self) {
+        let note = match &self.plan.placement {
+            Placement::Whole => self.streaming.without_effect(),
+            Placement::Streaming { ring, .. } => {
+                let short = self.streaming.ring.filter(|asked| asked > ring);
+                short.map(|asked| format!("--ring {asked}: there is memory for {ring}"))
+            }
+        };
+        note.iter().for_each(|note| eprintln!("note: {note}"));
+    }
+
+    /// What to load the model with.
+    pub fn residency(&self) -> Residency {
+        self.plan.residency_with(self.streaming.streaming())
     }
 
     /// The plan in a line or two.

@@ -292,3 +292,55 @@ fn statistics_have_two_forms() {
     let held = stats["held_bytes"].as_u64().unwrap();
     assert!(held <= ram.parse::<u64>().unwrap() + (64 << 20), "{held} bytes held, budget {ram}");
 }
+
+/// A `--ram` for the demo model that is `less` bytes too small for all of it.
+fn ram_without(less: u64, context: &str) -> String {
+    format!("{}", sum(&plan_json(&["--context", context])["parts"]) - less)
+}
+
+#[test]
+fn streaming_options_are_checked_and_followed() {
+    for (option, bad, allowed) in [
+        ("--policy", "belady", "frequency"),
+        ("--forecast", "oracle", "previous-token"),
+        ("--disk", "tape", "uring"),
+        ("--horizon", "0", "1 to 16"),
+        ("--ring", "0", "1 to "),
+    ] {
+        let output = run(&["plan", option, bad]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.starts_with("pregate: ") && text.contains(allowed), "{text}");
+        assert!(!text.contains("panicking"), "hostile forecasts are not offered: {text}");
+    }
+    let output = run(&["plan", "-t", "1", "--policy", "lru", "--ring", "5"]);
+    let notes = String::from_utf8_lossy(&output.stderr);
+    assert!(notes.contains("note: the whole model fits"), "{notes}");
+    assert!(notes.contains("--policy, --ring have no effect"), "{notes}");
+
+    let ram = ram_without(6_000_000, "128");
+    let limited = ["--ram", &ram, "--context", "128"];
+    assert_eq!(plan_json(&[&limited[..], &["--ring", "5"]].concat())["ring"], 5);
+    let buffered = plan_json(&[&limited[..], &["--disk", "buffered"]].concat());
+    let path = buffered["disk"]["path"].as_str().unwrap();
+    assert!(path.contains("page cache"), "{buffered}");
+    let output = run(&[&["plan", "-t", "1", "--ring", "4000"], &limited[..]].concat());
+    let notes = String::from_utf8_lossy(&output.stderr);
+    assert!(notes.contains("note: --ring 4000: there is memory for "), "{notes}");
+
+    // Whoever steers, the tokens are those of the whole model.
+    let question =
+        ["run", "--prompt", "list files", "--temperature", "0", "--max-tokens", "6", "-t", "1"];
+    let whole = stdout(&run(&question));
+    for steered in [
+        &["--policy", "lru", "--forecast", "none", "--disk", "threads"][..],
+        &["--policy", "least-stale-pool", "--forecast", "token", "--horizon", "1", "--ring", "2"],
+        &["--forecast", "inverse", "--disk", "buffered"],
+    ] {
+        let output = run(&[&question[..], &limited, steered].concat());
+        let notes = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{notes}");
+        assert!(notes.contains("experts from disk"), "{notes}");
+        assert_eq!(stdout(&output), whole, "{steered:?}");
+    }
+}

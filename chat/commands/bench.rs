@@ -58,7 +58,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let context = args.n_prompt.max(args.n_gen);
     let options = SessionOptions { context: Some(context), ..SessionOptions::default() };
     let opened = model::open(&path)?;
-    let planned = plan::make(&opened, &device, &Needs::new(args.ram.ram, options))?;
+    let planned = plan::make(&opened, &device, &Needs::new(&args.memory, options))?;
     planned.announce();
     // Half of the bandwidth passes before, half after, and both when the model
     // takes no memory: the same machine, the same minute, the same budget.

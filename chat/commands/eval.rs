@@ -49,7 +49,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     device.announce();
     let rows = ids.len() + args.greedy.saturating_sub(1);
     let options = SessionOptions { context: Some(rows), kv: args.kv.into(), prefill_chunk: CHUNK };
-    let needs = Needs { logit_rows: CHUNK, ..Needs::new(args.ram.ram, options) };
+    let needs = Needs { logit_rows: CHUNK, ..Needs::new(&args.memory, options) };
     let model = model::load(&args.model, &device, &needs)?;
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;

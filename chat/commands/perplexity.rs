@@ -24,7 +24,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     let window = args.context.unwrap_or(WINDOW.min(limit));
     let options =
         SessionOptions { context: Some(window), prefill_chunk: CHUNK, ..SessionOptions::default() };
-    let needs = Needs { logit_rows: CHUNK, ..Needs::new(args.ram.ram, options) };
+    let needs = Needs { logit_rows: CHUNK, ..Needs::new(&args.memory, options) };
     let model = model::load(&path, &device, &needs)?;
     let ids = model.tokenizer()?.encode_document(&text)?;
     // A last window of one token has nothing to predict.

@@ -67,11 +67,11 @@ struct Disk {
 const FRAMES: ClassSpec = ClassSpec { frame_bytes: 2 << 20, frames: 16 };
 
 /// Reads some of the model's files as streaming would.
-fn probe(model: &OpenedModel) -> Result<Disk, Failure> {
+fn probe(model: &OpenedModel, options: &DiskOptions) -> Result<Disk, Failure> {
     let names = model.files().paths().iter().cloned();
     let files: Vec<_> = names.zip(model.files().identities()).collect();
     let frames = Frames::new(&[FRAMES])?;
-    let (_, report) = disk::probe(&files, &frames, &DiskOptions::default())?;
+    let (_, report) = disk::probe(&files, &frames, options)?;
     Ok(Disk {
         line: plan::disk_line(&report),
         path: report.words,
@@ -84,10 +84,15 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let path = model::path_or_demo(args.model.model.as_deref())?;
     let device = Device::open(&args.model.device)?;
     let model = model::open(&path)?;
-    let needs = Needs::new(args.ram.ram, args.session.options());
+    let needs = Needs::new(&args.memory, args.session.options());
     let planned = plan::make(&model, &device, &needs)?;
+    planned.notes();
     let gb_s = bandwidth::read_gb_s(device.threads, planned.plan.budget_bytes)?;
-    let disk = if planned.plan.is_whole() { None } else { Some(probe(&model)?) };
+    let disk = if planned.plan.is_whole() {
+        None
+    } else {
+        Some(probe(&model, &planned.streaming.disk())?)
+    };
     let disk_rate = disk.as_ref().and_then(|disk| Some(disk.gb_s? * 1e9));
     let prediction =
         roofline::predict(model.bytes_per_token(), &planned.loads(), gb_s * 1e9, disk_rate);

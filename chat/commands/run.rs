@@ -28,7 +28,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let path = model::path_or_demo(args.model.model.as_deref())?;
     let device = Device::open(&args.model.device)?;
     device.announce();
-    let model = model::load(&path, &device, &Needs::new(args.ram.ram, args.session.options()))?;
+    let model = model::load(&path, &device, &Needs::new(&args.memory, args.session.options()))?;
     let mut engine = Local::new(&model, &args.session, &args.sampling, args.model.model.is_none())?;
     if !args.raw {
         engine.notes().iter().for_each(|note| eprintln!("note: {note}"));

@@ -99,13 +99,16 @@ impl Plan {
 
     /// What to load a model with.
     pub fn residency(&self) -> Residency {
+        self.residency_with(Streaming::default())
+    }
+
+    /// The same, with `streaming` for all but the numbers of this plan.
+    pub fn residency_with(&self, streaming: Streaming) -> Residency {
         match &self.placement {
             Placement::Whole => Residency::Resident,
-            Placement::Streaming { slots, ring, .. } => Residency::Streamed(Streaming {
-                slots: slots.clone(),
-                ring: *ring,
-                ..Streaming::default()
-            }),
+            Placement::Streaming { slots, ring, .. } => {
+                Residency::Streamed(Streaming { slots: slots.clone(), ring: *ring, ..streaming })
+            }
         }
     }
 

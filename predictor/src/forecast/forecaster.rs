@@ -6,7 +6,8 @@ use super::{External, Forecast, Known, Source, catalogue, select};
 use crate::ledger::{Answer, Ledger};
 use crate::{ExpertId, LayerShape, Outlook, Shape};
 
-const MAX_HORIZON: usize = 16;
+/// Layers that can be looked ahead.
+pub const MAX_HORIZON: usize = 16;
 
 /// How the forecaster works.
 #[derive(Clone, Debug)]

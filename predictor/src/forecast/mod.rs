@@ -14,8 +14,8 @@ mod select;
 mod token;
 mod transition;
 
-pub use catalogue::{NAMES, by_name};
-pub use forecaster::{Forecaster, Options};
+pub use catalogue::{NAMES, USEFUL, by_name};
+pub use forecaster::{Forecaster, MAX_HORIZON, Options};
 pub use guard::Fault;
 pub use recency::{Frequency, PreviousToken};
 pub use token::TokenMemory;
