@@ -78,7 +78,12 @@ and disk bandwidth / bytes that miss.")]
 Prompt speed: -p tokens of pseudo-random ids in one prefill. Decode speed: -n tokens one at a
 time from an empty context. Every repetition has ids of its own, the same in every run. The
 read bandwidth is measured in the same run, with as many threads: the best of several passes
-over 512 MiB. The share is bytes per token * median decode tok/s / bandwidth.")]
+over 512 MiB. The share is bytes per token * median decode tok/s / bandwidth.
+
+Where experts are streamed, the hit bound is what Belady's rule would have had in slots for the
+same tokens and slots, without reading ahead. --ledger judges the forecasts: recall is the share
+of the experts asked for that a guess of as many named; the control, a router on its very own
+input, must show 100.")]
     Bench(BenchArgs),
     /// Compute what tests and comparisons need
     #[command(subcommand)]
@@ -241,6 +246,10 @@ pub struct RunArgs {
     /// line of JSON
     #[arg(long, value_name = "FORM", value_enum, num_args = 0..=1, default_missing_value = "text")]
     pub stats: Option<StatsForm>,
+    /// Print what the forecasts were worth on standard error: how often each was right, and what
+    /// reading ahead saved and cost; in the JSON of --stats json
+    #[arg(long)]
+    pub ledger: bool,
     #[command(flatten)]
     pub session: SessionArgs,
     #[command(flatten)]
@@ -297,6 +306,10 @@ pub struct BenchArgs {
     /// Repetitions, after one warm-up
     #[arg(short = 'r', value_name = "N", default_value_t = 5, value_parser = repetitions)]
     pub repetitions: usize,
+    /// Show what the forecasts were worth, warm-up included: how often each was right, and what
+    /// reading ahead saved and cost
+    #[arg(long)]
+    pub ledger: bool,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,

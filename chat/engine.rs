@@ -41,6 +41,8 @@ pub struct Answer {
     pub generated: Generated,
     /// Tokens that the context holds now.
     pub context_used: usize,
+    /// Things to know that happened meanwhile.
+    pub notes: Vec<String>,
 }
 
 /// What the chat shows about the engine.

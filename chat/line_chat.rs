@@ -101,6 +101,7 @@ impl Chat {
                 if let Some(note) = tui::why_it_ended(answer.generated.finish) {
                     eprintln!("note: {note}");
                 }
+                answer.notes.iter().for_each(|note| eprintln!("note: {note}"));
                 if !answer.generated.text.is_empty() {
                     self.messages.push(Message::new(Role::User, question));
                     self.messages.push(Message::new(Role::Assistant, answer.generated.text));

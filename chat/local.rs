@@ -5,7 +5,7 @@ use crate::{
     device::Device,
     engine::{About, Answer, Engine, Message},
     exit::Failure,
-    model,
+    model, notices,
 };
 use pregate_predictor::NoObserver;
 use pregate_runtime::{
@@ -125,7 +125,8 @@ impl Engine for Local {
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Answer, Failure> {
         let generated = self.chat(messages, cancel, on_event)?;
-        Ok(Answer { generated, context_used: self.context_used() })
+        let notes = notices::of_disk(self.session.model());
+        Ok(Answer { generated, context_used: self.context_used(), notes })
     }
 
     fn reset(&mut self) {

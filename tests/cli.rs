@@ -344,3 +344,120 @@ fn streaming_options_are_checked_and_followed() {
         assert_eq!(stdout(&output), whole, "{steered:?}");
     }
 }
+
+#[test]
+fn the_ledger_judges_forecasts_and_its_control_is_right() {
+    let ram = ram_without(6_000_000, "128");
+    let bench = ["bench", "-p", "0", "-n", "64", "-r", "1", "-t", "1", "--ram", &ram];
+    let answer = |more: &[&str]| {
+        let output = run(&[&bench[..], more].concat());
+        let notes = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{notes}");
+        (stdout(&output), notes)
+    };
+    let (text, _) = answer(&["--ledger", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let ledger = &report["ledger"];
+    let of = |name: &str| -> Vec<&serde_json::Value> {
+        let rows = ledger["forecasts"].as_array().unwrap().iter();
+        rows.filter(|row| row["forecast"] == name && row["guesses"].as_u64() > Some(0)).collect()
+    };
+    let control = of("control");
+    assert!(!control.is_empty(), "{ledger}");
+    for row in control {
+        for measure in ["slot_recall", "whole_set_rate", "gate_mass_recall"] {
+            assert_eq!(row[measure], 1.0, "{measure}: {row}");
+        }
+    }
+    assert!(!of("blend").is_empty() && !of("previous-token").is_empty(), "{ledger}");
+    let total = &ledger["traffic_total"];
+    let sum: u64 =
+        ledger["traffic"].as_array().unwrap().iter().map(|r| r["issued"].as_u64().unwrap()).sum();
+    assert_eq!(total["issued"], sum);
+    assert!(ledger["link"]["bytes"].as_u64().unwrap() > 0, "{ledger}");
+
+    let (text, _) = answer(&["--ledger"]);
+    let table: Vec<&str> =
+        text.lines().skip_while(|line| !line.starts_with("forecasts: slot recall")).collect();
+    let column = table[1].split_whitespace().position(|name| name == "control").expect(&text);
+    let rows = table[2..].iter().take_while(|line| !line.starts_with("slot recall"));
+    let control: Vec<&str> =
+        rows.map(|line| line.split_whitespace().nth(column).unwrap()).collect();
+    assert!(control.contains(&"100.0"), "{text}");
+    assert!(control.iter().all(|cell| ["100.0", "-"].contains(cell)), "{text}");
+    assert!(table.iter().all(|line| line.chars().count() <= 100), "{text}");
+    assert!(text.contains("hit bound") && text.contains("\nlink: "), "{text}");
+
+    // Without reading ahead no policy beats Belady's rule.
+    let (text, _) = answer(&["--forecast", "none", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let layers = report["stats"]["decode"]["layers"].as_array().unwrap();
+    let count = |name: &str| layers.iter().map(|l| l[name].as_f64().unwrap()).sum::<f64>();
+    let requests = count("hits") + count("in_flight") + count("misses");
+    assert_eq!(requests, 64.0 * 6.0 * 4.0, "{report}");
+    let bound = report["belady_hit_ratio"].as_f64().unwrap();
+    assert!(count("hits") / requests <= bound && bound < 1.0, "{bound}: {report}");
+    assert_eq!(report["ledger"], serde_json::Value::Null);
+
+    // A forecast that breaks is named, and nothing else happens.
+    let (_, notes) = answer(&["--forecast", "out-of-range"]);
+    assert!(notes.contains("note: the forecast out-of-range gave "), "{notes}");
+    let output = run(&["run", "--prompt", "x", "--max-tokens", "1", "--ledger"]);
+    let notes = String::from_utf8_lossy(&output.stderr);
+    assert!(notes.contains("note: --ledger: the whole model is in memory"), "{notes}");
+}
+
+/// What a run says and how it ends when `spoil` does something to its model
+/// file while it generates.
+#[cfg(unix)]
+fn spoiled(spoil: impl FnOnce(&Path)) -> (Option<i32>, String) {
+    use std::io::Read;
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model.gguf");
+    std::fs::copy(demo(), &model).unwrap();
+    let ram = ram_without(6_000_000, "2048");
+    // Any token is as likely as any other: it would go on for long.
+    let mut child = pregate(&["run", "--raw", "--prompt", "x", "--temperature", "100"])
+        .args(["--top-k", "0", "--top-p", "1", "--min-p", "0", "--seed", "1"])
+        .args(["--max-tokens", "2000", "--context", "2048", "-t", "1", "--ram", &ram])
+        .args(["--model".as_ref(), model.as_os_str()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = [0];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).expect("an answer begins");
+    spoil(&model);
+    let output = child.wait_with_output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[cfg(unix)]
+#[test]
+fn a_model_file_that_changes_while_it_is_used_is_an_error_and_no_signal() {
+    use std::os::unix::fs::FileExt;
+    let open = |path: &Path| std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    let (code, text) = spoiled(|path| open(path).set_len(1 << 20).unwrap());
+    assert_eq!(code, Some(3), "truncated: {text}");
+    assert!(text.contains("the model file changed while it was in use"), "{text}");
+    assert!(text.contains("1048576 bytes instead of"), "{text}");
+
+    let (code, text) = spoiled(|path| {
+        let len = std::fs::metadata(path).unwrap().len();
+        let garbage = vec![0xa5; 1 << 20];
+        for offset in (1 << 20..len - (1 << 20)).step_by(1 << 20) {
+            open(path).write_all_at(&garbage, offset).unwrap();
+        }
+    });
+    assert_eq!(code, Some(3), "overwritten: {text}");
+    assert!(text.contains("a newer time of modification"), "{text}");
+
+    // Another file under the same name harms nobody, and is told.
+    let (code, text) = spoiled(|path| {
+        let other = path.with_extension("new");
+        std::fs::write(&other, "another file").unwrap();
+        std::fs::rename(other, path).unwrap();
+    });
+    assert_eq!(code, Some(0), "replaced: {text}");
+    assert_eq!(text.matches("another file has this name now").count(), 1, "{text}");
+}

@@ -5,15 +5,16 @@ use crate::{
     cli::BenchArgs,
     device::Device,
     exit::Failure,
-    memory, model, output,
-    plan::{self, Needs},
+    ledger, memory, model, notices, output,
+    plan::{self, Needs, Planned},
     progress::Progress,
     signals, statistics,
 };
-use pregate_predictor::NoObserver;
+use pregate_predictor::{NoObserver, Observer};
 use pregate_runtime::{
     Cancel, Model, Run, Session, SessionOptions, StreamStats, budget::Parts, store::ExpertStore,
 };
+use pregate_traces::AccessLog;
 use serde::Serialize;
 use std::time::Instant;
 
@@ -42,6 +43,11 @@ struct Report {
     held_bytes: Option<u64>,
     /// Of the repetitions; `null` where the whole model is in memory.
     stats: Option<StreamStats>,
+    /// Share of the experts that the repetitions' decoding asked for which the
+    /// best policy would have had in slots, without reading ahead.
+    belady_hit_ratio: Option<f64>,
+    /// With `--ledger`; of all rounds.
+    ledger: Option<ledger::Report>,
     /// How experts are read.
     disk: Option<String>,
     /// Of the sources, where PREGATE_COMMIT was set at build time.
@@ -67,7 +73,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let model = model::place(opened, &device, &planned)?;
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
-    let mut bench = Bench { session: Session::new(&model, options)?, cancel };
+    let log = model.store().map(|_| AccessLog::default());
+    let mut bench = Bench { session: Session::new(&model, options)?, cancel, log };
 
     let per_round = args.n_prompt + args.n_gen;
     let mut bar = Progress::new("measuring", "tokens", per_round * (args.repetitions + 1));
@@ -80,17 +87,26 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         // The first round reads the weights from disk and wakes the threads.
         if round == 0 {
             warm_up = stream_stats(&model);
+            bench.log.iter_mut().for_each(AccessLog::end_warm_up);
         } else {
             held_bytes = held_bytes.max(memory::held_bytes());
             prompt_tok_s.extend(prompt);
             decode_tok_s.extend(decode);
         }
+        notices::tell_of_disk(&model);
     }
     drop(bar);
     let bytes_per_token = model.bytes_per_token();
     let experts = model::experts(model.description());
     let stats = stream_stats(&model).zip(warm_up).map(|(now, before)| now.since(&before));
     let disk = model.store().map(ExpertStore::describe);
+    let belady_hit_ratio = bench.belady_hit_ratio(&planned)?;
+    let ledger = if args.ledger { ledger::report(&model) } else { None };
+    match (args.ledger, &ledger) {
+        (true, None) => eprintln!("{}", ledger::NOTHING),
+        (true, Some(_)) => {}
+        (false, _) => notices::tell_of_forecasts(&model),
+    }
     drop((bench, model));
     let read_bandwidth_gb_s = before.max(bandwidth()?);
     let report = Report {
@@ -109,6 +125,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         parts: planned.plan.parts,
         held_bytes,
         stats,
+        belady_hit_ratio,
+        ledger,
         disk,
         commit: option_env!("PREGATE_COMMIT"),
     };
@@ -122,6 +140,8 @@ fn stream_stats(model: &Model) -> Option<StreamStats> {
 struct Bench {
     session: Session,
     cancel: Cancel,
+    /// Of decoding, where experts are streamed.
+    log: Option<AccessLog>,
 }
 
 impl Bench {
@@ -157,16 +177,29 @@ impl Bench {
         let ids = self.ids(count, 2 * round + 1);
         self.session.reset();
         let started = Instant::now();
-        let mut observer = NoObserver;
+        let mut nobody = NoObserver;
+        let observer: &mut dyn Observer = match &mut self.log {
+            Some(log) => log,
+            None => &mut nobody,
+        };
         for id in ids {
             let mut run = Run {
-                observer: &mut observer,
+                observer: &mut *observer,
                 cancel: &self.cancel,
                 progress: Some(&mut *progress),
             };
             self.session.feed(&[id], &mut run)?;
         }
         Ok(Some(count as f64 / started.elapsed().as_secs_f64()))
+    }
+
+    /// What the best policy would have hit in the repetitions.
+    fn belady_hit_ratio(&self, planned: &Planned) -> Result<Option<f64>, Failure> {
+        let Some((log, slots)) = self.log.as_ref().zip(planned.plan.slots()) else {
+            return Ok(None);
+        };
+        let hits = log.belady(&planned.sizes.shape, slots);
+        Ok(hits.map_err(|error| Failure::Internal(error.to_string()))?.ratio())
     }
 
     /// Pseudo-random ids (a linear congruential generator; Knuth, TAOCP volume
@@ -227,7 +260,16 @@ fn print(report: &Report, experts: &str) -> Result<(), Failure> {
     if let Some(share) = report.decode_bandwidth_share {
         output::line(&format!("{:<16} {:10.1} %", "decode uses", share * 100.0))?;
     }
-    report.stats.iter().flat_map(statistics::lines).try_for_each(|line| output::line(&line))
+    if let Some(bound) = report.belady_hit_ratio {
+        output::line(&format!(
+            "{:<16} {:10.1} %       Belady's rule on the same slots, without reading ahead",
+            "hit bound",
+            bound * 100.0
+        ))?;
+    }
+    let ledger = report.ledger.iter().flat_map(ledger::Report::lines);
+    let lines = report.stats.iter().flat_map(statistics::lines).chain(ledger);
+    lines.into_iter().try_for_each(|line| output::line(&line))
 }
 
 #[cfg(test)]

@@ -6,8 +6,9 @@ use crate::{
     device::Device,
     engine::{Message, Role},
     exit::Failure,
+    ledger,
     local::Local,
-    memory, model,
+    memory, model, notices,
     output::bytes,
     plan::Needs,
     progress::Progress,
@@ -46,6 +47,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         Event::Text(text) => {
             bar = None;
             printer.print(text);
+            notices::tell_of_disk(&model);
         }
     };
     let answer = if args.raw {
@@ -58,9 +60,19 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     };
     drop(bar);
     printer.end()?;
+    notices::tell_of_disk(&model);
     let answer = answer?;
+    let ledger = if args.ledger { ledger::report(&model) } else { None };
+    match (args.ledger, &ledger) {
+        (true, None) => eprintln!("{}", ledger::NOTHING),
+        (true, Some(report)) if args.stats != Some(StatsForm::Json) => {
+            report.lines().iter().for_each(|line| eprintln!("{line}"));
+        }
+        (true, Some(_)) => {}
+        (false, _) => notices::tell_of_forecasts(&model),
+    }
     if let Some(form) = args.stats {
-        eprintln!("{}", Stats::new(&answer, seed, &model).show(form)?);
+        eprintln!("{}", Stats::new(&answer, seed, &model, ledger).show(form)?);
     }
     match answer.finish {
         Finish::Cancelled => Err(Failure::Interrupted),
@@ -85,10 +97,12 @@ struct Stats {
     held_bytes: Option<u64>,
     /// `null` where the whole model is in memory.
     stream: Option<StreamStats>,
+    /// With `--ledger`.
+    ledger: Option<ledger::Report>,
 }
 
 impl Stats {
-    fn new(answer: &Generated, seed: u64, model: &Model) -> Self {
+    fn new(answer: &Generated, seed: u64, model: &Model, ledger: Option<ledger::Report>) -> Self {
         let computed = answer.prompt_tokens - answer.reused_tokens;
         Self {
             prompt_tokens: answer.prompt_tokens,
@@ -99,6 +113,7 @@ impl Stats {
             seed,
             held_bytes: memory::held_bytes(),
             stream: model.store().map(ExpertStore::stats),
+            ledger,
         }
     }
 

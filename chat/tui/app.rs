@@ -233,6 +233,7 @@ impl App {
         if let Some(note) = why_it_ended(answer.generated.finish) {
             self.transcript.note(note);
         }
+        answer.notes.iter().for_each(|note| self.transcript.note(note));
         self.last = Some(answer);
     }
 

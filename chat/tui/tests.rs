@@ -67,7 +67,8 @@ impl Engine for Scripted {
             ttft: Duration::from_millis(12),
             decode: Duration::from_millis(100),
         };
-        Ok(Answer { generated, context_used: 20 })
+        let notes = if question == "notes" { vec!["the disk is slow".to_string()] } else { vec![] };
+        Ok(Answer { generated, context_used: 20, notes })
     }
 
     fn reset(&mut self) {}
@@ -344,4 +345,11 @@ fn any_size_and_any_keys_draw_without_panic() {
         window.screen();
         window.quit = None;
     }
+}
+
+#[test]
+fn what_happened_meanwhile_is_noted() {
+    let mut window = Window::new(70, 20);
+    window.ask("notes");
+    assert!(window.screen().join("\n").contains("the disk is slow"));
 }

@@ -1,6 +1,10 @@
-//! Records of routing. Today: a log in memory, which `pregate eval logits`
-//! writes out. The file format, importers and replay join it with the trace
+//! Records of routing. Today: logs in memory, one which `pregate eval logits`
+//! writes out, one to replay. The file format and importers join with the trace
 //! work.
+
+mod belady;
+
+pub use belady::{AccessLog, Hits};
 
 use pregate_predictor::Observer;
 use std::collections::BTreeMap;

@@ -13,6 +13,7 @@ mod event;
 pub mod frames;
 pub mod layout;
 pub mod mover;
+mod notices;
 mod places;
 pub mod slot;
 mod sync;
@@ -24,7 +25,8 @@ use crate::statistics::{LayerStats, StreamStats, Time};
 use disk::DiskReport;
 use frames::{ClassSpec, Frames};
 use layout::ModelLayout;
-use mover::{Counters, Done, Fill, MoveError, Mover, Urgency};
+use mover::{Counters, Done, Fill, MoveError, Mover, Notice, Urgency};
+use notices::Told;
 use places::{Place, Places};
 use pregate_kernels::{ExpertWeights, Routes};
 use pregate_predictor::forecast::{External, Forecaster};
@@ -62,6 +64,8 @@ struct Inner {
     /// Of the pass that runs.
     tokens: usize,
     session: u64,
+    /// Notices that were given out.
+    told: Told,
 }
 
 struct Flight {
@@ -113,6 +117,7 @@ impl ExpertStore {
             weights: Vec::new(),
             tokens: 1,
             session: 0,
+            told: Told::default(),
         };
         Self { layout, frames, horizon, clock, disk, inner: Mutex::new(inner) }
     }
@@ -227,6 +232,14 @@ impl ExpertStore {
     /// How experts come, in words.
     pub fn describe(&self) -> String {
         self.lock().mover.describe()
+    }
+
+    /// What the mover has to tell the user since the last call: one of a kind
+    /// for each file, ever.
+    pub fn notices(&self) -> Vec<Notice> {
+        let Inner { mover, told, .. } = &mut *self.lock();
+        let notices = std::iter::from_fn(|| mover.notice());
+        notices.filter(|notice| told.is_new(notice)).collect()
     }
 
     /// Calls `look` with the planner, for reports.

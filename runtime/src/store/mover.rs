@@ -10,7 +10,11 @@
 
 use super::frames::{FrameId, Ticket};
 use super::slot::Generation;
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use thiserror::Error;
 
 /// What pieces are aligned to in the file, in the frame and in length: the
@@ -113,6 +117,30 @@ pub enum Notice {
     Replaced { file: PathBuf },
     /// A read takes longer than [`SLOW_NS`]; told once per read.
     Slow { file: PathBuf, offset: u64 },
+}
+
+impl Notice {
+    pub fn file(&self) -> &Path {
+        match self {
+            Notice::Replaced { file } | Notice::Slow { file, .. } => file,
+        }
+    }
+}
+
+impl fmt::Display for Notice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.file().display())?;
+        match self {
+            Notice::Replaced { .. } => f.write_str(
+                "another file has this name now; reading goes on from the one that was opened",
+            ),
+            Notice::Slow { offset, .. } => write!(
+                f,
+                "a read at byte {offset} takes longer than {} s: the disk is slow or busy",
+                SLOW_NS / 1_000_000_000
+            ),
+        }
+    }
 }
 
 /// A read that takes longer is reported.
