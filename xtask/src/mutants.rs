@@ -116,7 +116,7 @@ pub fn run(root: &Path, options: Options) -> Result<bool, String> {
 type Limits = BTreeMap<Vec<String>, Duration>;
 
 /// Runs every test command that the bugs name on the sources as they are. A
-/// mutant gets ten times as long, and a minute.
+/// mutant gets three times as long, and a minute.
 fn without_bugs(scratch: &Scratch, bugs: &[(&List, &Bug)]) -> Result<Limits, String> {
     let mut limits = Limits::new();
     for (list, bug) in bugs {
@@ -128,7 +128,7 @@ fn without_bugs(scratch: &Scratch, bugs: &[(&List, &Bug)]) -> Result<Limits, Str
             match scratch.test(arguments, None)? {
                 Ran::Passed(took) => {
                     eprintln!("passes ({:.0} s)", took.as_secs_f64());
-                    limits.insert(arguments.clone(), 10 * took + Duration::from_secs(60));
+                    limits.insert(arguments.clone(), 3 * took + Duration::from_secs(60));
                 }
                 Ran::DoesNotBuild(words) | Ran::Failed { words, .. } => {
                     return Err(format!("the tests fail without any bug:\n{words}"));
