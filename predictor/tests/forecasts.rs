@@ -204,6 +204,17 @@ fn a_forecast_that_panics_is_disabled_and_reported() {
     assert!(total(&ledger, "panicking", 1).guesses < 20);
 }
 
+#[test]
+fn scores_out_of_range_are_repaired_and_reported() {
+    let shape = Shape::uniform(4, 8, 2, 1);
+    let forecasts = vec![forecast::by_name("out-of-range", &shape, 3).unwrap()];
+    let mut forecaster = Forecaster::with(&shape, Options::default(), forecasts);
+    forecaster.begin_token(0);
+    let faults: Vec<_> = forecaster.faults().collect();
+    assert_eq!(faults.len(), 1);
+    assert!(!faults[0].panicked && faults[0].unclean_answers > 0, "{faults:?}");
+}
+
 /// A model with dense layers, unequal experts and more experts per token than
 /// eight.
 fn odd_shape() -> Shape {

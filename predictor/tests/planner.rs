@@ -10,6 +10,9 @@ use pregate_predictor::{
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Prefetched and not used yet, at most.
+const MOST_AHEAD: usize = 8;
+
 /// What the runtime knows: frames per class, and who is in them.
 struct Machine {
     shape: Shape,
@@ -22,6 +25,8 @@ struct Machine {
     computed: BTreeSet<ExpertId>,
     /// `[layers]`: residents that a layer had and may not lose, up to top-k.
     floors: Vec<usize>,
+    /// `[layers]`: where requests found their experts.
+    counts: Vec<Counts>,
     random: u64,
 }
 
@@ -34,7 +39,7 @@ impl Machine {
         seed: u64,
     ) -> Self {
         let forecaster = Forecaster::by_name(forecast, &shape, 2);
-        let limits = Ahead { threshold: 0.3, most: 8, priced: true };
+        let limits = Ahead { threshold: 0.3, most: MOST_AHEAD, priced: true };
         let per_layer: Vec<usize> =
             shape.layers.iter().map(|layer| layer.map_or(0, |l| slots.max(l.top_k))).collect();
         let cache = Cache::new(&shape, &per_layer, policy::by_name(policy).unwrap()).unwrap();
@@ -42,6 +47,7 @@ impl Machine {
         shape.moe().for_each(|(index, layer)| frames[layer.class] += per_layer[index]);
         Self {
             floors: vec![0; shape.layers.len()],
+            counts: vec![Counts::default(); shape.layers.len()],
             planner: Planner::new(&shape, cache, forecaster, limits),
             shape,
             frames,
@@ -162,7 +168,13 @@ impl Machine {
         let all: BTreeSet<ExpertId> =
             resident.iter().chain(&early).chain(&in_flight).chain(&missing).copied().collect();
         assert_eq!(all, event);
+        let counts = &mut self.counts[layer];
+        counts.resident += resident.len() as u64;
+        counts.early += early.len() as u64;
+        counts.in_flight += in_flight.len() as u64;
+        counts.missing += missing.len() as u64;
         self.retire(&retire);
+        self.check_layer(layer, &event);
         resident.iter().chain(&early).for_each(|id| assert!(self.ready.contains(id), "{id}"));
         in_flight.iter().for_each(|id| assert!(self.flight.contains_key(id), "{id}"));
         for &id in &resident {
@@ -201,7 +213,21 @@ impl Machine {
         let mut retire = Retire::default();
         self.planner.end(layer, 0, &mut retire);
         self.retire(&retire);
+        self.check_layer(layer, &BTreeSet::new());
         self.check();
+    }
+
+    /// `layer` has frames for its residents and `event` only, and nothing is
+    /// read for anybody else.
+    fn check_layer(&self, layer: usize, event: &BTreeSet<ExpertId>) {
+        let cache = self.planner.cache();
+        let others = |id: &&ExpertId| id.layer() == layer && !event.contains(id);
+        for id in self.ready.iter().filter(others) {
+            assert!(cache.contains(*id), "{id} keeps its frame and nobody wants it");
+        }
+        for (id, discarded) in self.flight.iter().filter(|(id, _)| others(id)) {
+            assert!(*discarded, "{id} is read and nobody wants it");
+        }
     }
 
     /// Every frame is accounted for.
@@ -225,6 +251,13 @@ impl Machine {
         let sum = |count: fn(&Counts) -> u64| counts.iter().map(count).sum::<u64>();
         assert!(traffic.issued <= sum(|counts| counts.prefetched));
         assert!(traffic.wasted <= sum(|counts| counts.wasted));
+        for (layer, (found, counts)) in self.counts.iter().zip(counts).enumerate() {
+            let of = |c: &Counts| [c.resident, c.early, c.in_flight, c.missing];
+            assert_eq!(of(found), of(counts), "layer {layer}");
+        }
+        let settled = sum(|counts| counts.wasted + counts.early + counts.in_flight);
+        let most = settled + MOST_AHEAD as u64;
+        assert!(sum(|counts| counts.prefetched) <= most, "too much is fetched ahead");
         assert!(free.iter().all(|&free| free >= 0), "more residents than slots");
     }
 }

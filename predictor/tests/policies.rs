@@ -158,6 +158,58 @@ fn an_event_never_evicts_its_own_and_pins_are_kept() {
 }
 
 #[test]
+fn a_tokens_experts_stay_until_all_of_them_were_computed() {
+    for name in policy::NAMES {
+        let policy = policy::by_name(name).unwrap();
+        let mut cache = Cache::new(&Shape::uniform(1, 16, 2, 1), &[2], policy).unwrap();
+        for _ in 0..20 {
+            token(&mut cache, 0, &[0, 2], &NoOutlook);
+        }
+        token(&mut cache, 0, &[0, 1], &NoOutlook);
+        cache.next_token();
+        cache.used(&Event { layer: 0, experts: &[2, 1], counts: &[1, 1], tokens: 1 });
+        cache.computed(ExpertId::new(0, 1));
+        // 2 was used more often and is more recent; 1 stays all the same.
+        let admission = cache.admit(ExpertId::new(0, 2), &|id| id.expert == 0, &NoOutlook);
+        assert_eq!(admission, Admission::Bypassed, "{name}");
+    }
+}
+
+#[test]
+fn a_frame_that_is_lost_leaves_a_free_slot() {
+    for name in policy::NAMES {
+        let policy = policy::by_name(name).unwrap();
+        let mut cache = Cache::new(&Shape::uniform(1, 16, 2, 1), &[2], policy).unwrap();
+        token(&mut cache, 0, &[0, 1], &NoOutlook);
+        assert!(!cache.has_free_slot(0), "{name}");
+        cache.remove(ExpertId::new(0, 1));
+        assert!(cache.has_free_slot(0), "{name}");
+        token(&mut cache, 0, &[2], &NoOutlook);
+        assert_eq!(resident(&cache, 0), [0, 2], "{name}");
+    }
+}
+
+#[test]
+fn a_newcomer_with_little_use_is_the_next_that_its_pool_gives() {
+    let mut cache = cache(4, Lfu::new(Some(Scope::Pool)));
+    token(&mut cache, 1, &[9], &NoOutlook);
+    for _ in 0..30 {
+        token(&mut cache, 0, &[0, 1], &NoOutlook);
+        token(&mut cache, 1, &[0, 1], &NoOutlook);
+    }
+    for _ in 0..10 {
+        token(&mut cache, 0, &[2, 0], &NoOutlook);
+        token(&mut cache, 1, &[2, 3], &NoOutlook);
+    }
+    // Every slot is taken. 9 was used least, then 5, which replaces it.
+    token(&mut cache, 0, &[5], &NoOutlook);
+    assert_eq!([resident(&cache, 0), resident(&cache, 1)], [[0, 1, 2, 5], [0, 1, 2, 3]]);
+    token(&mut cache, 1, &[6], &NoOutlook);
+    assert_eq!(resident(&cache, 0), [0, 1, 2]);
+    assert_eq!(resident(&cache, 1), [0, 1, 2, 3, 6]);
+}
+
+#[test]
 fn too_few_slots_are_refused_with_the_layer() {
     let make = |slots: &[usize]| {
         let policy = policy::by_name(policy::DEFAULT).unwrap();
