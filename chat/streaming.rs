@@ -24,13 +24,15 @@ pub struct MemoryArgs {
     pub streaming: StreamingArgs,
 }
 
+const HEADING: &str = "Streaming, for a model larger than --ram";
+
 /// Choices that change speed, never tokens. What is not given is the
 /// runtime's.
 #[derive(Clone, Debug, Default, PartialEq, Args)]
-#[command(next_help_heading = "Streaming, for a model larger than --ram")]
 pub struct StreamingArgs {
     #[arg(
         long,
+        help_heading = HEADING,
         value_name = "NAME",
         value_parser = PossibleValuesParser::new(policy::NAMES),
         help = format!("Which expert leaves memory for another [default: {}]", policy::DEFAULT)
@@ -38,6 +40,7 @@ pub struct StreamingArgs {
     pub policy: Option<String>,
     #[arg(
         long,
+        help_heading = HEADING,
         value_name = "NAME",
         value_parser = PossibleValuesParser::new(forecasts()),
         help = format!(
@@ -49,6 +52,7 @@ pub struct StreamingArgs {
     pub forecast: Option<String>,
     #[arg(
         long,
+        help_heading = HEADING,
         value_name = "N",
         value_parser = horizon,
         help = format!("Layers that forecasts look ahead [default: {}]", Streaming::default().horizon)
@@ -56,10 +60,10 @@ pub struct StreamingArgs {
     pub horizon: Option<usize>,
     /// Frames of each size that experts are read into, beside the slots [default: twice the
     /// experts of a token, at least 4; fewer where memory is short]
-    #[arg(long, value_name = "N", value_parser = ring)]
+    #[arg(long, help_heading = HEADING, value_name = "N", value_parser = ring)]
     pub ring: Option<usize>,
     /// How experts are read [default: auto]
-    #[arg(long, value_enum)]
+    #[arg(long, help_heading = HEADING, value_enum)]
     pub disk: Option<DiskArg>,
 }
 

@@ -410,16 +410,15 @@ fn the_ledger_judges_forecasts_and_its_control_is_right() {
 /// What a run says and how it ends when `spoil` does something to its model
 /// file while it generates.
 #[cfg(unix)]
-fn spoiled(spoil: impl FnOnce(&Path)) -> (Option<i32>, String) {
+fn spoiled(ram: &str, spoil: impl FnOnce(&Path)) -> (Option<i32>, String) {
     use std::io::Read;
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model.gguf");
     std::fs::copy(demo(), &model).unwrap();
-    let ram = ram_without(6_000_000, "2048");
     // Any token is as likely as any other: it would go on for long.
     let mut child = pregate(&["run", "--raw", "--prompt", "x", "--temperature", "100"])
         .args(["--top-k", "0", "--top-p", "1", "--min-p", "0", "--seed", "1"])
-        .args(["--max-tokens", "2000", "--context", "2048", "-t", "1", "--ram", &ram])
+        .args(["--max-tokens", "2000", "--context", "2048", "-t", "1", "--ram", ram])
         .args(["--model".as_ref(), model.as_os_str()])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -437,12 +436,13 @@ fn spoiled(spoil: impl FnOnce(&Path)) -> (Option<i32>, String) {
 fn a_model_file_that_changes_while_it_is_used_is_an_error_and_no_signal() {
     use std::os::unix::fs::FileExt;
     let open = |path: &Path| std::fs::OpenOptions::new().write(true).open(path).unwrap();
-    let (code, text) = spoiled(|path| open(path).set_len(1 << 20).unwrap());
+    let ram = &ram_without(6_000_000, "2048");
+    let (code, text) = spoiled(ram, |path| open(path).set_len(1 << 20).unwrap());
     assert_eq!(code, Some(3), "truncated: {text}");
     assert!(text.contains("the model file changed while it was in use"), "{text}");
     assert!(text.contains("1048576 bytes instead of"), "{text}");
 
-    let (code, text) = spoiled(|path| {
+    let (code, text) = spoiled(ram, |path| {
         let len = std::fs::metadata(path).unwrap().len();
         let garbage = vec![0xa5; 1 << 20];
         for offset in (1 << 20..len - (1 << 20)).step_by(1 << 20) {
@@ -453,7 +453,7 @@ fn a_model_file_that_changes_while_it_is_used_is_an_error_and_no_signal() {
     assert!(text.contains("a newer time of modification"), "{text}");
 
     // Another file under the same name harms nobody, and is told.
-    let (code, text) = spoiled(|path| {
+    let (code, text) = spoiled(ram, |path| {
         let other = path.with_extension("new");
         std::fs::write(&other, "another file").unwrap();
         std::fs::rename(other, path).unwrap();
