@@ -3,8 +3,10 @@
 #[cfg(unix)]
 mod changes;
 mod contents;
+mod engine;
 mod faults;
 mod order;
+mod storm;
 
 use super::{
     super::{
