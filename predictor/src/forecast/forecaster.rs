@@ -121,7 +121,7 @@ impl Forecaster {
         let groups = shape.layers.len().div_ceil(options.group);
         Self {
             layers: layers.collect(),
-            blends: vec![Blend::new(columns, options.learns); groups],
+            blends: vec![Blend::new(columns, Source::KINDS, options.learns); groups],
             first: after(None),
             token: None,
             path: shape.layers.iter().map(|_| Vec::new()).collect(),

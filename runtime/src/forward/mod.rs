@@ -115,7 +115,7 @@ pub fn forward(
         }
         if chunk.tokens == 1 {
             let buffers = &mut scratch.feed_forward.streamed;
-            streamed::foresee_own(engine, index, x, buffers, &mut meter);
+            streamed::foresee_own(engine, chunk, index, x, buffers, &mut meter);
         }
         norm_rows(engine, &layer.mixer_norm, x, normed);
         let mixing = Mixing {

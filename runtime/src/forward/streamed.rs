@@ -6,7 +6,7 @@ use super::rows::buffer;
 use super::{Chunk, Engine, norm_rows, project};
 use crate::error::Result;
 use crate::model::description::MoeDescription;
-use crate::model::weights::{FeedForwardWeights, MoeWeights};
+use crate::model::weights::{FeedForwardWeights, LayerWeights, MoeWeights};
 use crate::session::Cancel;
 use crate::store::{Event, ExpertStore};
 use pregate_kernels::{ExpertGroup, ExpertRows, Grouping, Routes};
@@ -170,23 +170,38 @@ pub fn router_scores<'s>(
     logits
 }
 
-/// Before a layer's attention: its own router on the stream as it is now says
-/// what to fetch while the attention is computed.
+/// Passes between two in which the routers of all layers are tried before
+/// their attention.
+const TRIAL_EVERY: usize = 8;
+
+/// Before a layer's attention: its own router on the stream as it is now. For
+/// the first MoE layer, which no earlier router forecasts, it says what to
+/// fetch while the attention is computed. For the others it says hardly more
+/// than the router before them did (`docs/measurements.md`), so it is only
+/// judged, in some of the passes.
 pub fn foresee_own(
     engine: Engine<'_>,
+    chunk: Chunk,
     layer: usize,
     residual: &[f32],
     scratch: &mut Scratch,
     meter: &mut Meter<'_>,
 ) {
-    let is_moe = matches!(engine.weights.layers[layer].feed_forward, FeedForwardWeights::Moe(_));
-    let Some(store) = engine.store.filter(|store| is_moe && store.horizon() > 0) else { return };
-    if !store.wants(layer) {
+    let layers = &engine.weights.layers;
+    let is_moe = |layer: &LayerWeights| matches!(layer.feed_forward, FeedForwardWeights::Moe(_));
+    let Some(store) = engine.store.filter(|store| store.horizon() > 0) else { return };
+    let is_first = !layers[..layer].iter().any(is_moe);
+    let is_trial = chunk.first_position.is_multiple_of(TRIAL_EVERY);
+    if !is_moe(&layers[layer]) || !(is_first || is_trial) || !store.wants(layer) {
         return;
     }
     meter.lap(Work::Dense);
     let Scratch { normed, logits, .. } = scratch;
     let logits = router_scores(engine, layer, residual, normed, logits);
-    store.foresee(&External { source: Source::OwnGateBeforeAttention, target: layer, logits });
+    let external = External { source: Source::OwnGateBeforeAttention, target: layer, logits };
+    match is_first {
+        true => store.foresee(&external),
+        false => store.control(&external),
+    }
     meter.lap(Work::Overhead);
 }

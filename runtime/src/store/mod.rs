@@ -193,7 +193,7 @@ impl ExpertStore {
         self.lock().planner.wants(layer)
     }
 
-    /// Scores that are only judged: [`pregate_predictor::forecast::Source::ZeroStaleness`].
+    /// Scores that are judged and not acted on: the control, trials.
     pub fn control(&self, external: &External<'_>) {
         self.lock().planner.external(external);
     }
