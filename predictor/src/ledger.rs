@@ -86,7 +86,8 @@ pub struct Traffic {
     pub wasted_bytes: u64,
     /// Stall that useful ones saved, estimated at the link's speed.
     pub saved_ns: u64,
-    /// Stall that useless ones caused, estimated at the link's speed.
+    /// Stall that useless ones caused, estimated at the link's speed, and the
+    /// time of forecasting itself, measured.
     pub lost_ns: u64,
     /// Time that the layer waited for experts, measured.
     pub stall_ns: u64,
@@ -282,6 +283,17 @@ impl Ledger {
         if self.link.ns_per_byte > 0.0 {
             switch.settled(-(lost_ns as f64));
         }
+    }
+
+    /// Forecasting for `layer` took the token's thread `ns`.
+    pub fn spent(&mut self, layer: usize, ns: u64) {
+        let (Some(traffic), Some(switch)) =
+            (self.traffic.get_mut(layer), self.switches.get_mut(layer))
+        else {
+            return;
+        };
+        traffic.lost_ns = traffic.lost_ns.saturating_add(ns);
+        switch.spent(ns as f64);
     }
 
     /// `layer` waited for its experts.

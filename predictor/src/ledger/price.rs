@@ -75,6 +75,12 @@ impl Switch {
         self.evidence += 1.0;
     }
 
+    /// Forecasting itself took this long; weak evidence by itself.
+    pub fn spent(&mut self, cost_ns: f64) {
+        self.balance_ns -= cost_ns;
+        self.evidence += 0.1;
+    }
+
     /// A token is done.
     pub fn next_token(&mut self, pricing: &Pricing) {
         if self.paused > 0 {

@@ -45,6 +45,14 @@ impl Planner {
         self.forecaster.is_some() && (!self.limits.priced || self.ledger.allows(layer))
     }
 
+    /// Forecasting for `layer` took the token's thread `ns`: a price that its
+    /// read-aheads have to earn.
+    pub fn spent(&mut self, layer: usize, ns: u64) {
+        if self.limits.priced {
+            self.ledger.spent(layer, ns);
+        }
+    }
+
     /// Which experts of later layers are worth a fill now? They are marked as
     /// in flight; `out` gets them, best first. Takes free frames only,
     /// `room(class)` many. May be called whenever the link is idle.

@@ -20,6 +20,8 @@ pub struct Scratch {
     normed: Vec<f32>,
     logits: Vec<f32>,
     order: Vec<u32>,
+    /// Layers that a forecast was made for.
+    targets: Vec<usize>,
 }
 
 /// One layer's experts.
@@ -76,10 +78,12 @@ impl Streamed<'_> {
         shared.compute(self.engine, self.chunk.tokens, self.normed);
         meter.lap(Work::Dense);
         if forecasts {
+            let started = event.now_ns();
             let shared = shared.of_one_token(self.engine.description.hidden);
             self.foresee(scratch, &mut event, shared);
+            event.prefetch();
+            event.spent(&scratch.targets, event.now_ns() - started);
         }
-        event.prefetch();
         loop {
             let before = event.waited_ns();
             let mut arrived = event.next(cancel)?;
@@ -115,13 +119,13 @@ impl Streamed<'_> {
     fn foresee(&self, scratch: &mut Scratch, event: &mut Event<'_>, shared: Option<(f32, &[f32])>) {
         let layers = &self.engine.weights.layers;
         let ahead_of = |layer: usize| (layer - self.layer) as u8;
-        let targets = (self.layer + 1..layers.len())
-            .filter(|&layer| matches!(layers[layer].feed_forward, FeedForwardWeights::Moe(_)))
-            .take(self.store.horizon());
-        for target in targets {
-            if !event.wants(target) {
-                continue;
-            }
+        let mut targets = std::mem::take(&mut scratch.targets);
+        targets.clear();
+        let is_moe =
+            |&layer: &usize| matches!(layers[layer].feed_forward, FeedForwardWeights::Moe(_));
+        let ahead = (self.layer + 1..layers.len()).filter(is_moe).take(self.store.horizon());
+        targets.extend(ahead.filter(|&layer| event.wants(layer)));
+        for &target in &targets {
             let ahead = ahead_of(target);
             self.ask_router(scratch, event, target, self.residual, Source::StaleGate { ahead });
             if let Some((gate, shared)) = shared {
@@ -133,6 +137,7 @@ impl Streamed<'_> {
                 scratch.state = state;
             }
         }
+        scratch.targets = targets;
     }
 
     fn ask_router(

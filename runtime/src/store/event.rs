@@ -100,6 +100,12 @@ impl<'s> Event<'s> {
         self.inner.planner.external(external);
     }
 
+    /// Forecasting for `layers` took the token's thread `ns`.
+    pub fn spent(&mut self, layers: &[usize], ns: u64) {
+        let share = ns / layers.len().max(1) as u64;
+        layers.iter().for_each(|&layer| self.inner.planner.spent(layer, share));
+    }
+
     /// Asks the mover for what the forecasts say comes next, if no demand
     /// waits for a frame.
     pub fn prefetch(&mut self) {
