@@ -118,7 +118,6 @@ impl Scratch {
             .args(arguments)
             .current_dir(self.tree())
             .env("CARGO_TARGET_DIR", self.folder.join("target"))
-            // The failure of one test of a crate is enough.
             .env("RUST_BACKTRACE", "0")
             .stdin(Stdio::null())
             .stdout(file(&outputs[0])?)
@@ -135,14 +134,16 @@ impl Scratch {
     }
 }
 
-/// `None`: ended after `limit`, with the programs that it had started.
+/// `None`: ended after `limit`, with the programs that it had started. Time is
+/// counted in naps: a machine or a terminal that was paused is no hang.
 fn wait(mut child: Child, limit: Option<Duration>) -> io::Result<Option<ExitStatus>> {
-    let start = Instant::now();
+    const NAP: Duration = Duration::from_millis(20);
+    let mut slept = Duration::ZERO;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        if limit.is_some_and(|limit| start.elapsed() > limit) {
+        if limit.is_some_and(|limit| slept > limit) {
             // It leads a group of its own, in which the tests run.
             #[cfg(unix)]
             Command::new("kill").args(["-KILL", "--", &format!("-{}", child.id())]).status()?;
@@ -151,7 +152,8 @@ fn wait(mut child: Child, limit: Option<Duration>) -> io::Result<Option<ExitStat
             child.wait()?;
             return Ok(None);
         }
-        sleep(Duration::from_millis(20));
+        sleep(NAP);
+        slept += NAP;
     }
 }
 
