@@ -13,7 +13,7 @@ commands:
   golden SHARED   copy the golden models that the tests need from SHARED/golden to tests/data
   mutants [--only TEXT] [--list] [--keep] [--scratch FOLDER]
                   run every seeded bug of tools/mutants; fails unless the tests find all
-                  --only TEXT       bugs with TEXT in their name or file
+                  --only TEXT       bugs with TEXT in their name, file or list (`disk.toml`)
                   --list            their names, without running any
                   --keep            leave the scratch folder, so that the next run builds less
                   --scratch FOLDER  where to copy and build (default: mutants in the target folder)

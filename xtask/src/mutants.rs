@@ -21,7 +21,7 @@ use std::{
 /// What the user asked for.
 #[derive(Default, Debug)]
 pub struct Options {
-    /// Bugs whose name or file contains this.
+    /// Bugs whose name, file or list contains this.
     only: String,
     list: bool,
     /// The scratch folder stays, so that the next run builds less.
@@ -77,7 +77,9 @@ impl Fate {
 pub fn run(root: &Path, options: Options) -> Result<bool, String> {
     let mut lists = list::read(&root.join("tools/mutants"))?;
     for list in &mut lists {
-        list.bugs.retain(|bug| [&bug.name, &bug.file].iter().any(|t| t.contains(&options.only)));
+        let is_meant = |text: &String| text.contains(&options.only);
+        let name = list.name.clone();
+        list.bugs.retain(|bug| [&name, &bug.name, &bug.file].into_iter().any(is_meant));
     }
     let bugs: Vec<(&List, &Bug)> =
         lists.iter().flat_map(|list| list.bugs.iter().map(move |bug| (list, bug))).collect();
@@ -87,7 +89,7 @@ pub fn run(root: &Path, options: Options) -> Result<bool, String> {
         return Ok(true);
     }
     if bugs.is_empty() {
-        return Err(format!("no bug has {:?} in its name or file", options.only));
+        return Err(format!("no bug has {:?} in its name, file or list", options.only));
     }
     let target = env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), PathBuf::from);
     let folder = options.scratch.unwrap_or(target.join("mutants"));

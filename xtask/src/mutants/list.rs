@@ -39,6 +39,8 @@ pub struct Bug {
 /// A file of bugs, checked.
 #[derive(Debug)]
 pub struct List {
+    /// Of its file.
+    pub name: String,
     tests: BTreeMap<String, Vec<String>>,
     /// In their file's order, those of one crate together.
     pub bugs: Vec<Bug>,
@@ -61,19 +63,21 @@ pub fn read(folder: &Path) -> Result<Vec<List>, String> {
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
     paths.sort();
     let list = |path: &std::path::PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         let text = fs::read_to_string(path).map_err(|error| error.to_string());
-        text.and_then(|text| parse(&text)).map_err(|error| format!("{}: {error}", path.display()))
+        text.and_then(|text| parse(&name, &text))
+            .map_err(|error| format!("{}: {error}", path.display()))
     };
     paths.iter().map(list).collect()
 }
 
-fn parse(text: &str) -> Result<List, String> {
+fn parse(name: &str, text: &str) -> Result<List, String> {
     let mut file: File = toml::from_str(text).map_err(|error| error.to_string())?;
     let words = |text: String| text.split_whitespace().map(str::to_string).collect();
     let tests = file.tests.into_iter().map(|(name, text)| (name, words(text))).collect();
     let crate_of = |bug: &Bug| bug.file.split('/').next().map(str::to_string);
     file.bugs.sort_by_cached_key(crate_of);
-    let list = List { tests, bugs: file.bugs };
+    let list = List { name: name.to_string(), tests, bugs: file.bugs };
     for (index, bug) in list.bugs.iter().enumerate() {
         let name = &bug.name;
         if bug.tests.is_empty() {
@@ -104,7 +108,7 @@ mod tests {
     }
 
     fn parsed(bugs: &[String]) -> Result<List, String> {
-        parse(&format!("[tests]\nslots = '-p  x --lib'\n{}", bugs.concat()))
+        parse("a.toml", &format!("[tests]\nslots = '-p  x --lib'\n{}", bugs.concat()))
     }
 
     #[test]
