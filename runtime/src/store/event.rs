@@ -160,9 +160,6 @@ impl<'s> Event<'s> {
 
     /// Gives waiting demands to the mover while frames are free.
     fn ask(&mut self) {
-        if let Some(&first) = self.queue.front() {
-            self.inner.make_room(self.store, first, self.queue.len());
-        }
         while let Some(&next) = self.queue.front() {
             if !self.inner.submit(self.store, next, Urgency::Demand) {
                 break;

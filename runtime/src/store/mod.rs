@@ -71,8 +71,6 @@ struct Inner {
 struct Flight {
     id: ExpertId,
     urgency: Urgency,
-    /// It was discarded: its frame is soon free.
-    is_leaving: bool,
 }
 
 fn key_of(id: ExpertId) -> u64 {
@@ -247,11 +245,6 @@ impl ExpertStore {
         look(&self.lock().planner)
     }
 
-    /// Of the frames that `id` fits into.
-    fn class_of(&self, id: ExpertId) -> usize {
-        self.layout.shape.layer(id.layer()).map_or(0, |layer| layer.class)
-    }
-
     /// Bytes that a read of `id` moves.
     fn bytes_of(&self, id: ExpertId) -> u64 {
         self.layout.layers[id.layer()][id.expert()].frame_bytes() as u64
@@ -265,40 +258,24 @@ impl ExpertStore {
 }
 
 impl Inner {
-    /// Sees to it that `demands` reads of experts like `id` find a frame: what
-    /// was read ahead gives way, but no more of it than there are demands.
-    fn make_room(&mut self, store: &ExpertStore, id: ExpertId, demands: usize) {
-        let class = store.class_of(id);
-        let leaves = |f: &&Flight| f.is_leaving && store.class_of(f.id) == class;
-        let leaving = self.flights.values().filter(leaves).count();
-        for _ in self.places.free(class) + leaving..demands {
+    /// Hands a read to the mover if a frame can be had for it: a free one, or,
+    /// for a demand, one with an expert that was read ahead.
+    fn submit(&mut self, store: &ExpertStore, id: ExpertId, urgency: Urgency) -> bool {
+        let class = store.layout.shape.layer(id.layer()).map_or(0, |layer| layer.class);
+        if self.places.free(class) == 0 && urgency == Urgency::Demand {
             match self.planner.make_room(class) {
                 Some(Room::Released(id)) => self.drop_early(store, id),
-                Some(Room::Discard(id)) => self.discard(id),
-                None => return,
+                Some(Room::Discard(id)) => self.mover.discard(key_of(id)),
+                None => {}
             }
         }
-    }
-
-    /// Nobody waits for `id` any more, which is in flight.
-    fn discard(&mut self, id: ExpertId) {
-        let key = key_of(id);
-        if let Some(flight) = self.flights.get_mut(&key) {
-            flight.is_leaving = true;
-        }
-        self.mover.discard(key);
-    }
-
-    /// Hands a read to the mover if a frame is free for it.
-    fn submit(&mut self, store: &ExpertStore, id: ExpertId, urgency: Urgency) -> bool {
-        let class = store.class_of(id);
         let Some(frame) = self.places.take_free(class) else { return false };
         let Some(ticket) = store.frames.claim(frame) else {
             unreachable!("a free frame is neither pinned nor being filled")
         };
         let pieces = store.layout.layers[id.layer()][id.expert()].pieces();
         let key = key_of(id);
-        self.flights.insert(key, Flight { id, urgency, is_leaving: false });
+        self.flights.insert(key, Flight { id, urgency });
         self.mover.submit(Fill { key, ticket, pieces, urgency });
         true
     }
@@ -306,7 +283,7 @@ impl Inner {
     /// Frees what the planner has no use for any more.
     fn retire(&mut self, store: &ExpertStore, retire: &Retire) {
         retire.release.iter().for_each(|&id| self.drop_early(store, id));
-        retire.discard.iter().for_each(|&id| self.discard(id));
+        retire.discard.iter().for_each(|&id| self.mover.discard(key_of(id)));
     }
 
     /// An expert that was read ahead and not used gives its frame back.
@@ -334,7 +311,7 @@ impl Inner {
         store: &ExpertStore,
         done: Done,
     ) -> (ExpertId, Arrival, Result<(), MoveError>) {
-        let Some(Flight { id, urgency, .. }) = self.flights.remove(&done.key) else {
+        let Some(Flight { id, urgency }) = self.flights.remove(&done.key) else {
             unreachable!("the mover answers what it was given")
         };
         let stats = self.layer_stats(id.layer());

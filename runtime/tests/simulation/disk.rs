@@ -1,13 +1,15 @@
 //! The simulated disk: fills become reads, reads take virtual time, and bytes
 //! land when the mode of copying says so.
 
+mod flight;
+
 use super::faults::{Fault, Plan};
 use super::random::Random;
-use pregate_runtime::store::frames::{Chunk, FrameId, Landed};
+use flight::{CopyTo, Flight, Read, Stage};
+use pregate_runtime::store::frames::Chunk;
 use pregate_runtime::store::mover::{
     Counters, Done, Fill, MoveError, Notice, Piece, SLOW_NS, Urgency,
 };
-use pregate_runtime::store::slot::Generation;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -55,45 +57,6 @@ impl Link {
 /// A poisoned byte: four of them are no number, two of them neither, and as a
 /// scale they make a block none.
 pub const POISON: u8 = 0xff;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    Queued,
-    Reading {
-        ends: u64,
-        fault: Fault,
-    },
-    /// All there, perhaps with a wrong bit.
-    Read {
-        flip: Option<u64>,
-    },
-    Dropped,
-}
-
-struct Read {
-    /// `None`: published.
-    chunk: Option<Chunk>,
-    file: usize,
-    offset: u64,
-    /// Bytes to bring, from `offset`.
-    needed: usize,
-    stage: Stage,
-}
-
-pub struct Flight {
-    pub key: u64,
-    pub frame: FrameId,
-    pub generation: Generation,
-    pub urgency: Urgency,
-    pub discarded: bool,
-    order: u64,
-    reads: Vec<Read>,
-    error: Option<MoveError>,
-    submitted_ns: u64,
-    ended_ns: u64,
-    bytes: u64,
-    landed: Option<Landed>,
-}
 
 pub struct Disk {
     pub files: Vec<(PathBuf, Arc<[u8]>)>,
@@ -450,73 +413,5 @@ impl Cost for Counters {
             Fault::Short => latency_ns,
             _ => pauses,
         }
-    }
-}
-
-trait CopyTo {
-    fn copy_to(&self, read: &mut Read, at_most: usize);
-}
-
-impl CopyTo for Arc<[u8]> {
-    /// The first `at_most` bytes of a read. What is not needed stays poisoned,
-    /// as behind the end of a file.
-    fn copy_to(&self, read: &mut Read, at_most: usize) {
-        let Some(chunk) = &mut read.chunk else { return };
-        let start = read.offset as usize;
-        let len = read.needed.min(at_most);
-        chunk.bytes_mut()[..len].copy_from_slice(&self[start..start + len]);
-    }
-}
-
-impl Flight {
-    fn publish(&mut self, index: usize, files: &[(PathBuf, Arc<[u8]>)]) {
-        if let Some(landed) = self.reads[index].publish(files) {
-            let is_last = self.reads.iter().all(|read| read.chunk.is_none());
-            assert!(is_last, "I6: {:?} lands before its last chunk", self.frame);
-            self.landed = Some(landed);
-        }
-    }
-
-    fn drop_queued(&mut self) {
-        let queued = self.reads.iter_mut().filter(|read| read.stage == Stage::Queued);
-        queued.for_each(|read| read.stage = Stage::Dropped);
-    }
-
-    fn give_up(&mut self, error: MoveError) {
-        self.error.get_or_insert(error);
-        self.drop_queued();
-    }
-}
-
-impl Read {
-    fn ends(&self) -> Option<u64> {
-        match self.stage {
-            Stage::Reading { ends, .. } => Some(ends),
-            _ => None,
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        matches!(self.stage, Stage::Read { .. } | Stage::Dropped)
-    }
-
-    fn abandon(&mut self) {
-        if !self.is_over() {
-            self.stage = Stage::Dropped;
-        }
-    }
-
-    /// Ends the chunk: with its bytes, or without.
-    fn publish(&mut self, files: &[(PathBuf, Arc<[u8]>)]) -> Option<Landed> {
-        let Stage::Read { flip } = self.stage else {
-            return self.chunk.take().and_then(Chunk::fail);
-        };
-        files[self.file].1.copy_to(self, usize::MAX);
-        let mut chunk = self.chunk.take()?;
-        if let Some(bit) = flip.filter(|_| self.needed > 0) {
-            let bit = bit as usize % (8 * self.needed);
-            chunk.bytes_mut()[bit / 8] ^= 1 << (bit % 8);
-        }
-        chunk.done()
     }
 }
