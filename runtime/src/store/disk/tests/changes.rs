@@ -106,6 +106,7 @@ fn no_fill_mixes_old_and_new_bytes() {
                 break error;
             }
             landed += 1;
+            assert!(mover.now_ns() < 30 * SECOND_NS, "the change was not seen");
             let pin = frames.pin(done.frame, done.generation).unwrap();
             assert!(pin[..LEN].iter().all(|&byte| byte == 7), "mixed after {landed}");
         };

@@ -36,7 +36,9 @@ impl Gate {
 
     /// Waits until so many reads have come to the gate.
     fn await_reads(&self, count: usize) {
+        let start = std::time::Instant::now();
         while self.offsets().len() < count {
+            assert!(start.elapsed() < Duration::from_secs(30), "{:?}", self.offsets());
             std::thread::yield_now();
         }
     }
