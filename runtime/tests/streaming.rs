@@ -69,3 +69,30 @@ fn every_architecture_gives_the_bits_of_the_resident_run() {
         assert_eq!(stats.decode.tokens, 6, "{what}");
     }
 }
+
+/// Two sessions of one model, on two threads, with slots for one token.
+#[test]
+fn sessions_side_by_side_give_the_bits_of_the_resident_run() {
+    let backend: Arc<dyn Backend> =
+        Arc::new(Cpu::new(CpuOptions { threads: Some(2), isa: None }).unwrap());
+    let path = models().into_iter().find(|path| path.ends_with("qwen3_moe.Q8_0.gguf")).unwrap();
+    let options = LoadOptions { backend: backend.clone(), residency: Residency::Lazy };
+    let resident = Model::load(&path, options, &mut |_| {}).unwrap();
+    let resident = [1, 4].map(|chunk| answer(&resident, chunk));
+    let model = streamed(&path, backend, DiskChoice::Auto, 0);
+    std::thread::scope(|scope| {
+        for (chunk, resident) in [1, 4, 4].into_iter().zip([0, 1, 1].map(|i| &resident[i])) {
+            let model = &model;
+            scope.spawn(move || {
+                for _ in 0..8 {
+                    assert!(answer(model, chunk) == *resident, "chunks of {chunk}: other bits");
+                }
+            });
+        }
+    });
+    let stats = model.store().unwrap().stats();
+    // Seventeen tokens an answer, eleven of a prompt: one by one, or in chunks
+    // of four, four and three.
+    let (decode, prefill) = (8 * (17 + 6 + 6), 8 * (11 + 11));
+    assert_eq!((stats.decode.tokens, stats.prefill.tokens), (decode, prefill));
+}

@@ -93,9 +93,8 @@ pub fn forward(
 ) -> Result<()> {
     let Engine { files, description, weights, backend, store } = engine;
     let Pass { ids, first_position, wanted, session } = pass;
-    if let Some(store) = store {
-        store.begin_pass(PassInfo { ids, session, is_start: first_position == 0 });
-    }
+    let pass = PassInfo { ids, session, is_start: first_position == 0 };
+    let _turn = store.map(|store| store.begin_pass(pass, cancel)).transpose()?;
     let mut meter = Meter::start(store);
     let hidden = description.hidden;
     let chunk = Chunk { tokens: ids.len(), first_position };

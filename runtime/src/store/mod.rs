@@ -20,7 +20,9 @@ mod sync;
 
 pub use event::{Arrived, Event};
 
+use crate::error::{Error, Result};
 use crate::model::weights::GatedBlock;
+use crate::session::Cancel;
 use crate::statistics::{LayerStats, StreamStats, Time};
 use disk::DiskReport;
 use frames::{ClassSpec, Frames};
@@ -32,7 +34,11 @@ use pregate_kernels::{ExpertWeights, Routes};
 use pregate_predictor::forecast::{External, Forecaster};
 use pregate_predictor::{Admission, Arrival, ExpertId, Landing, Planner, Request, Retire, Room};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long a pass waits for its turn before cancelling is looked at.
+const TURN_WAIT: Duration = Duration::from_millis(20);
 
 /// Experts in frames, filled from disk.
 pub struct ExpertStore {
@@ -41,7 +47,21 @@ pub struct ExpertStore {
     horizon: usize,
     clock: Clock,
     disk: Option<DiskReport>,
+    /// Whether a pass runs, and the end of one.
+    running: Mutex<bool>,
+    ended: Condvar,
     inner: Mutex<Inner>,
+}
+
+/// A pass's turn: passes of several sessions follow each other, because the
+/// planner follows one token, or one chunk, through the layers.
+pub struct Turn<'s>(&'s ExpertStore);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.running.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.0.ended.notify_one();
+    }
 }
 
 /// Nanoseconds from some fixed moment: the machine's, or a simulated one's.
@@ -117,7 +137,16 @@ impl ExpertStore {
             session: 0,
             told: Told::default(),
         };
-        Self { layout, frames, horizon, clock, disk, inner: Mutex::new(inner) }
+        Self {
+            layout,
+            frames,
+            horizon,
+            clock,
+            disk,
+            running: Mutex::new(false),
+            ended: Condvar::new(),
+            inner: Mutex::new(inner),
+        }
     }
 
     /// The frames of each class for `slots` per layer and `ring` spare ones.
@@ -133,8 +162,20 @@ impl ExpertStore {
         layout.class_bytes.iter().enumerate().map(spec).collect()
     }
 
-    /// A pass begins.
-    pub fn begin_pass(&self, pass: PassInfo<'_>) {
+    /// A pass begins; it has the store until the answer is dropped. Waits for
+    /// the pass of another session, and gives up when `cancel` says so.
+    pub fn begin_pass(&self, pass: PassInfo<'_>, cancel: &Cancel) -> Result<Turn<'_>> {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        while *running {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let waited = self.ended.wait_timeout(running, TURN_WAIT);
+            running = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *running = true;
+        drop(running);
+        let turn = Turn(self);
         let mut inner = self.lock();
         if pass.is_start || inner.session != pass.session {
             inner.planner.new_sequence();
@@ -146,6 +187,8 @@ impl ExpertStore {
             [token] => inner.planner.begin_token(token),
             _ => inner.planner.begin_chunk(pass.ids),
         }
+        drop(inner);
+        Ok(turn)
     }
 
     /// A pass ended; `time` says what its thread did.
@@ -159,8 +202,7 @@ impl ExpertStore {
     }
 
     /// Asks for `experts`, distinct, of MoE layer `layer`, in the order in
-    /// which they are wanted. Waits while another session's event runs.
-    /// `routes` is what the router chose for each token.
+    /// which they are wanted. Inside a [`Turn`]. `routes` is what the router chose for each token.
     pub fn begin(&self, layer: usize, experts: &[u32], routes: &Routes) -> Event<'_> {
         Event::begin(self, layer, experts, routes)
     }
