@@ -5,7 +5,7 @@ mod replay;
 #[path = "support/rtrace.rs"]
 mod rtrace;
 
-use pregate_predictor::policy::{self, ForecastAware, LeastStale, Lfu};
+use pregate_predictor::policy::{self, Frequency, LeastStale};
 use pregate_predictor::{
     Admission, Cache, CapacityError, Event, ExpertId, NoOutlook, Outlook, Policy, Scope, Shape,
 };
@@ -34,7 +34,7 @@ fn resident(cache: &Cache, layer: usize) -> Vec<u32> {
 
 #[test]
 fn frequency_outlives_recency() {
-    let mut cache = cache(3, Lfu::with_decay(Scope::Layer, 0.99));
+    let mut cache = cache(3, Frequency::with_decay(Scope::Layer, 0.99));
     for _ in 0..20 {
         token(&mut cache, 0, &[0, 1], &NoOutlook);
     }
@@ -69,7 +69,7 @@ impl Outlook for Certain {
 #[test]
 fn a_forecast_keeps_what_history_would_evict() {
     for (outlook, kept) in [(&Certain(&[3]) as &dyn Outlook, true), (&NoOutlook, false)] {
-        let mut cache = cache(3, ForecastAware::new(None));
+        let mut cache = cache(3, Frequency::with_forecasts(None));
         token(&mut cache, 0, &[3], &NoOutlook);
         for _ in 0..4 {
             token(&mut cache, 0, &[4, 5], &NoOutlook);
@@ -82,7 +82,7 @@ fn a_forecast_keeps_what_history_would_evict() {
 
 #[test]
 fn a_pool_lends_slots_and_leaves_every_layer_its_top_k() {
-    let mut cache = cache(4, Lfu::new(Some(Scope::Pool)));
+    let mut cache = cache(4, Frequency::new(Some(Scope::Pool)));
     token(&mut cache, 0, &[8, 9], &NoOutlook);
     token(&mut cache, 0, &[10, 11], &NoOutlook);
     // Layer 0 needs two experts, layer 1 one after the other.
@@ -191,7 +191,7 @@ fn a_frame_that_is_lost_leaves_a_free_slot() {
 
 #[test]
 fn a_newcomer_with_little_use_is_the_next_that_its_pool_gives() {
-    let mut cache = cache(4, Lfu::new(Some(Scope::Pool)));
+    let mut cache = cache(4, Frequency::new(Some(Scope::Pool)));
     token(&mut cache, 1, &[9], &NoOutlook);
     for _ in 0..30 {
         token(&mut cache, 0, &[0, 1], &NoOutlook);

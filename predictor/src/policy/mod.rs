@@ -1,16 +1,14 @@
 //! Who leaves when an expert has arrived and no slot is free.
 
 mod belady;
-mod forecast_aware;
+mod frequency;
 mod history;
 mod least_stale;
-mod lfu;
 mod lru;
 
 pub use self::belady::Belady;
-pub use self::forecast_aware::ForecastAware;
+pub use self::frequency::Frequency;
 pub use self::least_stale::LeastStale;
-pub use self::lfu::Lfu;
 pub use self::lru::Lru;
 
 use crate::cache::{Candidates, Scope};
@@ -87,14 +85,14 @@ pub const DEFAULT: &str = "forecast-aware";
 /// future.
 pub fn by_name(name: &str) -> Option<Box<dyn Policy>> {
     Some(match name {
-        "forecast-aware" => Box::new(ForecastAware::new(None)),
-        "forecast-aware-layer" => Box::new(ForecastAware::new(Some(Scope::Layer))),
-        "forecast-aware-pool" => Box::new(ForecastAware::new(Some(Scope::Pool))),
-        "frequency" => Box::new(Lfu::new(None)),
-        "frequency-layer" => Box::new(Lfu::new(Some(Scope::Layer))),
-        "frequency-pool" => Box::new(Lfu::new(Some(Scope::Pool))),
-        "lfu" => Box::new(Lfu::with_decay(Scope::Layer, Lfu::DECAY)),
-        "lfu-pool" => Box::new(Lfu::with_decay(Scope::Pool, Lfu::DECAY)),
+        "forecast-aware" => Box::new(Frequency::with_forecasts(None)),
+        "forecast-aware-layer" => Box::new(Frequency::with_forecasts(Some(Scope::Layer))),
+        "forecast-aware-pool" => Box::new(Frequency::with_forecasts(Some(Scope::Pool))),
+        "frequency" => Box::new(Frequency::new(None)),
+        "frequency-layer" => Box::new(Frequency::new(Some(Scope::Layer))),
+        "frequency-pool" => Box::new(Frequency::new(Some(Scope::Pool))),
+        "lfu" => Box::new(Frequency::with_decay(Scope::Layer, Frequency::DECAY)),
+        "lfu-pool" => Box::new(Frequency::with_decay(Scope::Pool, Frequency::DECAY)),
         "least-stale" => Box::new(LeastStale::new(Scope::Layer)),
         "least-stale-pool" => Box::new(LeastStale::new(Scope::Pool)),
         "lru" => Box::<Lru>::default(),
