@@ -7,12 +7,7 @@ use crate::{
     plan::{self, Needs, Planned},
     progress::Progress,
 };
-use pregate_runtime::{
-    Error, LoadOptions, Model, ModelDescription, OpenedModel,
-    files::{Container, ModelFiles},
-    store::ExpertStore,
-    text::{Limits, Tokenizer},
-};
+use pregate_runtime::{LoadOptions, Model, ModelDescription, OpenedModel, store::ExpertStore};
 use std::path::{Path, PathBuf};
 
 /// The named model, else the demo model.
@@ -58,16 +53,6 @@ pub fn place(opened: OpenedModel, device: &Device, planned: &Planned) -> Result<
         eprintln!("disk: {}", plan::disk_line(disk));
     }
     Ok(model)
-}
-
-/// The tokenizer alone, also of files that hold no weights.
-pub fn tokenizer(files: &ModelFiles) -> Result<Tokenizer, Error> {
-    match files.container() {
-        Container::Gguf(metadata) => Tokenizer::from_gguf(metadata),
-        Container::HuggingFace { folder, .. } => {
-            Tokenizer::from_json_file(&folder.join("tokenizer.json"), Limits::default())
-        }
-    }
 }
 
 /// What people call it: the file's own name for itself, else the file's name.

@@ -4,14 +4,13 @@ use super::tensor_kinds::{Kind, kind};
 use crate::{
     cli::InspectArgs,
     exit::Failure,
-    model,
     output::{self, bytes},
 };
 use pregate_kernels::Reference;
 use pregate_runtime::{
     LoadOptions, Model, Residency,
     files::{Container, ElementType, ModelFiles, TensorInfo},
-    model::describe,
+    model::{describe, read_tokenizer},
     text::ChatTemplate,
 };
 use serde::Serialize;
@@ -153,7 +152,7 @@ fn text_side(
     files: &ModelFiles,
     warnings: &mut Vec<String>,
 ) -> (Option<TokenizerSummary>, &'static str) {
-    let tokenizer = match model::tokenizer(files) {
+    let tokenizer = match read_tokenizer(files) {
         Ok(tokenizer) => tokenizer,
         Err(error) => {
             warnings.push(format!("no usable tokenizer: {error}"));

@@ -3,6 +3,7 @@
 use crate::{cli::TokenizeArgs, exit::Failure, model, output};
 use pregate_runtime::{
     files::ModelFiles,
+    model::read_tokenizer,
     text::{TextKind, Tokenizer},
 };
 use serde_json::json;
@@ -10,7 +11,7 @@ use std::io::{self, IsTerminal, Read, Write};
 
 pub fn run(args: &TokenizeArgs) -> Result<(), Failure> {
     let path = model::path_or_demo(args.model.as_deref())?;
-    let tokenizer = model::tokenizer(&ModelFiles::open(&path)?)?;
+    let tokenizer = read_tokenizer(&ModelFiles::open(&path)?)?;
     if let Some(list) = &args.decode {
         return decode(&tokenizer, &parse_ids(list)?, args.json);
     }

@@ -13,6 +13,6 @@ pub mod vocabulary;
 
 pub use cache::{Admission, Cache, CapacityError, Scope};
 pub use observer::{NoObserver, Observer, Origin, Served};
-pub use planner::{Ahead, Arrival, Counts, Landing, Planner, Request, Retire, Room};
+pub use planner::{Ahead, Arrival, Landing, Planner, Request, Retire, Room};
 pub use policy::{Event, Policy};
 pub use vocabulary::{ExpertId, LayerShape, NoOutlook, Outlook, Shape};

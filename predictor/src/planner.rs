@@ -32,7 +32,7 @@ mod ahead;
 mod moves;
 mod prompt;
 
-pub use moves::{Arrival, Counts, Landing, Request, Retire, Room};
+pub use moves::{Arrival, Landing, Request, Retire, Room};
 
 /// Where an expert is that no slot holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -105,7 +105,6 @@ pub struct Planner {
     /// Per class: fills in flight that nobody wants.
     dropped: Vec<usize>,
     open: Open,
-    counts: Vec<Counts>,
     /// Scratch: free frames per class.
     room: Vec<usize>,
     /// Scratch: what forecasts ask for.
@@ -122,7 +121,6 @@ impl Planner {
         let layers = 0..shape.layers.len();
         Self {
             states: layers.map(|layer| vec![State::Absent; experts(layer)]).collect(),
-            counts: vec![Counts::default(); shape.layers.len()],
             ledger: Ledger::new(shape, columns, horizon),
             accounts: Accounts::default(),
             shape: shape.clone(),
@@ -143,11 +141,6 @@ impl Planner {
     /// Who is resident.
     pub fn cache(&self) -> &Cache {
         &self.cache
-    }
-
-    /// How the layers' experts were found, `[layers]`.
-    pub fn counts(&self) -> &[Counts] {
-        &self.counts
     }
 
     /// The forecaster, if there is one.
@@ -270,11 +263,6 @@ impl Planner {
         for &id in &out.missing {
             self.set(id, State::Needed);
         }
-        let counts = &mut self.counts[layer];
-        counts.resident += out.resident.len() as u64;
-        counts.early += out.early.len() as u64;
-        counts.in_flight += out.in_flight.len() as u64;
-        counts.missing += out.missing.len() as u64;
         self.tell_cache(layer);
         if self.prompt.is_none() {
             let (states, ahead) = (&self.states, &self.ahead);
@@ -352,7 +340,6 @@ impl Planner {
     pub fn end(&mut self, layer: usize, stall_ns: u64, out: &mut Retire) {
         debug_assert_eq!(self.open.layer, Some(layer));
         out.clear();
-        self.counts[layer].stall_ns += stall_ns;
         self.ledger.stalled(layer, stall_ns);
         self.accounts.ended(stall_ns, &self.shape, &mut self.ledger);
         for index in 0..self.open.experts.len() {

@@ -4,8 +4,8 @@
 use pregate_predictor::forecast::{Forecaster, NAMES};
 use pregate_predictor::policy;
 use pregate_predictor::{
-    Admission, Ahead, Arrival, Cache, Counts, ExpertId, Landing, LayerShape, Planner, Request,
-    Retire, Room, Shape,
+    Admission, Ahead, Arrival, Cache, ExpertId, Landing, LayerShape, Planner, Request, Retire,
+    Room, Shape,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,8 +25,10 @@ struct Machine {
     computed: BTreeSet<ExpertId>,
     /// `[layers]`: residents that a layer had and may not lose, up to top-k.
     floors: Vec<usize>,
-    /// `[layers]`: where requests found their experts.
-    counts: Vec<Counts>,
+    /// Fills that were ever started ahead.
+    prefetched: u64,
+    /// Of these, neither asked for nor given up.
+    ahead: BTreeSet<ExpertId>,
     random: u64,
 }
 
@@ -47,7 +49,8 @@ impl Machine {
         shape.moe().for_each(|(index, layer)| frames[layer.class] += per_layer[index]);
         Self {
             floors: vec![0; shape.layers.len()],
-            counts: vec![Counts::default(); shape.layers.len()],
+            prefetched: 0,
+            ahead: BTreeSet::new(),
             planner: Planner::new(&shape, cache, forecaster, limits),
             shape,
             frames,
@@ -96,6 +99,9 @@ impl Machine {
     }
 
     fn retire(&mut self, retire: &Retire) {
+        for id in retire.release.iter().chain(&retire.discard) {
+            self.ahead.remove(id);
+        }
         retire.release.iter().for_each(|&id| self.release(id));
         for id in &retire.discard {
             *self.flight.get_mut(id).expect("a fill to discard") = true;
@@ -122,6 +128,9 @@ impl Machine {
             Arrival::Use | Arrival::Keep => assert_eq!(landing, Landing::Ready),
             Arrival::Fail | Arrival::Nothing => assert_ne!(landing, Landing::Ready),
         }
+        if arrival == Arrival::Nothing {
+            self.ahead.remove(&id);
+        }
         matches!(arrival, Arrival::Use | Arrival::Fail).then_some((id, arrival))
     }
 
@@ -144,7 +153,7 @@ impl Machine {
         let (room, mut issued) = (self.room(), Vec::new());
         if self.below(2) == 0 {
             self.planner.prefetch(&|class| room[class], &mut issued);
-            issued.into_iter().for_each(|id| self.start(id));
+            self.start_ahead(&issued);
             return;
         }
         let layers = self.shape.layers.len();
@@ -153,7 +162,16 @@ impl Machine {
             .map(|_| ExpertId::new(layer + self.below(layers + 1), self.below(40) as u32))
             .collect();
         self.planner.fetch_ahead(wanted, &|class| room[class], &mut issued);
-        issued.into_iter().for_each(|id| self.start(id));
+        self.start_ahead(&issued);
+    }
+
+    fn start_ahead(&mut self, issued: &[ExpertId]) {
+        for &id in issued {
+            self.start(id);
+            assert!(self.ahead.insert(id), "{id} is fetched ahead twice");
+        }
+        self.prefetched += issued.len() as u64;
+        assert!(self.ahead.len() <= MOST_AHEAD, "too much is fetched ahead");
     }
 
     /// One event from request to end. An expert that cannot be read, or
@@ -168,11 +186,10 @@ impl Machine {
         let all: BTreeSet<ExpertId> =
             resident.iter().chain(&early).chain(&in_flight).chain(&missing).copied().collect();
         assert_eq!(all, event);
-        let counts = &mut self.counts[layer];
-        counts.resident += resident.len() as u64;
-        counts.early += early.len() as u64;
-        counts.in_flight += in_flight.len() as u64;
-        counts.missing += missing.len() as u64;
+        assert_eq!(all.len(), [&resident, &early, &in_flight, &missing].map(Vec::len).iter().sum());
+        for id in early.iter().chain(&in_flight) {
+            self.ahead.remove(id);
+        }
         self.retire(&retire);
         self.check_layer(layer, &event);
         resident.iter().chain(&early).for_each(|id| assert!(self.ready.contains(id), "{id}"));
@@ -193,10 +210,14 @@ impl Machine {
             if let Some(&id) = missing.peek() {
                 match self.planner.make_room(self.class(id)) {
                     Some(Room::Released(other)) => {
+                        self.ahead.remove(&other);
                         self.release(other);
                         continue;
                     }
-                    Some(Room::Discard(other)) => *self.flight.get_mut(&other).unwrap() = true,
+                    Some(Room::Discard(other)) => {
+                        self.ahead.remove(&other);
+                        *self.flight.get_mut(&other).unwrap() = true;
+                    }
                     None => {}
                 }
             }
@@ -247,17 +268,10 @@ impl Machine {
                 }
             }
         }
-        let (traffic, counts) = (self.planner.ledger().traffic(), self.planner.counts());
-        let sum = |count: fn(&Counts) -> u64| counts.iter().map(count).sum::<u64>();
-        assert!(traffic.issued <= sum(|counts| counts.prefetched));
-        assert!(traffic.wasted <= sum(|counts| counts.wasted));
-        for (layer, (found, counts)) in self.counts.iter().zip(counts).enumerate() {
-            let of = |c: &Counts| [c.resident, c.early, c.in_flight, c.missing];
-            assert_eq!(of(found), of(counts), "layer {layer}");
-        }
-        let settled = sum(|counts| counts.wasted + counts.early + counts.in_flight);
-        let most = settled + MOST_AHEAD as u64;
-        assert!(sum(|counts| counts.prefetched) <= most, "too much is fetched ahead");
+        let traffic = self.planner.ledger().traffic();
+        // A prompt's reads are in no books.
+        assert!(traffic.issued <= self.prefetched);
+        assert!(traffic.useful + traffic.wasted <= traffic.issued, "{traffic:?}");
         assert!(free.iter().all(|&free| free >= 0), "more residents than slots");
     }
 }

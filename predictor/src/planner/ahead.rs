@@ -34,7 +34,6 @@ impl Planner {
     }
 
     pub(super) fn wasted(&mut self, id: ExpertId) {
-        self.counts[id.layer()].wasted += 1;
         if self.prompt.is_none() {
             self.accounts.gave_up(id, &self.shape, &mut self.ledger);
         }
@@ -106,7 +105,6 @@ impl Planner {
                 && !self.cache.contains(id);
             if is_free {
                 self.room[layer.class] -= 1;
-                self.counts[id.layer()].prefetched += 1;
                 if self.prompt.is_none() {
                     self.ledger.issued(id.layer(), layer.expert_bytes);
                 }

@@ -73,25 +73,6 @@ pub enum Room {
     Discard(ExpertId),
 }
 
-/// How the experts of one layer were found.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Counts {
-    /// In a slot.
-    pub resident: u64,
-    /// Prefetched in time.
-    pub early: u64,
-    /// Prefetched, and still on their way.
-    pub in_flight: u64,
-    /// Not there and not on their way.
-    pub missing: u64,
-    /// Fills that were started ahead.
-    pub prefetched: u64,
-    /// Of these, those that nobody used.
-    pub wasted: u64,
-    /// Time that the layer waited for experts.
-    pub stall_ns: u64,
-}
-
 impl Request {
     pub(super) fn clear(&mut self) {
         self.resident.clear();

@@ -155,8 +155,7 @@ impl OpenedModel {
 
     /// Weight bytes that one decoded token reads, with average experts.
     pub fn bytes_per_token(&self) -> u64 {
-        let description = &self.description;
-        self.weights.bytes_per_token(|layer| description.top_k(layer))
+        self.weights.bytes_per_token(&self.description)
     }
 
     /// Brings the weights to where `options` wants them.
@@ -322,8 +321,7 @@ impl Model {
 
     /// Weight bytes that one decoded token reads, with average experts.
     pub fn bytes_per_token(&self) -> u64 {
-        let description = self.description();
-        self.weights().bytes_per_token(|layer| description.top_k(layer))
+        self.weights().bytes_per_token(self.description())
     }
 
     pub(crate) fn engine(&self) -> Engine<'_> {
@@ -347,12 +345,7 @@ fn tokenizer<'a>(
     if let Some(tokenizer) = cell.get() {
         return Ok(tokenizer);
     }
-    let tokenizer = match files.container() {
-        Container::Gguf(metadata) => Tokenizer::from_gguf(metadata)?,
-        Container::HuggingFace { folder, .. } => {
-            Tokenizer::from_json_file(&folder.join("tokenizer.json"), Limits::default())?
-        }
-    };
+    let tokenizer = read_tokenizer(files)?;
     if tokenizer.vocab_size() > rows {
         return Err(Error::invalid(
             &files.paths()[0],
@@ -363,6 +356,16 @@ fn tokenizer<'a>(
         ));
     }
     Ok(cell.get_or_init(|| tokenizer))
+}
+
+/// The tokenizer alone, also of files that hold no weights.
+pub fn read_tokenizer(files: &ModelFiles) -> Result<Tokenizer> {
+    match files.container() {
+        Container::Gguf(metadata) => Tokenizer::from_gguf(metadata),
+        Container::HuggingFace { folder, .. } => {
+            Tokenizer::from_json_file(&folder.join("tokenizer.json"), Limits::default())
+        }
+    }
 }
 
 /// The description alone: what `pregate inspect` shows without loading.

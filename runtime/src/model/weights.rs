@@ -1,6 +1,7 @@
 //! Where each matrix of a model is in its files, and the small vectors that
 //! are kept as f32.
 
+use super::description::ModelDescription;
 use super::router::Router;
 use crate::error::Result;
 use crate::files::ModelFiles;
@@ -273,15 +274,15 @@ pub struct MoeWeights {
 
 impl ModelWeights {
     /// Weight bytes that one decoded token reads: everything but the
-    /// embedding, and `top_k` average experts of each layer. KV cache and
-    /// small vectors not counted.
-    pub fn bytes_per_token(&self, top_k: impl Fn(usize) -> usize) -> u64 {
+    /// embedding, and as many average experts of each layer as
+    /// `description` has chosen. KV cache and small vectors not counted.
+    pub fn bytes_per_token(&self, description: &ModelDescription) -> u64 {
         let layers = self.layers.iter().enumerate().map(|(index, layer)| {
             let feed = match &layer.feed_forward {
                 FeedForwardWeights::Dense(block) => block.bytes(),
                 FeedForwardWeights::Moe(moe) => {
                     let experts: u64 = moe.experts.iter().map(GatedBlock::bytes).sum();
-                    experts * top_k(index) as u64 / moe.experts.len() as u64
+                    experts * description.top_k(index) as u64 / moe.experts.len() as u64
                         + moe.router.weight.bytes()
                         + moe.shared.as_ref().map_or(0, GatedBlock::bytes)
                         + moe.shared_gate.map_or(0, |gate| gate.bytes())

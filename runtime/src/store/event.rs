@@ -39,18 +39,26 @@ pub struct Event<'s> {
     store: &'s ExpertStore,
     inner: MutexGuard<'s, Inner>,
     layer: usize,
+    lists: Lists,
+    /// Experts that the mover is bringing.
+    awaited: usize,
+    waited_ns: u64,
+    bytes: u64,
+    ended: bool,
+}
+
+/// An event's lists of experts; the store keeps them for the next event.
+#[derive(Default)]
+pub(super) struct Lists {
+    /// Where each was when the event began.
+    request: Request,
     /// In a frame and not handed out yet.
     ready: Vec<ExpertId>,
     /// To be asked of the mover when a frame is free, in this order.
     queue: VecDeque<ExpertId>,
-    /// Experts that the mover is bringing.
-    awaited: usize,
     /// Handed out last, to be settled when their pins are back.
     handed: Vec<ExpertId>,
     origins: Vec<(u32, Origin)>,
-    waited_ns: u64,
-    bytes: u64,
-    ended: bool,
 }
 
 impl<'s> Event<'s> {
@@ -65,27 +73,19 @@ impl<'s> Event<'s> {
         let mut inner = store.lock();
         inner.collect(store);
         inner.tell_routes(layer, routes);
-        let mut request = Request::default();
-        inner.planner.request(layer, experts, &mut request);
-        for &id in &request.in_flight {
+        let mut lists = std::mem::take(&mut inner.lists);
+        inner.planner.request(layer, experts, &mut lists.request);
+        let Request { resident, early, in_flight, missing, retire } = &lists.request;
+        for &id in in_flight {
             inner.mover.promote(key_of(id));
         }
-        inner.retire(store, &request.retire);
-        inner.count(layer, &request);
-        let Request { resident, early, in_flight, missing, .. } = &request;
-        let mut event = Self {
-            store,
-            inner,
-            layer,
-            ready: resident.iter().chain(early).copied().collect(),
-            queue: missing.iter().copied().collect(),
-            awaited: in_flight.len(),
-            handed: Vec::new(),
-            origins: origins(&request),
-            waited_ns: 0,
-            bytes: 0,
-            ended: false,
-        };
+        inner.give_up(store, retire);
+        inner.count(layer, &lists.request);
+        lists.ready.extend(resident.iter().chain(early));
+        lists.queue.extend(missing);
+        let awaited = in_flight.len();
+        let mut event =
+            Self { store, inner, layer, lists, awaited, waited_ns: 0, bytes: 0, ended: false };
         event.ask();
         event
     }
@@ -110,7 +110,7 @@ impl<'s> Event<'s> {
     /// waits for a frame.
     pub fn prefetch(&mut self) {
         self.ask();
-        if self.queue.is_empty() {
+        if self.lists.queue.is_empty() {
             self.inner.prefetch(self.store);
         }
     }
@@ -120,22 +120,20 @@ impl<'s> Event<'s> {
     /// were handed out. The caller drops the answer before it asks again.
     pub fn next(&mut self, cancel: &Cancel) -> Result<Vec<Arrived>> {
         self.settle();
-        self.ask();
         self.prefetch();
         self.receive(0)?;
         // A read that was given up has landed: it is asked for again before
         // anything waits.
         self.ask();
-        while self.ready.is_empty() && (self.awaited > 0 || !self.queue.is_empty()) {
+        while self.lists.ready.is_empty() && (self.awaited > 0 || !self.lists.queue.is_empty()) {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
             self.receive(WAIT_NS)?;
             self.ask();
         }
-        let ready = std::mem::take(&mut self.ready);
-        self.handed.extend(&ready);
-        Ok(ready.into_iter().map(|id| self.pin(id)).collect())
+        self.lists.handed.append(&mut self.lists.ready);
+        Ok(self.lists.handed.iter().map(|&id| self.pin(id)).collect())
     }
 
     fn pin(&self, id: ExpertId) -> Arrived {
@@ -153,19 +151,19 @@ impl<'s> Event<'s> {
 
     /// The planner decides who leaves for the experts that were computed.
     fn settle(&mut self) {
-        for id in std::mem::take(&mut self.handed) {
+        for id in self.lists.handed.drain(..) {
             self.inner.settle(self.store, id);
         }
     }
 
     /// Gives waiting demands to the mover while frames are free.
     fn ask(&mut self) {
-        while let Some(&next) = self.queue.front() {
+        while let Some(&next) = self.lists.queue.front() {
             if !self.inner.submit(self.store, next, Urgency::Demand) {
                 break;
             }
             self.inner.planner.filling(next);
-            self.queue.pop_front();
+            self.lists.queue.pop_front();
             self.awaited += 1;
         }
     }
@@ -183,12 +181,12 @@ impl<'s> Event<'s> {
             match arrival {
                 Arrival::Use => {
                     self.awaited -= 1;
-                    self.ready.push(id);
+                    self.lists.ready.push(id);
                 }
                 // A read-ahead that was given up before it became a demand.
                 Arrival::Again => {
                     self.awaited -= 1;
-                    self.queue.push_front(id);
+                    self.lists.queue.push_front(id);
                 }
                 Arrival::Fail => {
                     self.awaited -= 1;
@@ -219,7 +217,7 @@ impl<'s> Event<'s> {
             layer: self.layer,
             first_position,
             tokens,
-            experts: &self.origins,
+            experts: self.lists.origins(),
             bytes: self.bytes,
             stall_ns: self.waited_ns,
         });
@@ -231,22 +229,34 @@ impl<'s> Event<'s> {
         }
         let mut retire = Retire::default();
         self.inner.planner.end(self.layer, self.waited_ns, &mut retire);
-        self.inner.retire(self.store, &retire);
+        self.inner.abandon(self.store, &retire);
         let stats = self.inner.layer_stats(self.layer);
         stats.stall_ns += self.waited_ns;
         self.inner.prefetch(self.store);
     }
 }
 
-fn origins(request: &Request) -> Vec<(u32, Origin)> {
-    let with = |ids: &[ExpertId], origin| ids.iter().map(move |id| (id.expert, origin)).collect();
-    let lists: [Vec<_>; 4] = [
-        with(&request.resident, Origin::Hit),
-        with(&request.early, Origin::Early),
-        with(&request.in_flight, Origin::InFlight),
-        with(&request.missing, Origin::Miss),
-    ];
-    lists.concat()
+impl Lists {
+    fn origins(&mut self) -> &[(u32, Origin)] {
+        let Request { resident, early, in_flight, missing, .. } = &self.request;
+        self.origins.clear();
+        for (ids, origin) in [
+            (resident, Origin::Hit),
+            (early, Origin::Early),
+            (in_flight, Origin::InFlight),
+            (missing, Origin::Miss),
+        ] {
+            self.origins.extend(ids.iter().map(|id| (id.expert, origin)));
+        }
+        &self.origins
+    }
+
+    /// Ready for the next event.
+    fn clear(&mut self) {
+        self.ready.clear();
+        self.queue.clear();
+        self.handed.clear();
+    }
 }
 
 impl Drop for Event<'_> {
@@ -256,5 +266,7 @@ impl Drop for Event<'_> {
     /// what it asked for.
     fn drop(&mut self) {
         self.end();
+        self.lists.clear();
+        self.inner.lists = std::mem::take(&mut self.lists);
     }
 }

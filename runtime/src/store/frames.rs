@@ -6,8 +6,10 @@ use crate::error::{Error, Result};
 use memmap2::{MmapOptions, MmapRaw};
 use std::{ops::Deref, ops::Range, ptr::NonNull, sync::Arc};
 
-/// Frames start at multiples of this, which suits O_DIRECT on every disk.
-pub const FRAME_ALIGN_BYTES: usize = 4096;
+/// What frames, and the pieces of files that are read into them, start at
+/// multiples of: the page size and the largest logical block size of common
+/// drives, which suits O_DIRECT.
+pub const ALIGN_BYTES: usize = 4096;
 /// io_uring registers at most so much as one buffer.
 pub const REGION_BYTES: usize = 1 << 30;
 /// A class starts at a multiple of this, so that its pages can be huge ones.
@@ -23,7 +25,7 @@ pub struct FrameId {
 /// Frames of one size.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ClassSpec {
-    /// A multiple of [`FRAME_ALIGN_BYTES`], at most [`REGION_BYTES`].
+    /// A multiple of [`ALIGN_BYTES`], at most [`REGION_BYTES`].
     pub frame_bytes: usize,
     pub frames: usize,
 }
@@ -103,7 +105,7 @@ pub struct Region {
 impl Frames {
     /// Maps the memory of all classes; pages come when they are first written
     /// (or registered). Zeroed. Panics on sizes that no layout computes: zero,
-    /// or not a multiple of [`FRAME_ALIGN_BYTES`].
+    /// or not a multiple of [`ALIGN_BYTES`].
     ///
     /// Errors: the memory cannot be had, named in bytes; a frame larger than
     /// [`REGION_BYTES`].
@@ -113,7 +115,7 @@ impl Frames {
         let (mut slots, mut regions) = (0, 0);
         for &spec in specs {
             let ClassSpec { frame_bytes, frames } = spec;
-            assert!(frame_bytes > 0 && frame_bytes.is_multiple_of(FRAME_ALIGN_BYTES));
+            assert!(frame_bytes > 0 && frame_bytes.is_multiple_of(ALIGN_BYTES));
             assert!(u32::try_from(frames).is_ok(), "{frames} frames in a class");
             if frame_bytes > REGION_BYTES {
                 return Err(Error::Request(format!(

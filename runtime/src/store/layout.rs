@@ -3,11 +3,12 @@
 //!
 //! Files keep a layer's gates, ups and downs apart, so an expert is a few
 //! ranges of a file. Each becomes a [`Piece`]: the range grown to whole
-//! blocks of [`ALIGN`] bytes, one behind the other in the frame, so that
+//! blocks of [`ALIGN_BYTES`] bytes, one behind the other in the frame, so that
 //! O_DIRECT can read it straight to its place. Ranges that touch or interleave
 //! (gpt-oss stores gate and up row by row) become one piece.
 
-use super::mover::{ALIGN, Piece};
+use super::frames::ALIGN_BYTES;
+use super::mover::Piece;
 use crate::files::ModelFiles;
 use crate::model::weights::{GatedBlock, ModelWeights};
 use pregate_kernels::ExpertWeights;
@@ -45,7 +46,7 @@ impl ExpertLayout {
         for (tensor, range) in extents {
             let (file, start) = position(tensor, range.start);
             let end = start + range.len() as u64;
-            let offset = start / ALIGN as u64 * ALIGN as u64;
+            let offset = start / ALIGN_BYTES as u64 * ALIGN_BYTES as u64;
             let behind = pieces.last().map_or(0, |piece| piece.at + piece.len);
             let touches = |piece: &Piece| piece.file == file && offset <= piece.end();
             if !pieces.last().is_some_and(touches) {
@@ -53,7 +54,7 @@ impl ExpertLayout {
             }
             let piece = pieces.last_mut().expect("pushed");
             piece.needed = piece.needed.max((end - piece.offset) as usize);
-            piece.len = piece.needed.next_multiple_of(ALIGN);
+            piece.len = piece.needed.next_multiple_of(ALIGN_BYTES);
             let at = piece.at + (start - piece.offset) as usize;
             parts.push(Part { tensor, range, at });
         }
@@ -64,7 +65,7 @@ impl ExpertLayout {
         self.pieces.clone()
     }
 
-    /// Bytes that a frame for this expert needs, a multiple of [`ALIGN`].
+    /// Bytes that a frame for this expert needs, a multiple of [`ALIGN_BYTES`].
     pub fn frame_bytes(&self) -> usize {
         self.pieces.last().map_or(0, |piece| piece.at + piece.len)
     }

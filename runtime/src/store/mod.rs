@@ -76,6 +76,7 @@ struct Inner {
     flights: HashMap<u64, Flight>,
     stats: StreamStats,
     /// Buffers.
+    lists: event::Lists,
     ahead: Vec<ExpertId>,
     experts: Vec<u32>,
     weights: Vec<f32>,
@@ -130,6 +131,7 @@ impl ExpertStore {
             planner,
             mover,
             flights: HashMap::new(),
+            lists: event::Lists::default(),
             ahead: Vec::new(),
             experts: Vec::new(),
             weights: Vec::new(),
@@ -322,18 +324,29 @@ impl Inner {
         true
     }
 
-    /// Frees what the planner has no use for any more.
-    fn retire(&mut self, store: &ExpertStore, retire: &Retire) {
-        retire.release.iter().for_each(|&id| self.drop_early(store, id));
+    /// Gives up what was read ahead for nothing.
+    fn give_up(&mut self, store: &ExpertStore, retire: &Retire) {
+        for id in &retire.release {
+            self.layer_stats(id.layer()).prefetch_wasted += 1;
+        }
+        self.abandon(store, retire);
+    }
+
+    /// Gives up what an event asked for that ended before its use.
+    fn abandon(&mut self, store: &ExpertStore, retire: &Retire) {
+        retire.release.iter().for_each(|&id| self.drop_unused(store, id));
         retire.discard.iter().for_each(|&id| self.mover.discard(key_of(id)));
     }
 
     /// An expert that was read ahead and not used gives its frame back.
     fn drop_early(&mut self, store: &ExpertStore, id: ExpertId) {
-        let bytes = store.bytes_of(id);
-        let stats = self.layer_stats(id.layer());
-        stats.prefetch_wasted += 1;
-        stats.bytes_wasted += bytes;
+        self.layer_stats(id.layer()).prefetch_wasted += 1;
+        self.drop_unused(store, id);
+    }
+
+    /// An expert that was read and not used gives its frame back.
+    fn drop_unused(&mut self, store: &ExpertStore, id: ExpertId) {
+        self.layer_stats(id.layer()).bytes_wasted += store.bytes_of(id);
         self.vacate(store, id);
     }
 
@@ -375,8 +388,10 @@ impl Inner {
             self.places.give_back(done.frame);
         }
         let arrival = self.planner.arrived(id, landing);
-        if arrival == Arrival::Release {
-            self.drop_early(store, id);
+        match (arrival, urgency) {
+            (Arrival::Release, Urgency::Prefetch) => self.drop_early(store, id),
+            (Arrival::Release, Urgency::Demand) => self.drop_unused(store, id),
+            _ => {}
         }
         (id, arrival, done.result)
     }

@@ -17,13 +17,9 @@ use std::{
 };
 use thiserror::Error;
 
-/// What pieces are aligned to in the file, in the frame and in length: the
-/// largest logical block size of common drives, and the page size.
-pub const ALIGN: usize = 4096;
-
 /// One contiguous range of a file that goes to one range of a frame.
 ///
-/// `offset`, `len` and `at` are multiples of [`ALIGN`], which O_DIRECT asks
+/// `offset`, `len` and `at` are multiples of [`ALIGN_BYTES`], which O_DIRECT asks
 /// for. An expert's tensor that starts in the middle of a block is therefore
 /// read from that block's start, and lies in the frame as far behind `at` as
 /// it lies behind `offset` in the file.

@@ -81,6 +81,15 @@ fn check(world: &World, config: &Config, seed: u64, cpus: &[Arc<dyn Backend>]) {
         let came = decode.misses + decode.in_flight + decode.prefetch_useful;
         assert!(came > 0, "I13: {}: nothing was missing while decoding", what());
     }
+    // The statistics and the observer saw the same.
+    let [hits, early, in_flight, misses] = inside.origins;
+    let counted = [
+        prefill.hits + decode.hits,
+        prefill.in_flight + decode.in_flight,
+        prefill.misses + decode.misses,
+        prefill.prefetch_useful + decode.prefetch_useful,
+    ];
+    assert_eq!(counted, [hits + early, in_flight, misses, early + in_flight], "{}", what());
     assert!(inside.disk.counters.bytes >= read, "I13: {}: bytes counted twice", what());
 }
 

@@ -76,6 +76,8 @@ pub struct Inside {
     /// Experts that were checked at their use.
     pub uses: u64,
     pub served: u64,
+    /// Experts that the observer was told of, by [`Origin`].
+    pub origins: [u64; 4],
     /// From now on, one in so many landings is lied about.
     pub lie: Option<(Lie, u64)>,
     pub lies: u64,
@@ -110,6 +112,7 @@ impl Machine {
             given_up: 0,
             uses: 0,
             served: 0,
+            origins: [0; 4],
             lie: None,
             lies: 0,
             kept: None,

@@ -1,7 +1,7 @@
 //! One read: a chunk of a frame, where its bytes are, and what follows from
 //! the system's answers.
 
-use super::super::{frames::Chunk, mover::ALIGN};
+use super::super::frames::{ALIGN_BYTES, Chunk};
 use std::io;
 
 /// Waiting times before the second and third try of a read, in nanoseconds.
@@ -14,11 +14,11 @@ pub(super) struct Job {
     pub key: u64,
     pub chunk: Chunk,
     pub file: usize,
-    /// In the file, of the chunk's first byte; a multiple of [`ALIGN`].
+    /// In the file, of the chunk's first byte; a multiple of [`ALIGN_BYTES`].
     pub offset: u64,
     /// Bytes of the chunk that must arrive.
     needed: usize,
-    /// Bytes that have arrived. A multiple of [`ALIGN`] as long as some are
+    /// Bytes that have arrived. A multiple of [`ALIGN_BYTES`] as long as some are
     /// missing, so that every read is aligned.
     filled: usize,
     errors: u32,
@@ -80,7 +80,7 @@ impl Job {
             }
             Ok(0) => Verdict::Failed(Failure::EndOfFile(self.position())),
             Ok(bytes) => {
-                let aligned = (self.filled + bytes) / ALIGN * ALIGN;
+                let aligned = (self.filled + bytes) / ALIGN_BYTES * ALIGN_BYTES;
                 if aligned > self.filled {
                     (self.filled, self.errors, self.busy) = (aligned, 0, 0);
                     return Verdict::Again;

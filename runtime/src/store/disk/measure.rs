@@ -1,8 +1,8 @@
 //! How fast the disk is, measured with the reads that it will serve.
 
 use super::super::{
-    frames::{FrameId, Frames},
-    mover::{ALIGN, Fill, Mover, Piece, Urgency},
+    frames::{ALIGN_BYTES, FrameId, Frames},
+    mover::{Fill, Mover, Piece, Urgency},
 };
 use std::sync::Arc;
 
@@ -111,7 +111,7 @@ impl Ranges {
         let file = self.ends.partition_point(|&end| end <= range);
         let first = file.checked_sub(1).map_or(0, |before| self.ends[before]);
         let offset = (range - first) * self.read_bytes as u64;
-        debug_assert!(offset.is_multiple_of(ALIGN as u64));
+        debug_assert!(offset.is_multiple_of(ALIGN_BYTES as u64));
         Piece { file, offset, len: self.read_bytes, needed: self.read_bytes, at: 0 }
     }
 }

@@ -3,8 +3,8 @@
 
 use super::{
     super::{
-        frames::{FrameId, Frames},
-        mover::{ALIGN, Fill, Mover, Piece, Urgency},
+        frames::{ALIGN_BYTES, FrameId, Frames},
+        mover::{Fill, Mover, Piece, Urgency},
     },
     measure::{Bandwidth, measure},
     shared::{DiskMover, Shared},
@@ -45,7 +45,7 @@ impl fmt::Display for DiskChoice {
 #[derive(Clone, Debug)]
 pub struct DiskOptions {
     pub choice: DiskChoice,
-    /// The longest single read; a multiple of [`ALIGN`], at most 64 MiB.
+    /// The longest single read; a multiple of [`ALIGN_BYTES`], at most 64 MiB.
     pub chunk_bytes: usize,
     /// Reads at once, 1 to 64.
     pub depth: usize,
@@ -74,9 +74,9 @@ impl Default for DiskOptions {
 impl DiskOptions {
     fn check(&self) -> Result<()> {
         let chunk_bytes = self.chunk_bytes;
-        if chunk_bytes == 0 || !chunk_bytes.is_multiple_of(ALIGN) || chunk_bytes > 64 << 20 {
+        if chunk_bytes == 0 || !chunk_bytes.is_multiple_of(ALIGN_BYTES) || chunk_bytes > 64 << 20 {
             return Err(Error::Request(format!(
-                "reads of {chunk_bytes} bytes from disk: it must be a multiple of {ALIGN}, \
+                "reads of {chunk_bytes} bytes from disk: it must be a multiple of {ALIGN_BYTES}, \
                  at most 64 MiB"
             )));
         }
@@ -232,7 +232,7 @@ fn trial(
     let frame = FrameId { class: class as u16, index: 0 };
     for (file, (path, identity)) in files.iter().enumerate() {
         let len = TRIAL_BYTES.min(spec.frame_bytes);
-        let last = identity.len.saturating_sub(len as u64).next_multiple_of(ALIGN as u64);
+        let last = identity.len.saturating_sub(len as u64).next_multiple_of(ALIGN_BYTES as u64);
         for offset in [0, last] {
             let there = usize::try_from(identity.len - offset).unwrap_or(usize::MAX);
             let piece = Piece { file, offset, len, needed: len.min(there), at: 0 };

@@ -3,8 +3,8 @@
 
 use super::{
     super::{
-        frames::Chunk,
-        mover::{ALIGN, Counters, Done, Fill, MoveError, Mover, Notice, Piece},
+        frames::{ALIGN_BYTES, Chunk},
+        mover::{Counters, Done, Fill, MoveError, Mover, Notice, Piece},
     },
     board::Board,
     job::{Failure, Job, Verdict},
@@ -121,16 +121,16 @@ impl DiskMover {
     fn cut(&self, piece: &Piece) -> impl Iterator<Item = Range<usize>> + use<> {
         let count = piece.len.div_ceil(self.chunk_bytes).max(1);
         let len = piece.len;
-        let step = len.div_ceil(count).next_multiple_of(ALIGN).max(ALIGN);
+        let step = len.div_ceil(count).next_multiple_of(ALIGN_BYTES).max(ALIGN_BYTES);
         (0..len).step_by(step).map(move |start| start..(start + step).min(len))
     }
 
     fn check(&self, piece: &Piece) {
         let sources = self.shared.sources.all();
         assert!(piece.file < sources.len(), "{piece:?} of {} files", sources.len());
-        let is_aligned = piece.offset.is_multiple_of(ALIGN as u64)
-            && piece.len.is_multiple_of(ALIGN)
-            && piece.at.is_multiple_of(ALIGN);
+        let is_aligned = piece.offset.is_multiple_of(ALIGN_BYTES as u64)
+            && piece.len.is_multiple_of(ALIGN_BYTES)
+            && piece.at.is_multiple_of(ALIGN_BYTES);
         let end = piece.offset.checked_add(piece.needed as u64);
         let is_there = end.is_some_and(|end| end <= sources[piece.file].len());
         let fits = 0 < piece.needed && piece.needed <= piece.len;

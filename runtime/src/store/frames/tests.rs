@@ -37,7 +37,7 @@ fn frames_are_aligned_apart_and_as_large_as_asked() {
     for ((value, frame), generation) in (1..).zip(all).zip(generations) {
         let pin = frames.pin(frame, generation).unwrap();
         assert_eq!(pin.len(), [8192, 12288][usize::from(frame.class)]);
-        assert_eq!(pin.as_ptr() as usize % FRAME_ALIGN_BYTES, 0);
+        assert_eq!(pin.as_ptr() as usize % ALIGN_BYTES, 0);
         assert!(pin.iter().all(|&byte| byte == value), "{frame:?} was overwritten");
     }
 }

@@ -61,7 +61,8 @@ impl Mover for SimMover {
         let mut flights = inside.disk.flights.iter();
         let helps = flights.any(|flight| flight.urgency == Urgency::Demand || flight.discarded)
             || inside.disk.flights.is_empty()
-            || !inside.disk.ended.is_empty();
+            || !inside.disk.ended.is_empty()
+            || inside.kept.is_some();
         assert!(
             wait_ns == 0 || helps,
             "I9: a wait for reads ahead that were neither promoted nor discarded"
@@ -142,6 +143,9 @@ impl Observer for Watch {
         let origins = format!("{:?} {} {}", served.experts, served.bytes, served.stall_ns);
         ("served", served.layer, origins).hash(&mut inside.log);
         inside.served += 1;
+        for &(_, origin) in served.experts {
+            inside.origins[origin as usize] += 1;
+        }
         inside.forget_layer(usize::MAX);
     }
 }

@@ -67,20 +67,20 @@ fn every_way_reads_the_bytes_of_the_files() {
 /// One to four pieces that fit into a frame one behind the other.
 fn pieces(random: &mut Random, contents: &[Vec<u8>], frame_bytes: usize) -> Vec<Piece> {
     let count = 1 + random.below(4);
-    let most = frame_bytes / count / ALIGN * ALIGN;
+    let most = frame_bytes / count / ALIGN_BYTES * ALIGN_BYTES;
     let piece = |index| {
         let file = random.below(contents.len());
         let len = contents[file].len();
         // Every fourth at the end of the file.
         let block = if random.below(4) == 0 {
-            (len - 1) / ALIGN - random.below(most / ALIGN).min((len - 1) / ALIGN)
+            (len - 1) / ALIGN_BYTES - random.below(most / ALIGN_BYTES).min((len - 1) / ALIGN_BYTES)
         } else {
-            random.below(len.div_ceil(ALIGN))
+            random.below(len.div_ceil(ALIGN_BYTES))
         };
-        let offset = block * ALIGN;
+        let offset = block * ALIGN_BYTES;
         let needed = 1 + random.below((len - offset).min(most));
         // The planner may ask for more than is there.
-        let len = needed.next_multiple_of(ALIGN) + random.below(2) * ALIGN;
+        let len = needed.next_multiple_of(ALIGN_BYTES) + random.below(2) * ALIGN_BYTES;
         Piece { file, offset: offset as u64, len: len.min(most), needed, at: index * most }
     };
     (0..count).map(piece).collect()

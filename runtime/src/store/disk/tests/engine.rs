@@ -77,18 +77,18 @@ fn haunted(
     panics_at: usize,
 ) -> (DiskMover, Arc<Frames>, Arc<AtomicUsize>) {
     let look_ups = Arc::new(AtomicUsize::new(0));
-    let path = scratch.file("model", &[7; 64 * ALIGN]);
+    let path = scratch.file("model", &[7; 64 * ALIGN_BYTES]);
     let (identity, file) = (identity(&path), fs::File::open(&path).unwrap());
     let reader = Haunted { file, look_ups: look_ups.clone(), look_up_ms, panics_at };
     let sources = [(path, identity, Box::new(reader) as Box<dyn ReadAt>)];
     let shared = Arc::new(Shared::new(Sources::new(sources).unwrap(), 2));
-    let frames = frames(8 * ALIGN, 8);
+    let frames = frames(8 * ALIGN_BYTES, 8);
     let (threads, wake) = started(&shared, &frames);
     let words = String::new();
-    let mut mover = DiskMover { shared, threads, wake, chunk_bytes: ALIGN, words };
+    let mut mover = DiskMover { shared, threads, wake, chunk_bytes: ALIGN_BYTES, words };
     for key in 0..8 {
         let ticket = frames.claim(frame(key)).unwrap();
-        mover.submit(fill(key as u64, ticket, &[piece(0..8 * ALIGN)], Urgency::Prefetch));
+        mover.submit(fill(key as u64, ticket, &[piece(0..8 * ALIGN_BYTES)], Urgency::Prefetch));
     }
     (mover, frames, look_ups)
 }
@@ -103,7 +103,7 @@ fn a_panic_of_the_real_engine_ends_every_fill() {
         match done.result {
             Ok(()) => {
                 let pin = frames.pin(done.frame, done.generation).unwrap();
-                assert!(pin[..8 * ALIGN].iter().all(|&byte| byte == 7));
+                assert!(pin[..8 * ALIGN_BYTES].iter().all(|&byte| byte == 7));
                 good += 1;
             }
             Err(MoveError::Stopped(why)) => {

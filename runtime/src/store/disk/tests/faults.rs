@@ -193,14 +193,14 @@ impl ReadAt for BadBlock {
 #[test]
 fn the_first_error_of_a_fill_ends_its_other_reads() {
     let reads = Arc::new(AtomicUsize::new(0));
-    let disk = BadBlock { offset: 2 * ALIGN as u64, reads: reads.clone() };
-    let mut mover = over(vec![(FILE_BYTES, Box::new(disk))], 1, ALIGN);
-    let frames = frames(200 * ALIGN, 1);
+    let disk = BadBlock { offset: 2 * ALIGN_BYTES as u64, reads: reads.clone() };
+    let mut mover = over(vec![(FILE_BYTES, Box::new(disk))], 1, ALIGN_BYTES);
+    let frames = frames(200 * ALIGN_BYTES, 1);
     let ticket = frames.claim(frame(0)).unwrap();
-    mover.submit(fill(1, ticket, &[piece(0..200 * ALIGN)], Urgency::Demand));
+    mover.submit(fill(1, ticket, &[piece(0..200 * ALIGN_BYTES)], Urgency::Demand));
     let done = wait(&mut mover);
     let Err(MoveError::Io { offset, .. }) = done.result else { panic!("{done:?}") };
-    assert_eq!(offset, 2 * ALIGN as u64);
+    assert_eq!(offset, 2 * ALIGN_BYTES as u64);
     // Three tries take 11 ms, in which the others went on.
     let reads = reads.load(Ordering::Relaxed);
     assert!((5..100).contains(&reads), "{reads} reads");
@@ -214,11 +214,11 @@ fn a_panic_ends_every_fill_and_every_later_one() {
         let mut acts = vec![Act::Sleep(2000); 4];
         acts.push(Act::Panic);
         let plan = Plan::new(&acts);
-        let mut mover = over(vec![(FILE_BYTES, Box::new(plan))], depth, ALIGN);
-        let frames = frames(8 * ALIGN, 10);
+        let mut mover = over(vec![(FILE_BYTES, Box::new(plan))], depth, ALIGN_BYTES);
+        let frames = frames(8 * ALIGN_BYTES, 10);
         for key in 0..10 {
             let ticket = frames.claim(frame(key)).unwrap();
-            mover.submit(fill(key as u64, ticket, &[piece(0..8 * ALIGN)], Urgency::Demand));
+            mover.submit(fill(key as u64, ticket, &[piece(0..8 * ALIGN_BYTES)], Urgency::Demand));
         }
         let mut keys = Vec::new();
         for _ in 0..10 {

@@ -10,8 +10,8 @@ mod storm;
 
 use super::{
     super::{
-        frames::{ClassSpec, FrameId, Frames, Ticket},
-        mover::{ALIGN, Done, Fill, Mover, Piece, Urgency},
+        frames::{ALIGN_BYTES, ClassSpec, FrameId, Frames, Ticket},
+        mover::{Done, Fill, Mover, Piece, Urgency},
     },
     DiskChoice, DiskOptions, probe,
     shared::{DiskMover, Shared},
@@ -116,8 +116,8 @@ fn frame(index: usize) -> FrameId {
 
 /// The whole blocks around `range` of file 0, at the start of the frame.
 fn piece(range: Range<usize>) -> Piece {
-    let start = range.start / ALIGN * ALIGN;
-    let len = (range.end - start).next_multiple_of(ALIGN);
+    let start = range.start / ALIGN_BYTES * ALIGN_BYTES;
+    let len = (range.end - start).next_multiple_of(ALIGN_BYTES);
     Piece { file: 0, offset: start as u64, len, needed: range.end - start, at: 0 }
 }
 

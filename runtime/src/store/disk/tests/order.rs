@@ -51,7 +51,7 @@ impl ReadAt for Arc<Gate> {
         while !*is_open {
             is_open = self.opened.wait(is_open).unwrap();
         }
-        bytes.fill((offset / ALIGN as u64) as u8);
+        bytes.fill((offset / ALIGN_BYTES as u64) as u8);
         Ok(bytes.len())
     }
 
@@ -63,25 +63,25 @@ impl ReadAt for Arc<Gate> {
 /// One thread on a closed gate; chunks are blocks.
 fn gated() -> (Arc<Gate>, DiskMover) {
     let gate = Arc::new(Gate::default());
-    let mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 1, ALIGN);
+    let mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 1, ALIGN_BYTES);
     (gate, mover)
 }
 
 /// A fill of `blocks` blocks from block `first` on, in frame `key`.
 fn submit(mover: &mut dyn Mover, frames: &Arc<Frames>, key: u64, first: usize, urgency: Urgency) {
     let ticket = frames.claim(frame(key as usize)).unwrap();
-    let piece = piece(first * ALIGN..(first + 3) * ALIGN);
+    let piece = piece(first * ALIGN_BYTES..(first + 3) * ALIGN_BYTES);
     mover.submit(fill(key, ticket, &[piece], urgency));
 }
 
 fn blocks(gate: &Gate) -> Vec<u64> {
-    gate.offsets().iter().map(|offset| offset / ALIGN as u64).collect()
+    gate.offsets().iter().map(|offset| offset / ALIGN_BYTES as u64).collect()
 }
 
 #[test]
 fn a_demand_overtakes_prefetches_at_the_border_of_a_chunk() {
     let (gate, mut mover) = gated();
-    let frames = frames(4 * ALIGN, 4);
+    let frames = frames(4 * ALIGN_BYTES, 4);
     submit(&mut mover, &frames, 0, 10, Urgency::Prefetch);
     submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
     gate.await_reads(1);
@@ -98,7 +98,7 @@ fn a_demand_overtakes_prefetches_at_the_border_of_a_chunk() {
 #[test]
 fn a_promoted_prefetch_goes_behind_the_demands() {
     let (gate, mut mover) = gated();
-    let frames = frames(4 * ALIGN, 4);
+    let frames = frames(4 * ALIGN_BYTES, 4);
     for (key, first) in [(0, 10), (1, 20), (2, 30)] {
         submit(&mut mover, &frames, key, first, Urgency::Prefetch);
     }
@@ -118,8 +118,8 @@ fn a_promoted_prefetch_goes_behind_the_demands() {
 #[test]
 fn a_demand_finds_a_place_while_prefetches_are_read() {
     let gate = Arc::new(Gate::default());
-    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 3, ALIGN);
-    let frames = frames(4 * ALIGN, 3);
+    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 3, ALIGN_BYTES);
+    let frames = frames(4 * ALIGN_BYTES, 3);
     submit(&mut mover, &frames, 0, 10, Urgency::Prefetch);
     submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
     gate.await_reads(2);
@@ -135,8 +135,8 @@ fn a_demand_finds_a_place_while_prefetches_are_read() {
 #[test]
 fn a_promoted_prefetch_is_read_at_once_if_a_thread_is_idle() {
     let gate = Arc::new(Gate::default());
-    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 2, ALIGN);
-    let frames = frames(4 * ALIGN, 2);
+    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 2, ALIGN_BYTES);
+    let frames = frames(4 * ALIGN_BYTES, 2);
     submit(&mut mover, &frames, 0, 10, Urgency::Prefetch);
     submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
     gate.await_reads(1);
@@ -151,7 +151,7 @@ fn a_promoted_prefetch_is_read_at_once_if_a_thread_is_idle() {
 #[test]
 fn a_discarded_fill_gives_up_what_is_not_read_yet() {
     let (gate, mut mover) = gated();
-    let frames = frames(4 * ALIGN, 3);
+    let frames = frames(4 * ALIGN_BYTES, 3);
     submit(&mut mover, &frames, 0, 10, Urgency::Prefetch);
     submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
     gate.await_reads(1);
@@ -167,12 +167,12 @@ fn a_discarded_fill_gives_up_what_is_not_read_yet() {
     assert!(frames.claim(frame(0)).is_none(), "a frame that is being written was given out");
     gate.open();
     let done = wait(&mut mover);
-    assert_eq!((done.key, done.bytes), (0, ALIGN as u64));
+    assert_eq!((done.key, done.bytes), (0, ALIGN_BYTES as u64));
     assert!(matches!(done.result, Err(MoveError::Discarded)));
     assert!(frames.claim(frame(0)).is_some());
     assert_eq!(blocks(&gate), [10]);
     let counters = mover.counters();
-    assert_eq!((counters.discarded, counters.wasted_bytes), (2, ALIGN as u64));
+    assert_eq!((counters.discarded, counters.wasted_bytes), (2, ALIGN_BYTES as u64));
     // Its last block already with the disk, a fill lands whole.
     submit(&mut mover, &frames, 2, 50, Urgency::Demand);
     wait(&mut mover).result.unwrap();
@@ -183,8 +183,8 @@ fn a_discarded_fill_gives_up_what_is_not_read_yet() {
 #[test]
 fn a_fill_whose_reads_are_all_with_the_disk_lands_in_spite_of_a_discard() {
     let gate = Arc::new(Gate::default());
-    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 3, ALIGN);
-    let frames = frames(4 * ALIGN, 1);
+    let mut mover = over(vec![(FILE_BYTES, Box::new(gate.clone()))], 3, ALIGN_BYTES);
+    let frames = frames(4 * ALIGN_BYTES, 1);
     submit(&mut mover, &frames, 0, 10, Urgency::Demand);
     gate.await_reads(3);
     mover.discard(0);
@@ -192,13 +192,13 @@ fn a_fill_whose_reads_are_all_with_the_disk_lands_in_spite_of_a_discard() {
     let done = wait(&mut mover);
     done.result.unwrap();
     let pin = frames.pin(done.frame, done.generation).unwrap();
-    assert_eq!([pin[0], pin[ALIGN], pin[2 * ALIGN]], [10, 11, 12]);
+    assert_eq!([pin[0], pin[ALIGN_BYTES], pin[2 * ALIGN_BYTES]], [10, 11, 12]);
 }
 
 #[test]
 fn a_dropped_mover_waits_for_its_reads_and_drops_the_rest() {
     let (gate, mut mover) = gated();
-    let frames = frames(4 * ALIGN, 2);
+    let frames = frames(4 * ALIGN_BYTES, 2);
     submit(&mut mover, &frames, 0, 10, Urgency::Demand);
     submit(&mut mover, &frames, 1, 20, Urgency::Prefetch);
     gate.await_reads(1);
@@ -243,7 +243,7 @@ fn every_way_lets_a_demand_overtake() {
 #[test]
 fn next_waits_as_long_as_it_is_told() {
     let (gate, mut mover) = gated();
-    let frames = frames(4 * ALIGN, 1);
+    let frames = frames(4 * ALIGN_BYTES, 1);
     let start_ns = mover.now_ns();
     assert!(mover.next(u64::MAX).is_none(), "nothing is outstanding");
     assert!(mover.now_ns() - start_ns < SECOND_NS);
@@ -263,17 +263,17 @@ fn next_waits_as_long_as_it_is_told() {
 /// A read that takes longer than five seconds is told while it goes on, once.
 #[test]
 fn a_slow_read_is_told_once() {
-    let frames = frames(4 * ALIGN, 2);
+    let frames = frames(4 * ALIGN_BYTES, 2);
     let mut board = Board::new(1);
     for key in [0, 1] {
         let ticket = frames.claim(frame(key)).unwrap();
-        let chunk = ticket.chunks(&[0..ALIGN, ALIGN..2 * ALIGN]).into_iter();
-        let job = |chunk| Job::new(key as u64, chunk, 3, 8192, ALIGN);
+        let chunk = ticket.chunks(&[0..ALIGN_BYTES, ALIGN_BYTES..2 * ALIGN_BYTES]).into_iter();
+        let job = |chunk| Job::new(key as u64, chunk, 3, 8192, ALIGN_BYTES);
         board.submit(chunk.map(job).collect(), Urgency::Demand, None, 0);
     }
     let Take::Job(slow) = board.take(1000) else { panic!("there are four jobs") };
     let Take::Job(mut fast) = board.take(1000) else { panic!("there are four jobs") };
-    assert!(matches!(fast.answered(Ok(ALIGN)), Verdict::Complete));
+    assert!(matches!(fast.answered(Ok(ALIGN_BYTES)), Verdict::Complete));
     assert!(board.settle(fast, Verdict::Complete, 2000).is_none());
     assert_eq!(board.slow(1000 + SLOW_NS), None);
     assert_eq!(board.slow(1001 + SLOW_NS), Some((3, 8192)));

@@ -19,7 +19,7 @@ impl ReadAt for Chaos {
         let mut random = self.0.lock().unwrap();
         let next = match random.below(20) {
             // At least a block: less, three times, is the end of the file.
-            0..3 => Act::Short(ALIGN + random.below(bytes.len())),
+            0..3 => Act::Short(ALIGN_BYTES + random.below(bytes.len())),
             3..6 => BROKEN,
             6 => Act::Fail(Interrupted),
             7 => Act::Fail(WouldBlock),
@@ -39,7 +39,7 @@ impl ReadAt for Chaos {
 /// once, with its frame readable and right or claimable again.
 fn storm(mover: &mut dyn Mover, random: &mut Random, expected: &dyn Fn(usize) -> u8, bytes: usize) {
     const FRAMES: usize = 12;
-    let frames = frames(16 * ALIGN, FRAMES);
+    let frames = frames(16 * ALIGN_BYTES, FRAMES);
     let mut free: Vec<usize> = (0..FRAMES).collect();
     let mut outstanding: HashMap<u64, (usize, Piece)> = HashMap::new();
     let before = mover.counters();
@@ -51,8 +51,8 @@ fn storm(mover: &mut dyn Mover, random: &mut Random, expected: &dyn Fn(usize) ->
         match random.below(8) {
             0..4 if !is_over && !free.is_empty() => {
                 let index = free.swap_remove(random.below(free.len()));
-                let start = random.below(bytes / ALIGN - 16) * ALIGN;
-                let piece = piece(start..start + 1 + random.below(16 * ALIGN));
+                let start = random.below(bytes / ALIGN_BYTES - 16) * ALIGN_BYTES;
+                let piece = piece(start..start + 1 + random.below(16 * ALIGN_BYTES));
                 let urgency = [Urgency::Demand, Urgency::Prefetch][random.below(2)];
                 let ticket = frames.claim(frame(index)).expect("free frames can be claimed");
                 mover.submit(fill(next_key, ticket, &[piece], urgency));
@@ -103,7 +103,7 @@ fn storm(mover: &mut dyn Mover, random: &mut Random, expected: &dyn Fn(usize) ->
 fn every_fill_of_a_bad_disk_ends_exactly_once() {
     for seed in 1..=8 {
         let chaos = Box::new(Chaos(Mutex::new(Random(seed))));
-        let mut mover = over(vec![(FILE_BYTES, chaos)], 1 + seed as usize % 4, 4 * ALIGN);
+        let mut mover = over(vec![(FILE_BYTES, chaos)], 1 + seed as usize % 4, 4 * ALIGN_BYTES);
         let expected = |offset: usize| byte(offset as u64);
         storm(&mut mover, &mut Random(seed + 100), &expected, FILE_BYTES as usize);
         assert!(mover.counters().retries > 0);
@@ -116,8 +116,13 @@ fn every_fill_of_a_real_disk_ends_exactly_once() {
     let content = Random(4).bytes(8 << 20);
     let path = scratch.file("model", &content);
     for way in ways() {
-        let way =
-            DiskOptions { chunk_bytes: ALIGN, depth: 1, prefetch_depth: 1, register: false, ..way };
+        let way = DiskOptions {
+            chunk_bytes: ALIGN_BYTES,
+            depth: 1,
+            prefetch_depth: 1,
+            register: false,
+            ..way
+        };
         let files = with_identities(std::slice::from_ref(&path));
         let (mut mover, _) = probe(&files, &frames(64 << 10, 1), &way).unwrap();
         storm(&mut *mover, &mut Random(5), &|offset| content[offset], content.len());
