@@ -21,7 +21,8 @@ use std::{collections::BTreeMap, fs, path::Path};
 #[serde(deny_unknown_fields)]
 struct File {
     tests: BTreeMap<String, String>,
-    #[serde(rename = "bug")]
+    /// None in a list that was only begun.
+    #[serde(rename = "bug", default)]
     bugs: Vec<Bug>,
 }
 
