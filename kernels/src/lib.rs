@@ -1,13 +1,15 @@
 //! Everything that computes: tensor formats, the [`Backend`] trait, the f32
-//! [`reference`] oracle, the numerical [`contract`] and the CPU kernels that
-//! reproduce it bit for bit.
+//! [`reference`] oracle, the numerical [`contract`], and the CPU and CUDA
+//! kernels that reproduce it bit for bit.
 //!
-//! This crate knows no model names, opens no files and has no policy.
+//! This crate knows no model names, opens no files (but for the developer's
+//! option to compile CUDA kernels at run time) and has no policy.
 
 pub mod backend;
 pub mod block;
 pub mod contract;
 pub mod cpu;
+pub mod cuda;
 pub mod dequant;
 pub mod format;
 pub mod matrix;

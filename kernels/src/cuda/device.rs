@@ -1,0 +1,155 @@
+//! A GPU: one context, a stream for computing and one for copies.
+
+use super::driver::Driver;
+use super::error::{CudaError, Version};
+use super::memory::{Arena, Pinned};
+use super::module::{Kernel, ModuleCache, Modules};
+use super::stream::{Events, Stream};
+use std::sync::Arc;
+
+/// How a device is opened.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceOptions {
+    pub modules: Modules,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    pub ordinal: usize,
+    pub name: String,
+    /// Major, minor.
+    pub compute_capability: (u32, u32),
+    /// The CUDA version that the driver supports.
+    pub driver_version: Version,
+    pub memory_bytes: u64,
+    pub multiprocessors: u32,
+    /// Shared memory that a block may have when it asks.
+    pub shared_bytes_limit: u32,
+    /// Copies that run beside kernels.
+    pub copy_engines: u32,
+    /// It shares the machine's memory.
+    pub integrated: bool,
+    /// Where it is, as `/sys/bus/pci/devices` and `nvidia-smi` write it:
+    /// `0000:65:00.0`.
+    pub pci: String,
+}
+
+/// A GPU that is open. Clones are the same device.
+///
+/// Everything made from it keeps its context alive. After a sticky error
+/// ([`CudaError::is_sticky`]) every method answers with that error and calls
+/// the driver no more; destructors leave to the end of the process what they
+/// would free.
+#[derive(Clone)]
+pub struct Device(Arc<Inner>);
+
+struct Inner {
+    info: DeviceInfo,
+    // In the order of dropping: what is in the context before the driver.
+    modules: ModuleCache,
+    compute: Stream,
+    copy: Stream,
+    events: Arc<Events>,
+    driver: Arc<Driver>,
+}
+
+impl Device {
+    /// Opens GPU `ordinal`, counted from 0 in the driver's order.
+    ///
+    /// # Errors
+    /// [`CudaError::NoDriver`], [`CudaError::OldDriver`],
+    /// [`CudaError::DriverMismatch`], [`CudaError::NoDevice`],
+    /// [`CudaError::NoSuchDevice`], [`CudaError::AfterResume`],
+    /// [`CudaError::Unsupported`] for a GPU older than Turing, and the
+    /// driver's own.
+    pub fn open(ordinal: usize, options: &DeviceOptions) -> Result<Self, CudaError> {
+        let (driver, attributes) = Driver::open(ordinal)?;
+        let driver = Arc::new(driver);
+        let (domain, bus, slot) = attributes.pci;
+        let info = DeviceInfo {
+            ordinal,
+            name: attributes.name,
+            compute_capability: attributes.capability,
+            driver_version: attributes.version,
+            memory_bytes: attributes.memory_bytes,
+            multiprocessors: attributes.multiprocessors,
+            shared_bytes_limit: attributes.shared_bytes_limit,
+            copy_engines: attributes.copy_engines,
+            integrated: attributes.integrated,
+            pci: format!("{domain:04x}:{bus:02x}:{slot:02x}.0"),
+        };
+        let events = Events::new(&driver);
+        // Copies wait for the link, not for multiprocessors: what little the
+        // copy stream computes goes first.
+        let compute = Stream::new(&driver, &events, false)?;
+        let copy = Stream::new(&driver, &events, true)?;
+        let modules = ModuleCache::new(options.modules.clone(), &info);
+        Ok(Self(Arc::new(Inner { info, modules, compute, copy, events, driver })))
+    }
+
+    pub fn info(&self) -> &DeviceInfo {
+        &self.0.info
+    }
+
+    /// The stream of kernels.
+    pub fn compute(&self) -> &Stream {
+        &self.0.compute
+    }
+
+    /// The stream of copies that run beside them.
+    pub fn copy(&self) -> &Stream {
+        &self.0.copy
+    }
+
+    /// One more stream, of the priority of [`Device::compute`].
+    pub fn stream(&self) -> Result<Stream, CudaError> {
+        Stream::new(&self.0.driver, &self.0.events, false)
+    }
+
+    /// Allocates device memory; contents are unspecified.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`], and the driver's.
+    pub fn arena(&self, bytes: usize) -> Result<Arena, CudaError> {
+        Arena::new(&self.0.driver, bytes)
+    }
+
+    /// Allocates page-locked host memory; contents are unspecified.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfPinned`], and the driver's.
+    pub fn pinned(&self, bytes: usize) -> Result<Pinned, CudaError> {
+        Pinned::new(&self.0.driver, bytes)
+    }
+
+    /// Kernel `name` of `kernels/cuda/<module>.cu`; its module is loaded when
+    /// it is first asked for.
+    ///
+    /// # Errors
+    /// [`CudaError::BadModule`] when there is no such module or kernel, or the
+    /// driver does not take it.
+    pub fn kernel(&self, module: &str, name: &str) -> Result<Kernel, CudaError> {
+        self.0.modules.kernel(&self.0.driver, module, name)
+    }
+
+    /// Free and total device memory in bytes, as the driver sees them now.
+    pub fn memory(&self) -> Result<(u64, u64), CudaError> {
+        self.0.driver.memory()
+    }
+
+    /// The sticky error that ended the use of this device, if one did. Makes
+    /// no call.
+    pub fn failure(&self) -> Option<CudaError> {
+        self.0.driver.healthy().err()
+    }
+
+    /// Calls of the driver that were made for this device.
+    pub fn driver_calls(&self) -> u64 {
+        self.0.driver.calls()
+    }
+
+    pub(super) fn driver(&self) -> &Arc<Driver> {
+        &self.0.driver
+    }
+}

@@ -1,0 +1,406 @@
+//! What a [`super::Link`] knows: transfers, their order, and the chunks that
+//! are with the device. No threads and no clock; the device stands behind
+//! [`Copies`], so that tests can put anything in its place.
+
+use super::flight::{Copies, Start};
+use super::link::{Landed, LinkCounters, LinkError, Transfer, Urgency};
+use super::memory::HostMemory;
+use std::collections::{HashMap, VecDeque};
+use std::mem;
+
+pub(super) struct State<M, C: Copies> {
+    chunk_bytes: usize,
+    in_flight: usize,
+    prefetch_in_flight: usize,
+    jobs: HashMap<u64, Job<M>>,
+    /// Keys of the jobs with chunks left to start, demands and prefetches.
+    queues: [VecDeque<u64>; 2],
+    /// Chunks that are with the device, the oldest first.
+    flights: VecDeque<Flight<C::Mark>>,
+    landed: VecDeque<Landed<M>>,
+    stopped: Option<LinkError>,
+    closed: bool,
+    busy_since_ns: Option<u64>,
+    pub counters: LinkCounters,
+}
+
+struct Job<M> {
+    transfer: Transfer<M>,
+    /// The part that is being cut, and the bytes of it that were started.
+    part: usize,
+    at: usize,
+    /// Chunks that are with the device.
+    flying: usize,
+    /// Bytes that have arrived.
+    bytes: u64,
+    submitted_ns: u64,
+    /// The last chunk was refused once.
+    retried: bool,
+    /// Why it brings nothing.
+    failure: Option<LinkError>,
+}
+
+struct Flight<K> {
+    key: u64,
+    bytes: usize,
+    prefetch: bool,
+    since_ns: u64,
+    mark: K,
+}
+
+/// What `feed` does about a chunk that could not be started.
+enum Then {
+    Again,
+    Stop,
+}
+
+impl<M> Job<M> {
+    fn has_more(&self) -> bool {
+        self.part < self.transfer.parts.len()
+    }
+
+    /// Bytes of the next chunk: parts are cut evenly, at whole pages.
+    fn chunk(&self, longest: usize) -> usize {
+        const PAGE: usize = 4096;
+        let part = self.transfer.parts[self.part].from.len();
+        let even = part.div_ceil(part.div_ceil(longest)).next_multiple_of(PAGE);
+        even.min(longest).min(part - self.at)
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.at += bytes;
+        if self.at == self.transfer.parts[self.part].from.len() {
+            (self.part, self.at) = (self.part + 1, 0);
+        }
+    }
+}
+
+impl<M: HostMemory, C: Copies> State<M, C> {
+    pub fn new(chunk_bytes: usize, in_flight: usize, prefetch_in_flight: usize) -> Self {
+        Self {
+            chunk_bytes,
+            in_flight,
+            prefetch_in_flight,
+            jobs: HashMap::new(),
+            queues: [VecDeque::new(), VecDeque::new()],
+            flights: VecDeque::new(),
+            landed: VecDeque::new(),
+            stopped: None,
+            closed: false,
+            busy_since_ns: None,
+            counters: LinkCounters::default(),
+        }
+    }
+
+    pub fn push(&mut self, transfer: Transfer<M>, now_ns: u64) {
+        check(&transfer);
+        let key = transfer.key;
+        assert!(!self.jobs.contains_key(&key), "transfer {key} is outstanding");
+        self.counters.transfers += 1;
+        self.counters.outstanding += 1;
+        let queue = transfer.urgency as usize;
+        let job = Job {
+            transfer,
+            part: 0,
+            at: 0,
+            flying: 0,
+            bytes: 0,
+            submitted_ns: now_ns,
+            retried: false,
+            failure: self.stopped.clone(),
+        };
+        let stopped = job.failure.is_some();
+        self.jobs.insert(key, job);
+        if stopped {
+            self.land_job(key, now_ns);
+        } else {
+            self.queues[queue].push_back(key);
+        }
+    }
+
+    pub fn promote(&mut self, key: u64) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        if job.transfer.urgency == Urgency::Demand {
+            return;
+        }
+        job.transfer.urgency = Urgency::Demand;
+        if job.has_more() && job.failure.is_none() {
+            self.unqueue(key);
+            self.queues[Urgency::Demand as usize].push_back(key);
+        }
+    }
+
+    pub fn discard(&mut self, key: u64, now_ns: u64) {
+        if self.jobs.get(&key).is_some_and(|job| job.has_more() && job.failure.is_none()) {
+            self.fail(key, LinkError::Discarded, now_ns);
+        }
+    }
+
+    /// Starts no more chunks; what waited for its first lands at once.
+    pub fn close(&mut self) {
+        self.closed = true;
+        let queued: Vec<u64> = self.queues.iter().flatten().copied().collect();
+        for key in queued {
+            self.fail(key, LinkError::Discarded, 0);
+        }
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    pub fn has_flights(&self) -> bool {
+        !self.flights.is_empty()
+    }
+
+    pub fn has_landed(&self) -> bool {
+        !self.landed.is_empty()
+    }
+
+    pub fn oldest(&self) -> Option<C::Mark> {
+        self.flights.front().map(|flight| flight.mark.clone())
+    }
+
+    pub fn oldest_since_ns(&self) -> Option<u64> {
+        self.flights.front().map(|flight| flight.since_ns)
+    }
+
+    pub fn next(&mut self) -> Option<Landed<M>> {
+        let landed = self.landed.pop_front()?;
+        self.counters.outstanding -= 1;
+        Some(landed)
+    }
+
+    pub fn counters_at(&self, now_ns: u64) -> LinkCounters {
+        let busy = self.busy_since_ns.map_or(0, |since| now_ns.saturating_sub(since));
+        LinkCounters { busy_ns: self.counters.busy_ns + busy, ..self.counters }
+    }
+
+    /// Gives the device chunks until it has as many as it may.
+    pub fn feed(&mut self, copies: &C, now_ns: impl Fn() -> u64) {
+        while let Some(key) = self.pick() {
+            if let Err(Then::Stop) = self.start(key, copies, now_ns()) {
+                return;
+            }
+        }
+    }
+
+    /// Whose chunk goes next.
+    fn pick(&self) -> Option<u64> {
+        if self.flights.len() >= self.in_flight {
+            return None;
+        }
+        let prefetches = self.flights.iter().filter(|flight| flight.prefetch).count();
+        let open = if prefetches < self.prefetch_in_flight { 2 } else { 1 };
+        let mut queued = self.queues[..open].iter().flatten();
+        let ready = queued.clone().find(|key| self.is_ready(**key));
+        // Where all must wait for work on the device, and nothing flies whose
+        // end would look again, the first waits in the stream.
+        ready.or_else(|| queued.next().filter(|_| self.flights.is_empty())).copied()
+    }
+
+    /// Whether nothing uses its destination any more. An error shows when its
+    /// chunk is started.
+    fn is_ready(&self, key: u64) -> bool {
+        let after = self.jobs.get(&key).and_then(|job| job.transfer.after.as_ref());
+        after.is_none_or(|event| event.is_complete().unwrap_or(true))
+    }
+
+    fn start(&mut self, key: u64, copies: &C, now_ns: u64) -> Result<(), Then> {
+        let Some(job) = self.jobs.get_mut(&key) else {
+            self.unqueue(key);
+            return Err(Then::Again);
+        };
+        let bytes = job.chunk(self.chunk_bytes);
+        let Transfer { memory, parts, destination, after, urgency, .. } = &job.transfer;
+        let part = &parts[job.part];
+        let from = part.from.start + job.at..part.from.start + job.at + bytes;
+        let to = destination.part(part.to + job.at..part.to + job.at + bytes);
+        let prefetch = *urgency == Urgency::Prefetch;
+        match copies.start(memory, from, &to, after.as_ref()) {
+            Ok(mark) => {
+                job.transfer.after = None;
+                job.retried = false;
+                job.flying += 1;
+                job.advance(bytes);
+                if !job.has_more() {
+                    self.unqueue(key);
+                }
+                self.busy_since_ns.get_or_insert(now_ns);
+                self.flights.push_back(Flight { key, bytes, prefetch, since_ns: now_ns, mark });
+                Ok(())
+            }
+            Err(Start::Refused(error)) if error.is_sticky() => {
+                // The call may have started it.
+                job.flying += 1;
+                self.stop(&error.into(), now_ns);
+                Err(Then::Stop)
+            }
+            Err(Start::Refused(_)) if !job.retried => {
+                job.retried = true;
+                self.counters.retries += 1;
+                Err(Then::Again)
+            }
+            Err(Start::Refused(error)) => {
+                self.fail(key, error.into(), now_ns);
+                Err(Then::Again)
+            }
+            Err(Start::Unmarked(error)) => {
+                job.flying += 1;
+                match copies.finish_all() {
+                    // It has ended, and so have those before it.
+                    Ok(()) => {
+                        job.transfer.after = None;
+                        job.advance(bytes);
+                        if !job.has_more() {
+                            self.unqueue(key);
+                        }
+                        while let Some(flight) = self.flights.pop_front() {
+                            self.arrive(flight.key, flight.bytes, now_ns);
+                        }
+                        self.arrive(key, bytes, now_ns);
+                        self.counters.retries += 1;
+                        Err(Then::Again)
+                    }
+                    Err(worse) => {
+                        let error = if worse.is_sticky() { worse } else { error };
+                        self.stop(&error.into(), now_ns);
+                        Err(Then::Stop)
+                    }
+                }
+            }
+        }
+    }
+
+    /// The oldest chunk's mark was waited for.
+    pub fn land(&mut self, ended: Result<(), super::CudaError>, copies: &C, now_ns: u64) {
+        let error = match ended {
+            Ok(()) => None,
+            Err(error) if error.is_sticky() => Some(error),
+            // An error of the mark alone says nothing of the copy.
+            Err(error) => copies.finish_all().err().map(|worse| {
+                self.counters.retries += 1;
+                if worse.is_sticky() { worse } else { error }
+            }),
+        };
+        match error {
+            Some(error) => self.stop(&error.into(), now_ns),
+            None => {
+                if let Some(flight) = self.flights.pop_front() {
+                    self.arrive(flight.key, flight.bytes, now_ns);
+                }
+            }
+        }
+    }
+
+    /// A chunk has ended.
+    fn arrive(&mut self, key: u64, bytes: usize, now_ns: u64) {
+        self.counters.chunks += 1;
+        self.counters.bytes += bytes as u64;
+        if self.flights.is_empty() {
+            self.rest(now_ns);
+        }
+        if let Some(job) = self.jobs.get_mut(&key) {
+            job.flying -= 1;
+            job.bytes += bytes as u64;
+            if job.flying == 0 && (job.failure.is_some() || !job.has_more()) {
+                self.land_job(key, now_ns);
+            }
+        }
+    }
+
+    fn rest(&mut self, now_ns: u64) {
+        let since = self.busy_since_ns.take();
+        self.counters.busy_ns += since.map_or(0, |since| now_ns.saturating_sub(since));
+    }
+
+    /// No chunk of this job is started any more.
+    fn fail(&mut self, key: u64, error: LinkError, now_ns: u64) {
+        self.unqueue(key);
+        if let Some(job) = self.jobs.get_mut(&key) {
+            job.failure = Some(error);
+            if job.flying == 0 {
+                self.land_job(key, now_ns);
+            }
+        }
+    }
+
+    /// Ends everything, after an error that leaves the device's state in the
+    /// dark.
+    pub fn stop(&mut self, error: &LinkError, now_ns: u64) {
+        self.stopped.get_or_insert_with(|| error.clone());
+        self.queues.iter_mut().for_each(VecDeque::clear);
+        self.flights.clear();
+        self.rest(now_ns);
+        let mut keys: Vec<u64> = self.jobs.keys().copied().collect();
+        keys.sort_unstable();
+        for key in keys {
+            if let Some(job) = self.jobs.get_mut(&key) {
+                job.failure.get_or_insert_with(|| error.clone());
+            }
+            self.land_job(key, now_ns);
+        }
+    }
+
+    fn unqueue(&mut self, key: u64) {
+        self.queues.iter_mut().for_each(|queue| queue.retain(|queued| *queued != key));
+    }
+
+    fn land_job(&mut self, key: u64, now_ns: u64) {
+        let Some(job) = self.jobs.remove(&key) else { return };
+        let Job { transfer, flying, bytes, submitted_ns, failure, .. } = job;
+        let counter = match (&failure, transfer.urgency) {
+            (None, Urgency::Demand) => &mut self.counters.demands_landed,
+            (None, Urgency::Prefetch) => &mut self.counters.prefetches_landed,
+            (Some(LinkError::Discarded), _) => &mut self.counters.discarded,
+            (Some(_), _) => &mut self.counters.failed,
+        };
+        *counter += 1;
+        if failure.is_some() {
+            self.counters.wasted_bytes += bytes;
+        }
+        let Transfer { memory, destination, .. } = transfer;
+        let memory = if flying == 0 {
+            Some(memory)
+        } else {
+            // The device may be reading and writing them for ever.
+            mem::forget((memory, destination));
+            None
+        };
+        let result = failure.map_or(Ok(()), Err);
+        self.landed.push_back(Landed { key, memory, result, bytes, submitted_ns, ended_ns: now_ns });
+    }
+}
+
+impl<M, C: Copies> Drop for State<M, C> {
+    fn drop(&mut self) {
+        // Only when nobody could wait for them: an unwinding owner, a device
+        // that failed.
+        for (_, job) in self.jobs.drain() {
+            if job.flying > 0 {
+                mem::forget(job.transfer);
+            }
+        }
+    }
+}
+
+/// Mistakes of the caller.
+fn check<M: HostMemory>(transfer: &Transfer<M>) {
+    let Transfer { key, memory, parts, destination, .. } = transfer;
+    let (bytes, room) = (memory.bytes().len(), destination.bytes());
+    assert!(!parts.is_empty(), "transfer {key} has no parts");
+    let mut targets = Vec::with_capacity(parts.len());
+    for part in parts {
+        assert!(part.from.start < part.from.end, "transfer {key}: an empty part");
+        assert!(part.from.end <= bytes, "transfer {key}: a part ends behind its memory");
+        let end = part.to.checked_add(part.from.len());
+        assert!(
+            end.is_some_and(|end| end <= room),
+            "transfer {key}: a part does not lie in its destination"
+        );
+        targets.push(part.to..part.to + part.from.len());
+    }
+    targets.sort_unstable_by_key(|target| target.start);
+    let disjoint = targets.windows(2).all(|pair| pair[0].end <= pair[1].start);
+    assert!(disjoint, "transfer {key}: parts overlap");
+}

@@ -1,0 +1,98 @@
+//! NVIDIA GPUs through the CUDA driver: the device, its memory, streams and
+//! copies, and the kernels of `kernels/cuda`.
+//!
+//! No toolkit is needed to build or to run. The driver is loaded when a
+//! [`Device`] is opened; a machine without one answers with
+//! [`CudaError::NoDriver`]. Lowest driver: 550 (CUDA 12.4); lowest GPU: compute
+//! capability 7.5.
+
+mod args;
+mod compile;
+mod device;
+mod driver;
+mod error;
+mod flight;
+mod link;
+mod link_state;
+mod memory;
+mod module;
+mod stream;
+mod ticket;
+
+pub use args::Args;
+pub use device::{Device, DeviceInfo, DeviceOptions};
+pub use error::{CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
+pub use link::{
+    Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency,
+};
+pub use memory::{Arena, HostMemory, PADDING_BYTES, Pinned, PinnedPart, Span};
+pub use module::{Kernel, Modules, built_in_modules};
+pub use stream::{Event, Grid, Stream};
+pub use ticket::{Refused, Ticket};
+
+use crate::format::Format;
+
+/// A weight matrix on the device, rows behind each other without a gap.
+#[derive(Clone)]
+pub struct DeviceMatrix {
+    pub format: Format,
+    /// `[rows, cols]`
+    pub rows: usize,
+    pub cols: usize,
+    pub span: Span,
+    /// Where row 0 starts, in bytes from the start of `span`.
+    pub offset: usize,
+}
+
+impl DeviceMatrix {
+    /// # Errors
+    /// [`CudaError::Shape`] when the matrix does not lie in the span.
+    pub fn new(
+        format: Format,
+        rows: usize,
+        cols: usize,
+        span: Span,
+        offset: usize,
+    ) -> Result<Self, CudaError> {
+        let matrix = Self { format, rows, cols, span, offset };
+        matrix.check("matrix")?;
+        Ok(matrix)
+    }
+
+    /// Bytes of a row. 0 if the columns are not whole blocks, which
+    /// [`DeviceMatrix::check`] refuses.
+    pub fn row_bytes(&self) -> usize {
+        self.format.row_bytes(self.cols).unwrap_or(0)
+    }
+
+    /// Bytes of all rows: what a product must read of it.
+    pub fn bytes(&self) -> u64 {
+        self.rows as u64 * self.row_bytes() as u64
+    }
+
+    /// Where row 0 starts, for the device.
+    pub fn address(&self) -> u64 {
+        self.span.address() + self.offset as u64
+    }
+
+    /// Refuses a matrix that is empty, has a broken block, or does not lie in
+    /// its span; for launchers, whose fields are public.
+    pub fn check(&self, call: &'static str) -> Result<(), CudaError> {
+        let Self { format, rows, cols, .. } = self;
+        let needed = format
+            .row_bytes(*cols)
+            .filter(|bytes| *bytes > 0 && *rows > 0)
+            .and_then(|bytes| bytes.checked_mul(*rows)?.checked_add(self.offset));
+        match needed {
+            Some(needed) if needed <= self.span.bytes() => Ok(()),
+            _ => Err(CudaError::shape(
+                call,
+                format!(
+                    "{format} matrix [{rows}, {cols}] at {} of {} bytes",
+                    self.offset,
+                    self.span.bytes()
+                ),
+            )),
+        }
+    }
+}

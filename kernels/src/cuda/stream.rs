@@ -1,0 +1,290 @@
+//! Queues of work on the device, and events that mark a place in them.
+
+use super::args::{Args, MOST};
+use super::driver::{Driver, EventHandle, EventKind, Launch, StreamHandle};
+use super::error::CudaError;
+use super::memory::{Pinned, Span};
+use super::module::Kernel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes that [`Stream::upload`] and [`Stream::download`] move at once.
+const STAGING_BYTES: usize = 1 << 20;
+
+/// A queue of copies and launches that run one after the other. Work on
+/// different streams is ordered only by events.
+#[derive(Clone)]
+pub struct Stream(Arc<Inner>);
+
+struct Inner {
+    driver: Arc<Driver>,
+    /// Taken by `drop`.
+    handle: Option<StreamHandle>,
+    events: Arc<Events>,
+    /// What `upload` and `download` copy through; made by the first of them.
+    staging: Mutex<Option<Pinned>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(handle) = self.handle.take() {
+            self.driver.destroy_stream(handle);
+        }
+    }
+}
+
+/// How a launch is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    pub blocks: [u32; 3],
+    /// Of a block.
+    pub threads: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+}
+
+impl Grid {
+    /// One dimension, no dynamic shared memory.
+    pub fn new(blocks: u32, threads: u32) -> Self {
+        Self { blocks: [blocks, 1, 1], threads: [threads, 1, 1], shared_bytes: 0 }
+    }
+}
+
+impl Stream {
+    pub(super) fn new(
+        driver: &Arc<Driver>,
+        events: &Arc<Events>,
+        urgent: bool,
+    ) -> Result<Self, CudaError> {
+        let handle = Some(driver.stream(urgent)?);
+        let (driver, events) = (driver.clone(), events.clone());
+        Ok(Self(Arc::new(Inner { driver, handle, events, staging: Mutex::new(None) })))
+    }
+
+    pub(super) fn driver(&self) -> &Arc<Driver> {
+        &self.0.driver
+    }
+
+    pub(super) fn handle(&self) -> Result<&StreamHandle, CudaError> {
+        let gone = || CudaError::shape("stream", "used while it is dropped");
+        self.0.handle.as_ref().ok_or_else(gone)
+    }
+
+    /// Launches a kernel; returns before it runs.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] when the arguments are not the kernel's or the
+    /// grid is not one that it can have; the driver's.
+    pub fn launch(&self, kernel: &Kernel, grid: Grid, args: Args) -> Result<(), CudaError> {
+        kernel.check(self.driver(), grid, &args)?;
+        if args.spans().iter().any(|span| !span.is_of(self.driver())) {
+            return Err(CudaError::shape("launch", "a span is of another device"));
+        }
+        debug_assert!(args.cells().len() <= MOST);
+        let launch = Launch {
+            function: kernel.function(),
+            blocks: grid.blocks,
+            threads: grid.threads,
+            shared_bytes: grid.shared_bytes,
+            cells: args.cells(),
+        };
+        self.driver().launch(&launch, self.handle()?)
+    }
+
+    /// Waits until everything that was submitted here has ended.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.driver().synchronize(self.handle()?)
+    }
+
+    /// Marks the work that was submitted here so far.
+    pub fn record(&self) -> Result<Event, CudaError> {
+        self.record_as(EventKind::Order)
+    }
+
+    /// [`Stream::record`] with the time at which the work ended; for
+    /// [`Event::seconds_since`].
+    pub fn record_timed(&self) -> Result<Event, CudaError> {
+        self.record_as(EventKind::Timed)
+    }
+
+    fn record_as(&self, kind: EventKind) -> Result<Event, CudaError> {
+        let event = Events::take(&self.0.events, kind)?;
+        self.driver().record(event.handle()?, self.handle()?)?;
+        Ok(event)
+    }
+
+    /// An event for [`Stream::record_into`].
+    pub(super) fn spare_event(&self) -> Result<Event, CudaError> {
+        Events::take(&self.0.events, EventKind::Order)
+    }
+
+    /// Moves an event of this stream to the end of what was submitted.
+    pub(super) fn record_into(&self, event: &Event) -> Result<(), CudaError> {
+        self.driver().record(event.handle()?, self.handle()?)
+    }
+
+    /// Work that is submitted here from now on starts after `event`.
+    pub fn wait(&self, event: &Event) -> Result<(), CudaError> {
+        self.driver().wait(self.handle()?, event.handle()?)
+    }
+
+    /// Copies `from` to `to`, of the same length, both on this device.
+    pub fn copy(&self, from: &Span, to: &Span) -> Result<(), CudaError> {
+        self.check_spans("copy", from, to.bytes())?;
+        self.check_spans("copy", to, from.bytes())?;
+        if from.bytes() == 0 {
+            return Ok(());
+        }
+        self.driver().copy_on_device(to.address(), from.address(), from.bytes(), self.handle()?)
+    }
+
+    /// Sets every byte of a span.
+    pub fn fill(&self, span: &Span, byte: u8) -> Result<(), CudaError> {
+        self.check_spans("fill", span, span.bytes())?;
+        if span.bytes() == 0 {
+            return Ok(());
+        }
+        self.driver().fill(span.address(), byte, span.bytes(), self.handle()?)
+    }
+
+    /// Copies `bytes` to a span of the same length, behind what was submitted
+    /// here, and waits for it. For tests and set-up.
+    pub fn upload(&self, span: &Span, bytes: &[u8]) -> Result<(), CudaError> {
+        self.check_spans("upload", span, bytes.len())?;
+        let mut staging = self.staging();
+        for (piece, start) in bytes.chunks(STAGING_BYTES).zip((0..).step_by(STAGING_BYTES)) {
+            let mut block = self.take_staging(&mut staging)?;
+            block[..piece.len()].copy_from_slice(piece);
+            let part = span.part(start..start + piece.len());
+            *staging = Some(self.copy_in(block, 0..piece.len(), &part)?.wait()?);
+        }
+        Ok(())
+    }
+
+    /// Copies a span to `bytes` of the same length, behind what was submitted
+    /// here, and waits for it. For tests and results.
+    pub fn download(&self, span: &Span, bytes: &mut [u8]) -> Result<(), CudaError> {
+        self.check_spans("download", span, bytes.len())?;
+        let mut staging = self.staging();
+        for (piece, start) in bytes.chunks_mut(STAGING_BYTES).zip((0..).step_by(STAGING_BYTES)) {
+            let block = self.take_staging(&mut staging)?;
+            let part = span.part(start..start + piece.len());
+            let block = self.copy_out(&part, block, 0)?.wait()?;
+            piece.copy_from_slice(&block[..piece.len()]);
+            *staging = Some(block);
+        }
+        Ok(())
+    }
+
+    fn staging(&self) -> MutexGuard<'_, Option<Pinned>> {
+        self.0.staging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_staging(&self, staging: &mut Option<Pinned>) -> Result<Pinned, CudaError> {
+        staging.take().map_or_else(|| Pinned::new(self.driver(), STAGING_BYTES), Ok)
+    }
+
+    pub(super) fn check_spans(
+        &self,
+        call: &'static str,
+        span: &Span,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        if span.bytes() != bytes {
+            let problem = format!("{bytes} bytes and a span of {}", span.bytes());
+            return Err(CudaError::shape(call, problem));
+        }
+        if !span.is_of(self.driver()) {
+            return Err(CudaError::shape(call, "the span is of another device"));
+        }
+        Ok(())
+    }
+}
+
+/// A place in a stream: everything that was submitted there before it was
+/// recorded.
+#[derive(Clone)]
+pub struct Event(Arc<Recorded>);
+
+struct Recorded {
+    events: Arc<Events>,
+    kind: EventKind,
+    /// Taken by `drop`.
+    handle: Option<EventHandle>,
+}
+
+impl Event {
+    fn handle(&self) -> Result<&EventHandle, CudaError> {
+        let gone = || CudaError::shape("event", "used while it is dropped");
+        self.0.handle.as_ref().ok_or_else(gone)
+    }
+
+    /// Whether all that work has ended. Does not wait.
+    pub fn is_complete(&self) -> Result<bool, CudaError> {
+        self.0.events.driver.is_complete(self.handle()?)
+    }
+
+    /// Waits until all that work has ended, without keeping the CPU busy.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.0.events.driver.finish(self.handle()?)
+    }
+
+    /// Time on the device from `earlier` to this event; both completed and of
+    /// [`Stream::record_timed`]. Resolution: about half a microsecond.
+    pub fn seconds_since(&self, earlier: &Event) -> Result<f64, CudaError> {
+        if self.0.kind != EventKind::Timed || earlier.0.kind != EventKind::Timed {
+            return Err(CudaError::shape("event", "it was recorded without its time"));
+        }
+        let milliseconds = self.0.events.driver.elapsed(earlier.handle()?, self.handle()?)?;
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        if let Some(handle) = self.handle.take() {
+            self.events.lock(self.kind).push(handle);
+        }
+    }
+}
+
+/// Events that nobody holds, to be recorded again: making one takes the
+/// driver longer than recording it, and dropping one makes no call.
+pub(super) struct Events {
+    driver: Arc<Driver>,
+    order: Mutex<Vec<EventHandle>>,
+    timed: Mutex<Vec<EventHandle>>,
+}
+
+impl Events {
+    pub fn new(driver: &Arc<Driver>) -> Arc<Self> {
+        Arc::new(Self { driver: driver.clone(), order: Mutex::default(), timed: Mutex::default() })
+    }
+
+    fn take(events: &Arc<Self>, kind: EventKind) -> Result<Event, CudaError> {
+        let spare = events.lock(kind).pop();
+        let handle = match spare {
+            Some(handle) => handle,
+            None => events.driver.event(kind)?,
+        };
+        Ok(Event(Arc::new(Recorded { events: events.clone(), kind, handle: Some(handle) })))
+    }
+
+    fn lock(&self, kind: EventKind) -> MutexGuard<'_, Vec<EventHandle>> {
+        let list = match kind {
+            EventKind::Order => &self.order,
+            EventKind::Timed => &self.timed,
+        };
+        list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        for kind in [EventKind::Order, EventKind::Timed] {
+            let handles = std::mem::take(&mut *self.lock(kind));
+            for handle in handles {
+                self.driver.destroy_event(handle);
+            }
+        }
+    }
+}
