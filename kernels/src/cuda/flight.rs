@@ -12,36 +12,6 @@ use super::stream::{Event, Stream};
 use std::ops::Range;
 use std::time::Duration;
 
-/// A device's copies, in the order in which they are started.
-pub(super) trait Copies: Send + Sync + 'static {
-    /// A chunk's end.
-    type Mark: Clone + Send;
-
-    /// Starts copying bytes `from` of `memory` to `to`, of the same length.
-    /// The caller keeps both until the mark has ended.
-    fn start(
-        &self,
-        memory: &impl HostMemory,
-        from: Range<usize>,
-        to: &Span,
-        after: Option<&Event>,
-    ) -> Result<Self::Mark, Start>;
-
-    /// Waits for a chunk, and so for those before it.
-    fn finish(&self, mark: &Self::Mark) -> Result<(), CudaError>;
-
-    fn is_complete(&self, mark: &Self::Mark) -> Result<bool, CudaError>;
-
-    /// Waits for everything that was started.
-    fn finish_all(&self) -> Result<(), CudaError>;
-
-    /// The device hangs: no more calls are made. The error says so.
-    fn give_up(&self, after: Duration) -> CudaError;
-
-    /// Whether no more calls are made.
-    fn failed_for_good(&self) -> bool;
-}
-
 /// Why a chunk has no mark.
 #[derive(Debug)]
 pub(super) enum Start {
@@ -51,21 +21,20 @@ pub(super) enum Start {
     Unmarked(CudaError),
 }
 
-/// Copies on a stream.
-pub(super) struct DeviceCopies {
+/// A device's copies, in the order in which they are started.
+pub(super) struct Copies {
     stream: Stream,
 }
 
-impl DeviceCopies {
+impl Copies {
     pub fn new(stream: &Stream) -> Self {
         Self { stream: stream.clone() }
     }
-}
 
-impl Copies for DeviceCopies {
-    type Mark = Event;
-
-    fn start(
+    /// Starts copying bytes `from` of `memory` to `to`, of the same length,
+    /// after the work that `after` marks. The caller keeps both until the
+    /// event has completed.
+    pub fn start(
         &self,
         memory: &impl HostMemory,
         from: Range<usize>,
@@ -90,24 +59,19 @@ impl Copies for DeviceCopies {
         Ok(mark)
     }
 
-    fn finish(&self, mark: &Event) -> Result<(), CudaError> {
-        mark.synchronize()
-    }
-
-    fn is_complete(&self, mark: &Event) -> Result<bool, CudaError> {
-        mark.is_complete()
-    }
-
-    fn finish_all(&self) -> Result<(), CudaError> {
+    /// Waits for everything that was started.
+    pub fn finish_all(&self) -> Result<(), CudaError> {
         self.stream.synchronize()
     }
 
-    fn give_up(&self, after: Duration) -> CudaError {
+    /// The device hangs: no more calls are made. The error says so.
+    pub fn give_up(&self, after: Duration) -> CudaError {
         let seconds = after.as_secs();
         self.stream.driver().keep(CudaError::Hung { at: "a copy", seconds })
     }
 
-    fn failed_for_good(&self) -> bool {
-        self.stream.driver().healthy().is_err()
+    /// Whether the device was given up.
+    pub fn hangs(&self) -> bool {
+        matches!(self.stream.driver().healthy(), Err(CudaError::Hung { .. }))
     }
 }

@@ -14,7 +14,7 @@
 
 use super::device::Device;
 use super::error::CudaError;
-use super::flight::{Copies, DeviceCopies};
+use super::flight::Copies;
 use super::link_state::State;
 use super::memory::{HostMemory, Span};
 use super::stream::Event;
@@ -144,18 +144,18 @@ pub struct LinkCounters {
 /// device. Dropping a link drops what is queued and waits for the chunks that
 /// the device has already (their memory belongs to it until then).
 pub struct Link<M: HostMemory> {
-    shared: Arc<Shared<M, DeviceCopies>>,
+    shared: Arc<Shared<M>>,
     worker: Option<JoinHandle<()>>,
 }
 
-pub(super) struct Shared<M, C: Copies> {
-    state: Mutex<State<M, C>>,
+struct Shared<M> {
+    state: Mutex<State<M>>,
     /// A chunk went to the device, or the link is closing.
     work: Condvar,
     /// A transfer landed.
     landed: Condvar,
     clock: Instant,
-    copies: C,
+    copies: Copies,
     hung_after: Duration,
 }
 
@@ -171,7 +171,7 @@ impl<M: HostMemory> Link<M> {
         if chunk_bytes == 0 || in_flight == 0 || !(1..=in_flight).contains(&prefetch_in_flight) {
             return Err(CudaError::shape("link", format!("options {options:?}")));
         }
-        let copies = DeviceCopies::new(device.copy());
+        let copies = Copies::new(device.copy());
         let shared = Arc::new(Shared {
             state: Mutex::new(State::new(chunk_bytes, in_flight, prefetch_in_flight)),
             work: Condvar::new(),
@@ -275,7 +275,7 @@ impl<M: HostMemory> Drop for Link<M> {
             // A worker that waits for a device that hangs never comes back;
             // what it holds is leaked with it.
             Some(worker) => {
-                if !self.shared.copies.failed_for_good() || worker.is_finished() {
+                if !self.shared.copies.hangs() || worker.is_finished() {
                     let _ = worker.join();
                 }
             }
@@ -284,8 +284,8 @@ impl<M: HostMemory> Drop for Link<M> {
     }
 }
 
-impl<M: HostMemory, C: Copies> Shared<M, C> {
-    fn lock(&self) -> MutexGuard<'_, State<M, C>> {
+impl<M: HostMemory> Shared<M> {
+    fn lock(&self) -> MutexGuard<'_, State<M>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -294,7 +294,7 @@ impl<M: HostMemory, C: Copies> Shared<M, C> {
     }
 
     /// Gives the device what it may have.
-    fn feed(&self, state: &mut State<M, C>) {
+    fn feed(&self, state: &mut State<M>) {
         state.feed(&self.copies, || self.now_ns());
         if state.has_flights() {
             self.work.notify_one();
@@ -309,9 +309,9 @@ impl<M: HostMemory, C: Copies> Shared<M, C> {
     fn settle(&self, wait: bool) -> bool {
         let Some(mark) = self.lock().oldest() else { return false };
         let ended = if wait {
-            self.copies.finish(&mark).map(|()| true)
+            mark.synchronize().map(|()| true)
         } else {
-            self.copies.is_complete(&mark)
+            mark.is_complete()
         };
         let mut state = self.lock();
         match ended {
@@ -346,7 +346,7 @@ impl<M: HostMemory, C: Copies> Shared<M, C> {
     }
 
     /// Ends everything if the oldest chunk takes too long.
-    fn watch(&self, state: &mut State<M, C>) {
+    fn watch(&self, state: &mut State<M>) {
         let patience = u64::try_from(self.hung_after.as_nanos()).unwrap_or(u64::MAX);
         let now = self.now_ns();
         if state.oldest_since_ns().is_some_and(|since| now.saturating_sub(since) > patience) {

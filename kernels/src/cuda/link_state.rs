@@ -1,14 +1,15 @@
 //! What a [`super::Link`] knows: transfers, their order, and the chunks that
-//! are with the device. No threads and no clock; the device stands behind
-//! [`Copies`], so that tests can put anything in its place.
+//! are with the device. No threads and no clock.
 
+use super::error::CudaError;
 use super::flight::{Copies, Start};
 use super::link::{Landed, LinkCounters, LinkError, Transfer, Urgency};
 use super::memory::HostMemory;
+use super::stream::Event;
 use std::collections::{HashMap, VecDeque};
 use std::mem;
 
-pub(super) struct State<M, C: Copies> {
+pub(super) struct State<M> {
     chunk_bytes: usize,
     in_flight: usize,
     prefetch_in_flight: usize,
@@ -16,7 +17,7 @@ pub(super) struct State<M, C: Copies> {
     /// Keys of the jobs with chunks left to start, demands and prefetches.
     queues: [VecDeque<u64>; 2],
     /// Chunks that are with the device, the oldest first.
-    flights: VecDeque<Flight<C::Mark>>,
+    flights: VecDeque<Flight>,
     landed: VecDeque<Landed<M>>,
     stopped: Option<LinkError>,
     closed: bool,
@@ -40,18 +41,12 @@ struct Job<M> {
     failure: Option<LinkError>,
 }
 
-struct Flight<K> {
+struct Flight {
     key: u64,
     bytes: usize,
     prefetch: bool,
     since_ns: u64,
-    mark: K,
-}
-
-/// What `feed` does about a chunk that could not be started.
-enum Then {
-    Again,
-    Stop,
+    mark: Event,
 }
 
 impl<M> Job<M> {
@@ -75,7 +70,7 @@ impl<M> Job<M> {
     }
 }
 
-impl<M: HostMemory, C: Copies> State<M, C> {
+impl<M: HostMemory> State<M> {
     pub fn new(chunk_bytes: usize, in_flight: usize, prefetch_in_flight: usize) -> Self {
         Self {
             chunk_bytes,
@@ -157,7 +152,7 @@ impl<M: HostMemory, C: Copies> State<M, C> {
         !self.landed.is_empty()
     }
 
-    pub fn oldest(&self) -> Option<C::Mark> {
+    pub fn oldest(&self) -> Option<Event> {
         self.flights.front().map(|flight| flight.mark.clone())
     }
 
@@ -177,11 +172,9 @@ impl<M: HostMemory, C: Copies> State<M, C> {
     }
 
     /// Gives the device chunks until it has as many as it may.
-    pub fn feed(&mut self, copies: &C, now_ns: impl Fn() -> u64) {
+    pub fn feed(&mut self, copies: &Copies, now_ns: impl Fn() -> u64) {
         while let Some(key) = self.pick() {
-            if let Err(Then::Stop) = self.start(key, copies, now_ns()) {
-                return;
-            }
+            self.start(key, copies, now_ns());
         }
     }
 
@@ -206,10 +199,11 @@ impl<M: HostMemory, C: Copies> State<M, C> {
         after.is_none_or(|event| event.is_complete().unwrap_or(true))
     }
 
-    fn start(&mut self, key: u64, copies: &C, now_ns: u64) -> Result<(), Then> {
+    /// Starts the next chunk of a job. Afterwards the chunk is with the
+    /// device, was refused once, has landed, or its job is queued no more.
+    fn start(&mut self, key: u64, copies: &Copies, now_ns: u64) {
         let Some(job) = self.jobs.get_mut(&key) else {
-            self.unqueue(key);
-            return Err(Then::Again);
+            return self.unqueue(key);
         };
         let bytes = job.chunk(self.chunk_bytes);
         let Transfer { memory, parts, destination, after, urgency, .. } = &job.transfer;
@@ -228,22 +222,18 @@ impl<M: HostMemory, C: Copies> State<M, C> {
                 }
                 self.busy_since_ns.get_or_insert(now_ns);
                 self.flights.push_back(Flight { key, bytes, prefetch, since_ns: now_ns, mark });
-                Ok(())
             }
             Err(Start::Refused(error)) if error.is_sticky() => {
                 // The call may have started it.
                 job.flying += 1;
                 self.stop(&error.into(), now_ns);
-                Err(Then::Stop)
             }
             Err(Start::Refused(_)) if !job.retried => {
                 job.retried = true;
                 self.counters.retries += 1;
-                Err(Then::Again)
             }
             Err(Start::Refused(error)) => {
                 self.fail(key, error.into(), now_ns);
-                Err(Then::Again)
             }
             Err(Start::Unmarked(error)) => {
                 job.flying += 1;
@@ -260,12 +250,10 @@ impl<M: HostMemory, C: Copies> State<M, C> {
                         }
                         self.arrive(key, bytes, now_ns);
                         self.counters.retries += 1;
-                        Err(Then::Again)
                     }
                     Err(worse) => {
                         let error = if worse.is_sticky() { worse } else { error };
                         self.stop(&error.into(), now_ns);
-                        Err(Then::Stop)
                     }
                 }
             }
@@ -273,7 +261,7 @@ impl<M: HostMemory, C: Copies> State<M, C> {
     }
 
     /// The oldest chunk's mark was waited for.
-    pub fn land(&mut self, ended: Result<(), super::CudaError>, copies: &C, now_ns: u64) {
+    pub fn land(&mut self, ended: Result<(), CudaError>, copies: &Copies, now_ns: u64) {
         let error = match ended {
             Ok(()) => None,
             Err(error) if error.is_sticky() => Some(error),
@@ -372,7 +360,7 @@ impl<M: HostMemory, C: Copies> State<M, C> {
     }
 }
 
-impl<M, C: Copies> Drop for State<M, C> {
+impl<M> Drop for State<M> {
     fn drop(&mut self) {
         // Only when nobody could wait for them: an unwinding owner, a device
         // that failed.
