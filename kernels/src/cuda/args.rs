@@ -33,6 +33,10 @@ impl Args {
         self.push(address, 8)
     }
 
+    pub fn u64(self, value: u64) -> Self {
+        self.push(value, 8)
+    }
+
     pub fn i32(self, value: i32) -> Self {
         self.push(first_in_memory(value.to_ne_bytes()), 4)
     }

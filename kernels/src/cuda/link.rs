@@ -307,7 +307,7 @@ impl<M: HostMemory> Shared<M> {
     /// Waits for the oldest chunk that is with the device, or only looks at
     /// it, and gives the device the next. Whether a chunk ended.
     fn settle(&self, wait: bool) -> bool {
-        let Some(mark) = self.lock().oldest() else { return false };
+        let Some((number, mark)) = self.lock().oldest() else { return false };
         let ended = if wait {
             mark.synchronize().map(|()| true)
         } else {
@@ -316,8 +316,8 @@ impl<M: HostMemory> Shared<M> {
         let mut state = self.lock();
         match ended {
             Ok(false) => return false,
-            Ok(true) => state.land(Ok(()), &self.copies, self.now_ns()),
-            Err(error) => state.land(Err(error), &self.copies, self.now_ns()),
+            Ok(true) => state.land(number, Ok(()), &self.copies, self.now_ns()),
+            Err(error) => state.land(number, Err(error), &self.copies, self.now_ns()),
         }
         self.feed(&mut state);
         true

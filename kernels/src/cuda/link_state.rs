@@ -21,6 +21,8 @@ pub(super) struct State<M> {
     landed: VecDeque<Landed<M>>,
     stopped: Option<LinkError>,
     closed: bool,
+    /// Of the next flight.
+    number: u64,
     busy_since_ns: Option<u64>,
     pub counters: LinkCounters,
 }
@@ -42,6 +44,8 @@ struct Job<M> {
 }
 
 struct Flight {
+    /// Counts chunks: the worker names the one that it waited for.
+    number: u64,
     key: u64,
     bytes: usize,
     prefetch: bool,
@@ -82,6 +86,7 @@ impl<M: HostMemory> State<M> {
             landed: VecDeque::new(),
             stopped: None,
             closed: false,
+            number: 0,
             busy_since_ns: None,
             counters: LinkCounters::default(),
         }
@@ -152,8 +157,9 @@ impl<M: HostMemory> State<M> {
         !self.landed.is_empty()
     }
 
-    pub fn oldest(&self) -> Option<Event> {
-        self.flights.front().map(|flight| flight.mark.clone())
+    /// The chunk that ends next: its number and the mark to wait for.
+    pub fn oldest(&self) -> Option<(u64, Event)> {
+        self.flights.front().map(|flight| (flight.number, flight.mark.clone()))
     }
 
     pub fn oldest_since_ns(&self) -> Option<u64> {
@@ -221,7 +227,9 @@ impl<M: HostMemory> State<M> {
                     self.unqueue(key);
                 }
                 self.busy_since_ns.get_or_insert(now_ns);
-                self.flights.push_back(Flight { key, bytes, prefetch, since_ns: now_ns, mark });
+                let (number, since_ns) = (self.number, now_ns);
+                self.number += 1;
+                self.flights.push_back(Flight { number, key, bytes, prefetch, since_ns, mark });
             }
             Err(Start::Refused(error)) if error.is_sticky() => {
                 // The call may have started it.
@@ -260,14 +268,23 @@ impl<M: HostMemory> State<M> {
         }
     }
 
-    /// The oldest chunk's mark was waited for.
-    pub fn land(&mut self, ended: Result<(), CudaError>, copies: &Copies, now_ns: u64) {
+    /// The mark of chunk `number`, the oldest, was waited for.
+    pub fn land(
+        &mut self,
+        number: u64,
+        ended: Result<(), CudaError>,
+        copies: &Copies,
+        now_ns: u64,
+    ) {
+        if self.flights.front().is_none_or(|flight| flight.number != number) {
+            // It has landed meanwhile, with others.
+            return;
+        }
         let error = match ended {
             Ok(()) => None,
             Err(error) if error.is_sticky() => Some(error),
             // An error of the mark alone says nothing of the copy.
             Err(error) => copies.finish_all().err().map(|worse| {
-                self.counters.retries += 1;
                 if worse.is_sticky() { worse } else { error }
             }),
         };
