@@ -147,7 +147,7 @@ impl ModuleCache {
             Modules::Compile { sources, cache } => {
                 compile::ptx(module, self.target, sources, cache.as_deref())?
             }
-            Modules::Named => format!("module {module}"),
+            Modules::Named => module.to_string(),
         };
         CString::new(text).map_err(|error| bad(error.to_string()))
     }

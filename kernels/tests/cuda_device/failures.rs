@@ -2,7 +2,7 @@
 //! made, and leaves the next run clean; after a sticky one the driver is
 //! called no more.
 
-use crate::world::{Drain, Settings, World, drains, pattern, standin};
+use crate::world::{Drain, Fault, Settings, World, drains, pattern, standin};
 use pregate_kernels::cuda::{
     Args, CudaError, Device, Grid, Landed, Link, LinkError, LinkOptions, Part, Pinned, Span,
     Transfer, Urgency,
@@ -118,7 +118,7 @@ fn every_call_may_fail_once() {
     for nth in 1..=calls {
         for code in [1, 2, 801] {
             world.reset(Settings::default());
-            world.command(&format!("fail={nth}:{code}"));
+            world.fail(nth, Fault::Once, code);
             let at = format!("call {nth} of {calls} returns {code}");
             match run(&world) {
                 // The link asks twice; destructors have nobody to tell; an
@@ -135,7 +135,7 @@ fn every_call_may_fail_once() {
             // thing is part of.
             let alive = world.alive();
             assert!(alive.sum() <= 1, "{at}: {alive:?}");
-            world.command("clear_faults");
+            world.clear_faults();
             if alive.sum() == 0 {
                 assert!(run(&world).unwrap() == expected, "{at}: the next run is not clean");
             }
@@ -152,7 +152,7 @@ fn no_call_follows_a_sticky_error() {
     for nth in 1..=calls {
         for code in [214, 700, 719, 999] {
             world.reset(Settings::default());
-            world.command(&format!("sticky={nth}:{code}"));
+            world.fail(nth, Fault::Sticky, code);
             let at = format!("call {nth} of {calls} returns {code}");
             // Opening ends with the error; the two calls before the context
             // are made together.
@@ -178,7 +178,7 @@ fn late_errors_are_not_blamed_on_the_call_that_sees_them() {
         let calls = world.calls();
         for nth in (1..=calls).step_by(7) {
             world.reset(settings);
-            world.command(&format!("delayed_sticky={nth}:700"));
+            world.fail(nth, Fault::DelayedSticky, 700);
             match run(&world) {
                 Ok(_) => assert!(nth > calls / 2, "call {nth} of {calls} was not noticed"),
                 Err(CudaError::Sticky { code: 700, delayed, .. }) => assert!(delayed),
@@ -198,7 +198,7 @@ fn a_failed_device_answers_everything_with_its_error_and_keeps_memory_in_use() {
     let span = device.arena(100).unwrap().take(100, 1).unwrap();
     let ticket = device.copy().copy_in(device.pinned(100).unwrap(), 0..100, &span).unwrap();
     let mut pinned = device.pinned(64).unwrap();
-    world.command("sticky=1:719");
+    world.fail(1, Fault::Sticky, 719);
     let error = device.compute().synchronize().unwrap_err();
     assert!(error.is_sticky());
     let calls = world.calls();
@@ -259,7 +259,7 @@ fn launches_that_do_not_fit_their_kernel_are_refused_before_the_driver_sees_them
     let args = || Args::new().span(&span).span(&span).u64(0);
     let stream = device.compute();
     stream.launch(&kernel, Grid::new(1, 256), args()).unwrap();
-    let calls = world.count("calls:cuLaunchKernel");
+    let calls = world.calls_of("cuLaunchKernel");
     let short = Args::new().span(&span).span(&span);
     let narrow = Args::new().span(&span).span(&span).i32(0);
     let long = args().f32(0.0);
@@ -282,7 +282,7 @@ fn launches_that_do_not_fit_their_kernel_are_refused_before_the_driver_sees_them
     let much = grid([1, 1, 1], [32, 1, 1], 1 << 20);
     let error = stream.launch(&kernel, much, args()).unwrap_err();
     assert!(matches!(error, CudaError::Unsupported { .. }), "{error}");
-    assert_eq!(world.count("calls:cuLaunchKernel"), calls);
+    assert_eq!(world.calls_of("cuLaunchKernel"), calls);
 
     for (module, name) in [("probe", "no_such_kernel"), ("no_such_module", "x"), ("probe", "a\0b")] {
         let error = device.kernel(module, name).err().unwrap();
@@ -300,7 +300,7 @@ fn a_device_that_hangs_is_given_up() {
     let hung_after = std::time::Duration::from_millis(60);
     let options = LinkOptions { hung_after, ..LinkOptions::default() };
     let mut link = Link::new(&device, &options).unwrap();
-    world.command("hang=1");
+    world.hang();
     for key in 0..2 {
         link.submit(Transfer {
             key,
@@ -320,5 +320,5 @@ fn a_device_that_hangs_is_given_up() {
     assert!(device.failure().is_some());
     // Goes without waiting for the thread that waits for the device.
     drop(link);
-    world.command("release");
+    world.release();
 }

@@ -1,6 +1,6 @@
 //! The link: order, exactly one answer to each transfer, every byte in place.
 
-use crate::world::{Drain, Settings, any_device, drains, pattern, standin};
+use crate::world::{Drain, Fault, Settings, any_device, drains, pattern, standin};
 use pregate_kernels::cuda::{
     CudaError, Device, Landed, Link, LinkError, LinkOptions, Part, Pinned, PinnedPart, Span,
     Transfer, Urgency,
@@ -102,11 +102,11 @@ fn prefetches_leave_a_place_for_a_demand() {
     let device = world.open().unwrap();
     let store = Store::new(&device, 64 * CHUNK);
     let mut link = Link::new(&device, &options(false)).unwrap();
-    let before = world.count("calls:cuMemcpyHtoDAsync");
+    let before = world.calls_of("cuMemcpyHtoDAsync");
     link.submit(store.transfer(0, 0, 10 * CHUNK, Urgency::Prefetch));
-    assert_eq!(world.count("calls:cuMemcpyHtoDAsync"), before + 2);
+    assert_eq!(world.calls_of("cuMemcpyHtoDAsync"), before + 2);
     link.submit(store.transfer(1, 20 * CHUNK, 10 * CHUNK, Urgency::Demand));
-    assert_eq!(world.count("calls:cuMemcpyHtoDAsync"), before + 3);
+    assert_eq!(world.calls_of("cuMemcpyHtoDAsync"), before + 3);
     assert_eq!(collect(&mut link).len(), 2);
     assert!(store.contents(&device)[..10 * CHUNK] == pattern(5, 64 * CHUNK)[..10 * CHUNK]);
 }
@@ -298,8 +298,8 @@ fn an_error_of_one_transfer_is_not_an_error_of_others() {
     let store = Store::new(&device, 64 * CHUNK);
     let mut link = Link::new(&device, &options(false)).unwrap();
     // Refused, asked again, refused again.
-    world.command("fail=cuMemcpyHtoDAsync:3:1");
-    world.command("fail=cuMemcpyHtoDAsync:4:1");
+    world.fail_call("cuMemcpyHtoDAsync", 3, Fault::Once, 1);
+    world.fail_call("cuMemcpyHtoDAsync", 4, Fault::Once, 1);
     link.submit(store.transfer(0, 0, 10 * CHUNK, Urgency::Demand));
     link.submit(store.transfer(1, 10 * CHUNK, 10 * CHUNK, Urgency::Demand));
     let landed = collect(&mut link);
@@ -320,7 +320,7 @@ fn an_error_of_one_transfer_is_not_an_error_of_others() {
     let counters = link.counters();
     assert_eq!((counters.failed, counters.retries, counters.demands_landed), (1, 1, 1));
     // Once is not an error.
-    world.command("fail=cuMemcpyHtoDAsync:2:2");
+    world.fail_call("cuMemcpyHtoDAsync", 2, Fault::Once, 2);
     link.submit(store.transfer(0, 0, 4 * CHUNK, Urgency::Demand));
     assert!(collect(&mut link)[0].result.is_ok());
     assert!(store.contents(&device)[..4 * CHUNK] == pattern(5, 64 * CHUNK)[..4 * CHUNK]);
@@ -335,7 +335,7 @@ fn a_sticky_error_ends_every_transfer_and_refuses_new_ones() {
         let device = world.open().unwrap();
         let store = Store::new(&device, 64 * CHUNK);
         let mut link = Link::new(&device, &options(thread)).unwrap();
-        world.command("sticky=cuMemcpyHtoDAsync:5:700");
+        world.fail_call("cuMemcpyHtoDAsync", 5, Fault::Sticky, 700);
         for key in 0..6 {
             let from = key as usize * 10 * CHUNK;
             link.submit(store.transfer(key, from, 10 * CHUNK, Urgency::Demand));

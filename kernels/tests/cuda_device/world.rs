@@ -4,26 +4,9 @@
 
 use pregate_kernels::cuda::{CudaError, Device, DeviceOptions, Modules};
 use pregate_kernels::testing::Random;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use pregate_standin::{Exclusive, testing};
 
-static TURN: Mutex<()> = Mutex::new(());
-
-pub type Turn = MutexGuard<'static, ()>;
-
-fn turn() -> Turn {
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// When work on a stream is done.
-#[derive(Clone, Copy, Debug)]
-pub enum Drain {
-    /// When somebody waits for it.
-    Lazy,
-    /// At once.
-    Eager,
-    /// At any time between.
-    Random(u64),
-}
+pub use pregate_standin::{Drain, Fault};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
@@ -78,69 +61,72 @@ impl Alive {
 
 /// The stand-in, for one test.
 pub struct World {
-    _turn: Turn,
+    machine: Exclusive<'static>,
 }
 
 /// The stand-in with these settings and nothing in it; `None` where tests run
 /// on a GPU or there is no stand-in.
 pub fn standin(settings: Settings) -> Option<World> {
-    let turn = turn();
-    if !pregate_standin::is_loaded() {
+    let Some(machine) = testing::standin() else {
         println!("not run: needs the stand-in driver");
         return None;
-    }
-    let world = World { _turn: turn };
+    };
+    let world = World { machine: machine.exclusive() };
     world.reset(settings);
     Some(world)
 }
 
-/// The stand-in or a GPU.
-pub fn any_device() -> Option<(Turn, Device)> {
-    let turn = turn();
-    if pregate_standin::is_loaded() {
-        World::set(Settings::default());
-    }
-    let device = pregate_standin::testing::device()?;
-    Some((turn, device))
+/// The stand-in or a GPU, for one test.
+pub fn any_device() -> Option<(Option<World>, Device)> {
+    let world = testing::standin().and_then(|_| standin(Settings::default()));
+    let device = testing::device()?;
+    Some((world, device))
 }
 
 impl World {
-    fn set(settings: Settings) {
+    /// Everything as new, with these settings.
+    pub fn reset(&self, settings: Settings) {
         let Settings { drain, vram_bytes, pinned_bytes, driver_version, devices, init_code, .. } =
             settings;
         let (major, minor) = settings.capability;
-        let drain = match drain {
-            Drain::Lazy => "lazy".to_string(),
-            Drain::Eager => "eager".to_string(),
-            Drain::Random(seed) => format!("random:{seed}"),
-        };
-        for line in [
-            "reset".to_string(),
-            format!("drain={drain}"),
-            format!("vram={vram_bytes}"),
-            format!("pinned={pinned_bytes}"),
-            format!("driver={driver_version}"),
-            format!("devices={devices}"),
-            format!("init={init_code}"),
-            format!("capability={major}.{minor}"),
-            // Violations are asserted, not printed.
-            "print=0".to_string(),
-        ] {
-            pregate_standin::control(&line);
-        }
+        let machine = &self.machine;
+        machine.reset();
+        machine.set_drain(drain);
+        machine.set_vram(vram_bytes);
+        machine.set_pinned(pinned_bytes);
+        machine.set_driver_version(driver_version);
+        machine.set_devices(devices);
+        machine.set_init_code(init_code);
+        machine.set_capability(major, minor);
+        // Violations are asserted, not printed.
+        machine.set_print(false);
     }
 
-    /// Everything as new, with these settings.
-    pub fn reset(&self, settings: Settings) {
-        Self::set(settings);
+    /// The `nth` call from now returns `code`.
+    pub fn fail(&self, nth: u64, fault: Fault, code: u32) {
+        self.machine.fail(nth, fault, code);
     }
 
-    pub fn command(&self, line: &str) {
-        pregate_standin::control(line);
+    /// The same of calls of `name`.
+    pub fn fail_call(&self, name: &str, nth: u64, fault: Fault, code: u32) {
+        self.machine.fail_call(name, nth, fault, code);
     }
 
-    pub fn count(&self, what: &str) -> u64 {
-        pregate_standin::count(what)
+    /// The next record of an event never completes, until `release`.
+    pub fn hang(&self) {
+        self.machine.hang(1);
+    }
+
+    pub fn release(&self) {
+        self.machine.release();
+    }
+
+    pub fn clear_faults(&self) {
+        self.machine.clear_faults();
+    }
+
+    pub fn calls_of(&self, name: &str) -> u64 {
+        self.machine.calls_of(name)
     }
 
     pub fn open(&self) -> Result<Device, CudaError> {
@@ -149,23 +135,24 @@ impl World {
 
     /// Calls of the driver since the last reset.
     pub fn calls(&self) -> u64 {
-        self.count("calls")
+        self.machine.calls()
     }
 
     pub fn alive(&self) -> Alive {
+        let count = |what| self.machine.count(what);
         Alive {
-            device_blocks: self.count("device_blocks"),
-            pinned_blocks: self.count("pinned_blocks"),
-            streams: self.count("streams"),
-            events: self.count("events"),
-            modules: self.count("modules"),
-            contexts: self.count("contexts"),
+            device_blocks: count("device_blocks"),
+            pinned_blocks: count("pinned_blocks"),
+            streams: count("streams"),
+            events: count("events"),
+            modules: count("modules"),
+            contexts: count("contexts"),
         }
     }
 
     /// No copy or kernel did what it may not.
     pub fn assert_no_violation(&self) {
-        assert_eq!(pregate_standin::violations(), Vec::<String>::new());
+        assert_eq!(self.machine.violations(), Vec::<String>::new());
     }
 
     /// [`World::assert_no_violation`], and everything was destroyed.
