@@ -50,9 +50,8 @@ pub(super) fn ptx(
     let source = read(&sources.join(format!("{module}.cu"))).map_err(bad)?;
     let text = compile(module, &source, &options).map_err(bad)?;
     if let Some(place) = place {
-        store(&place, &key, &text).map_err(|error| {
-            bad(format!("cannot keep its PTX in {}: {error}", place.display()))
-        })?;
+        store(&place, &key, &text)
+            .map_err(|error| bad(format!("cannot keep its PTX in {}: {error}", place.display())))?;
     }
     Ok(text)
 }
@@ -142,14 +141,16 @@ fn compile(module: &str, source: &str, options: &[String]) -> Result<String, Str
         sys::nvrtcCompileProgram(program.0, options.len() as c_int, options.as_ptr())
     });
     // SAFETY: live programs and local buffers of the size that was asked for.
-    let log = text(|size| unsafe { sys::nvrtcGetProgramLogSize(program.0, size) }, |buffer| unsafe {
-        sys::nvrtcGetProgramLog(program.0, buffer)
-    });
+    let log = text(
+        |size| unsafe { sys::nvrtcGetProgramLogSize(program.0, size) },
+        |buffer| unsafe { sys::nvrtcGetProgramLog(program.0, buffer) },
+    );
     compiled.map_err(|error| format!("{error}: {}", log.unwrap_or_default().trim()))?;
     // SAFETY: as above.
-    text(|size| unsafe { sys::nvrtcGetPTXSize(program.0, size) }, |buffer| unsafe {
-        sys::nvrtcGetPTX(program.0, buffer)
-    })
+    text(
+        |size| unsafe { sys::nvrtcGetPTXSize(program.0, size) },
+        |buffer| unsafe { sys::nvrtcGetPTX(program.0, buffer) },
+    )
 }
 
 /// A text of NVRTC, which tells its size, with the zero byte, first.

@@ -148,8 +148,4 @@ impl Device {
     pub fn driver_calls(&self) -> u64 {
         self.0.driver.calls()
     }
-
-    pub(super) fn driver(&self) -> &Arc<Driver> {
-        &self.0.driver
-    }
 }

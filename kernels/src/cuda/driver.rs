@@ -227,8 +227,8 @@ impl Driver {
     pub fn allocate(&self, bytes: usize) -> Result<Block, CudaError> {
         let mut address: sys::CUdeviceptr = 0;
         // SAFETY: pointer to a local.
-        let result = self
-            .with_context("cuMemAlloc", || unsafe { sys::cuMemAlloc_v2(&mut address, bytes) });
+        let result =
+            self.with_context("cuMemAlloc", || unsafe { sys::cuMemAlloc_v2(&mut address, bytes) });
         match result {
             Ok(()) => Ok(Block(address)),
             Err(CudaError::Api { code: error::OUT_OF_MEMORY, .. }) => {
@@ -269,8 +269,9 @@ impl Driver {
         // SAFETY: the block is of `allocate_pinned` and gone after this; no
         // copy uses it (`Ticket` and `Link` own what copies use). Errors as in
         // `free`.
-        let _ = self
-            .with_context("cuMemFreeHost", || unsafe { sys::cuMemFreeHost(block.0 as *mut c_void) });
+        let _ = self.with_context("cuMemFreeHost", || unsafe {
+            sys::cuMemFreeHost(block.0 as *mut c_void)
+        });
     }
 
     /// `urgent`: of the highest priority that the device has, else the lowest.
@@ -459,8 +460,9 @@ impl Driver {
 
     pub fn unload(&self, module: ModuleHandle) {
         // SAFETY: made by `load`, gone after this; kernels hold their module.
-        let _ = self
-            .with_context("cuModuleUnload", || unsafe { sys::cuModuleUnload(module.0 as sys::CUmodule) });
+        let _ = self.with_context("cuModuleUnload", || unsafe {
+            sys::cuModuleUnload(module.0 as sys::CUmodule)
+        });
     }
 
     pub fn function(
@@ -489,7 +491,7 @@ impl Driver {
             self.with_context("cuFuncGetAttribute", || unsafe {
                 sys::cuFuncGetAttribute(&mut value, which, function.0 as sys::CUfunction)
             })?;
-            Ok(u32::try_from(value).unwrap_or(0))
+            Ok::<_, CudaError>(u32::try_from(value).unwrap_or(0))
         };
         Ok(FunctionAttributes {
             threads_limit: get(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
@@ -589,9 +591,9 @@ fn attributes(
     };
     let mut name = [0u8; 256];
     // SAFETY: writes a zero-terminated name of at most that many bytes.
-    let code = unsafe {
-        sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as c_int, device)
-    } as u32;
+    let code =
+        unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as c_int, device) }
+            as u32;
     opening("cuDeviceGetName", code)?;
     let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
     let mut memory_bytes = 0usize;
@@ -607,9 +609,7 @@ fn attributes(
         version,
         memory_bytes: memory_bytes as u64,
         multiprocessors: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        shared_bytes_limit: get(
-            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        )?,
+        shared_bytes_limit: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         copy_engines: get(Attribute::CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT)?,
         integrated: get(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0,
         pci: (

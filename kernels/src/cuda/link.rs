@@ -308,11 +308,7 @@ impl<M: HostMemory> Shared<M> {
     /// it, and gives the device the next. Whether a chunk ended.
     fn settle(&self, wait: bool) -> bool {
         let Some((number, mark)) = self.lock().oldest() else { return false };
-        let ended = if wait {
-            mark.synchronize().map(|()| true)
-        } else {
-            mark.is_complete()
-        };
+        let ended = if wait { mark.synchronize().map(|()| true) } else { mark.is_complete() };
         let mut state = self.lock();
         match ended {
             Ok(false) => return false,

@@ -284,9 +284,9 @@ impl<M: HostMemory> State<M> {
             Ok(()) => None,
             Err(error) if error.is_sticky() => Some(error),
             // An error of the mark alone says nothing of the copy.
-            Err(error) => copies.finish_all().err().map(|worse| {
-                if worse.is_sticky() { worse } else { error }
-            }),
+            Err(error) => {
+                copies.finish_all().err().map(|worse| if worse.is_sticky() { worse } else { error })
+            }
         };
         match error {
             Some(error) => self.stop(&error.into(), now_ns),
@@ -373,7 +373,14 @@ impl<M: HostMemory> State<M> {
             None
         };
         let result = failure.map_or(Ok(()), Err);
-        self.landed.push_back(Landed { key, memory, result, bytes, submitted_ns, ended_ns: now_ns });
+        self.landed.push_back(Landed {
+            key,
+            memory,
+            result,
+            bytes,
+            submitted_ns,
+            ended_ns: now_ns,
+        });
     }
 }
 

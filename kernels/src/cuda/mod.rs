@@ -22,9 +22,7 @@ mod ticket;
 pub use args::Args;
 pub use device::{Device, DeviceInfo, DeviceOptions};
 pub use error::{CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
-pub use link::{
-    Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency,
-};
+pub use link::{Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency};
 pub use memory::{Arena, HostMemory, PADDING_BYTES, Pinned, PinnedPart, Span};
 pub use module::{Kernel, Modules, built_in_modules};
 pub use stream::{Event, Grid, Stream};
