@@ -1,0 +1,150 @@
+// The machine that runs a kernel: one fiber per CUDA thread, block after
+// block, the next fiber picked at random wherever one has to wait. One machine
+// per operating system thread; a fiber never changes its thread.
+#pragma once
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "cuda_host.h"
+#include "memory_map.h"
+#include "shadow.h"
+
+namespace standin {
+
+constexpr unsigned WARP = 32;
+constexpr unsigned MAX_THREADS = 1024;
+
+// What went wrong in a launch, in words; `race` counts as a race.
+struct Violation {
+  std::string text;
+  bool race = false;
+};
+
+struct Place {
+  const char* file = nullptr;
+  unsigned line = 0;
+  bool operator==(const Place&) const = default;
+};
+
+struct PendingCopy {
+  unsigned char* shared;
+  const unsigned char* source;
+  unsigned group;
+};
+
+enum class Wait : unsigned char { run, block, warp, done };
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;  // lowest usable byte
+  void* fake_stack = nullptr;  // the address sanitizer's
+  unsigned number = 0;
+  Wait wait = Wait::run;
+  const char* what = nullptr;  // the collective that it waits in
+  Place place;
+  Dim3 index{};
+  std::vector<PendingCopy> copies;
+  unsigned group = 0;  // number of committed cp_async groups
+};
+
+// What a lane brings to a warp's collective; the last lane to come runs it.
+struct Request {
+  void (*run)(Request* const* lanes);
+  const char* what;
+  Place place;
+  unsigned mask;
+  uint64_t value = 0;
+  int lane = 0, width = 0;
+  unsigned how = 0;
+  void* c = nullptr;
+  const unsigned* a = nullptr;
+  const unsigned* b = nullptr;
+};
+
+struct Warp {
+  unsigned lanes = 0, arrived = 0, exited = 0;
+  uint32_t clock = 0;  // how often its lanes were ordered by __syncwarp
+  Request* requests[WARP] = {};
+};
+
+struct Launch {
+  const KernelSource* kernel;
+  Dim3 grid, block;
+  size_t dynamic_bytes;
+  size_t shared_limit;  // static and dynamic together
+  const unsigned char* args;  // pointers, then values: one piece of memory
+  size_t args_bytes;
+};
+
+class Machine {
+ public:
+  // Runs all blocks. Answers what was wrong first; the launch ends there.
+  static bool run(const Launch& launch, uint64_t seed, const MemoryMap& memory, Violation* violation);
+  static Machine* current() { return active; }
+
+  Fiber& fiber() { return *now; }
+  unsigned lane() const { return now->number % WARP; }
+  void block_barrier(Place place);
+  void collective(Request& request);
+  void access(const void* address, size_t bytes, Access kind, const void* pc);
+  void* static_shared(SharedSite& site);
+  void* dynamic_shared() { return shared + dynamic_at; }
+  void start_copy(void* to, const void* from);
+  void commit_copies() { now->group++; }
+  // Waits until at most `groups_left` committed groups are in flight.
+  void land_copies(unsigned groups_left);
+  void warp_ordered() { warps[now->number / WARP].clock++; }
+  [[noreturn]] void fail(std::string text, bool race = false);
+
+  const Launch* launch = nullptr;
+  Dim3 block_at{};
+
+ private:
+  Machine();
+  ~Machine();
+  void prepare_launch(const Launch& what, uint64_t seed, const MemoryMap& map);
+  bool run_block();
+  void leave(Wait wait, const char* what, Place place);
+  void switch_to(Fiber* next);
+  Fiber* pick();
+  void release(Wait wait, unsigned first, unsigned end);
+  void end_fiber();
+  void give_shared(size_t at, size_t bytes);
+  std::string waiting() const;
+  std::string thread_name(unsigned number) const;
+  void shared_access(size_t at, size_t bytes, Access kind, const void* pc);
+  [[noreturn]] void outside(const void* address, size_t bytes, Access kind, const void* pc);
+  std::string heading() const;
+  static void fiber_main();
+
+  static thread_local Machine* active __attribute__((tls_model("initial-exec")));
+
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<unsigned> ready;
+  Fiber* now = nullptr;
+  void* main_stack = nullptr;
+  void* main_fake_stack = nullptr;
+  void* main_bottom = nullptr;
+  size_t main_size = 0;
+  unsigned threads = 0, at_barrier = 0, exited = 0;
+  bool failed = false;
+  Violation found;
+  uint64_t random = 1;
+  bool in_order = false;
+  const MemoryMap* map = nullptr;
+  Region recent[4];  // device allocations that were touched last
+  unsigned oldest = 0;
+
+  unsigned char* shared = nullptr;
+  Shadow shadow;
+  size_t static_end = 0, static_bytes = 0, dynamic_at = 0;
+  std::vector<Region> pieces;  // of shared memory, by offset
+  std::vector<uint32_t> site_launch;  // by site id: the launch that placed it
+  std::vector<uint32_t> site_at;
+  uint32_t launch_number = 0;
+  unsigned char poison = 0xcd;
+};
+
+}  // namespace standin
