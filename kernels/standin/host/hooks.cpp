@@ -15,7 +15,8 @@ static void seen(void* address, size_t bytes, Access kind, bool aligned, const v
   if (!machine) return;  // the registrations, before any launch
   if (aligned && (reinterpret_cast<uint64_t>(address) & (bytes - 1)) != 0) {
     machine->fail(format("an access of %zu bytes at 0x%llx is misaligned (%s)", bytes,
-                         (unsigned long long)reinterpret_cast<uint64_t>(address), source_of(pc).c_str()));
+                         (unsigned long long)reinterpret_cast<uint64_t>(address), source_of(pc).c_str()),
+                  Fault::misaligned);
   }
   machine->access(address, bytes, kind, pc);
 }
@@ -28,7 +29,7 @@ struct SourceLocation {
 
 static void undefined(const SourceLocation* at, const char* what) {
   Machine* machine = Machine::current();
-  if (machine) machine->fail(std::string(what) + " at " + source_line(at->file, at->line));
+  if (machine) machine->fail(std::string(what) + " at " + source_line(at->file, at->line), Fault::memory);
 }
 
 }  // namespace standin

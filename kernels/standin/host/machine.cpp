@@ -153,7 +153,7 @@ bool Machine::run_block() {
   now = nullptr;
   switch_to(pick());
   if (failed || exited < threads) {
-    if (!failed) found = {heading() + "deadlock: " + waiting(), false};
+    if (!failed) found = {heading() + "deadlock: " + waiting(), Fault::other};
     for (unsigned i = 0; i < threads; i++) {
       for (const PendingCopy& copy : fibers[i].copies) shadow.set_in_flight(size_t(copy.shared - shared), 16, false);
     }

@@ -15,10 +15,11 @@ namespace standin {
 constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 1024;
 
-// What went wrong in a launch, in words; `race` counts as a race.
+// What went wrong in a launch, in words.
+enum class Fault : unsigned char { other, race, memory, misaligned };
 struct Violation {
   std::string text;
-  bool race = false;
+  Fault fault = Fault::other;
 };
 
 struct Place {
@@ -95,7 +96,7 @@ class Machine {
   // Waits until at most `groups_left` committed groups are in flight.
   void land_copies(unsigned groups_left);
   void warp_ordered() { warps[now->number / WARP].clock++; }
-  [[noreturn]] void fail(std::string text, bool race = false);
+  [[noreturn]] void fail(std::string text, Fault fault = Fault::other);
 
   const Launch* launch = nullptr;
   Dim3 block_at{};

@@ -23,8 +23,8 @@ std::string Machine::heading() const {
   return format("kernel %s, block %s: ", launch->kernel->name, in_brackets(block_at).c_str());
 }
 
-void Machine::fail(std::string text, bool race) {
-  if (!failed) found = {heading() + text, race};
+void Machine::fail(std::string text, Fault fault) {
+  if (!failed) found = {heading() + text, fault};
   failed = true;
   switch_to(nullptr);
   __builtin_unreachable();
@@ -75,7 +75,8 @@ void Machine::outside(const void* address, size_t bytes, Access kind, const void
     if (at - reinterpret_cast<uint64_t>(fibers[i].stack) < STACK_BYTES) what = "local memory of " + thread_name(i);
   }
   fail(format("%s %s %zu bytes at 0x%llx, which is %s (%s)", thread_name(now->number).c_str(), verb(kind), bytes,
-              (unsigned long long)at, what.c_str(), source_of(pc).c_str()));
+              (unsigned long long)at, what.c_str(), source_of(pc).c_str()),
+       Fault::memory);
 }
 
 void Machine::shared_access(size_t at, size_t bytes, Access kind, const void* pc) {
@@ -93,18 +94,19 @@ void Machine::shared_access(size_t at, size_t bytes, Access kind, const void* pc
             : std::string("shared memory before any array");
   const std::string me = thread_name(now->number), line = source_of(pc);
   if (conflict.kind == Conflict::outside) {
-    fail(format("%s %s out of bounds: %s (%s)", me.c_str(), verb(kind), byte.c_str(), line.c_str()));
+    fail(format("%s %s out of bounds: %s (%s)", me.c_str(), verb(kind), byte.c_str(), line.c_str()),
+         Fault::memory);
   }
   const std::string other = thread_name(conflict.other);
   if (conflict.kind == Conflict::in_flight) {
     fail(format("race: %s %s %s while a cp_async of %s is on its way to it (%s)", me.c_str(), verb(kind), byte.c_str(),
                 other.c_str(), line.c_str()),
-         true);
+         Fault::race);
   }
   const char* how = conflict.kind == Conflict::read_write ? "read" : "wrote";
   fail(format("race: %s %s %s, which %s %s with no barrier between (%s)", me.c_str(), verb(kind), byte.c_str(),
               other.c_str(), how, line.c_str()),
-       true);
+       Fault::race);
 }
 
 void* Machine::static_shared(SharedSite& site) {
@@ -115,8 +117,9 @@ void* Machine::static_shared(SharedSite& site) {
     site_at.resize(site.id + 16);
   }
   if (site_launch[site.id] != launch_number) {
-    // At an odd multiple of its alignment: exactly as aligned as CUDA promises.
-    const size_t align = site.align;
+    // At an odd multiple of its alignment: exactly as aligned as common.cuh
+    // promises (SHARED has __align__(16)).
+    const size_t align = site.align < 16 ? 16 : site.align;
     size_t at = (static_end + SHARED_GAP + align - 1) / align * align;
     if (at / align % 2 == 0) at += align;
     static_bytes += site.bytes;
@@ -138,7 +141,7 @@ void Machine::start_copy(void* to, const void* from) {
   auto* target = static_cast<unsigned char*>(to);
   const void* pc = __builtin_return_address(0);
   const uint64_t both = reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from);
-  if (both % 16 != 0) fail(thread_name(now->number) + " calls cp_async_16 with an address that is no multiple of 16");
+  if (both % 16 != 0) fail(thread_name(now->number) + " calls cp_async_16 with an address that is no multiple of 16", Fault::misaligned);
   const size_t at = size_t(target - shared);
   if (at >= SHARED_BYTES) fail(thread_name(now->number) + " calls cp_async_16 with a target outside shared memory");
   access(from, 16, Access::read, pc);
