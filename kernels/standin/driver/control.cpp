@@ -1,5 +1,6 @@
 // The stand-in's own interface: one line of text sets one thing, by function
 // or by the environment variable PREGATE_STANDIN (lines parted by ';').
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -109,9 +110,15 @@ static void release_hung(State& s) {
   s.changed.notify_all();
 }
 
+static void from_environment(State& s);
+
 static bool command(State& s, const std::string& line) {
   if (line.empty()) return true;
-  if (line == "reset") return reset_all(), true;
+  if (line == "reset") {
+    reset_all();
+    from_environment(s);
+    return true;
+  }
   if (line == "clear_faults") {
     s.rules.clear();
     s.sticky = s.pending = SUCCESS;
@@ -138,6 +145,11 @@ static void from_environment(State& s) {
   }
 }
 
+static void read_environment_once() {
+  static bool once = (from_environment(state()), true);
+  (void)once;
+}
+
 State& state() {
   static State* made = [] {  // never destroyed: threads may outlive main
     State* s = new State;
@@ -152,8 +164,7 @@ bool context_current() { return current; }
 
 Call::Call(const char* name, bool needs_context) : lock(state().mutex) {
   State& s = state();
-  static bool once = (from_environment(s), true);
-  (void)once;
+  read_environment_once();
   s.calls++;
   s.calls_by_name[name]++;
   if (s.settings.log) fprintf(stderr, "pregate-standin: %llu %s\n", (unsigned long long)s.calls, name);
@@ -200,11 +211,14 @@ using namespace standin;
 // Answers 0, or 1 for a line that it does not know.
 CONTROL int pregate_standin_control(const char* line) {
   std::lock_guard guard(state().mutex);
+  read_environment_once();
   return command(state(), line) ? 0 : 1;
 }
 
 // `calls`, `calls:NAME`, `launches`, `launches:KERNEL`, `races`, `violations`,
-// `kernels`, `device_bytes`, `pinned_bytes`, `sanitizer`, `pending_work`.
+// `kernels`, `sanitizer`, `pending_work`; what is alive: `device_bytes`,
+// `device_blocks`, `pinned_bytes`, `pinned_blocks`, `streams`, `events`,
+// `modules`, `graphs`, `contexts`. Unknown names count 0.
 CONTROL uint64_t pregate_standin_count(const char* what) {
   std::lock_guard guard(state().mutex);
   State& s = state();
@@ -222,6 +236,13 @@ CONTROL uint64_t pregate_standin_count(const char* what) {
   if (name == "kernels") return kernels().size();
   if (name == "device_bytes") return s.device_used;
   if (name == "pinned_bytes") return s.pinned_used;
+  if (name == "device_blocks") return s.device.size();
+  if (name == "pinned_blocks") return s.pinned.size();
+  if (name == "streams") return s.streams.size();
+  if (name == "events") return s.events.size();
+  if (name == "modules") return s.modules.size();
+  if (name == "graphs") return s.graphs.size() + s.executables.size();
+  if (name == "contexts") return uint64_t(s.contexts);
   if (name == "pending_work") {
     uint64_t sum = 0;
     for (auto& stream : all_streams()) sum += stream->queue.size();

@@ -3,6 +3,19 @@
 
 #include "state.h"
 
+namespace standin {
+
+// CUDA C++ Programming Guide, table of technical specifications per compute
+// capability.
+int shared_optin(const Settings& settings) {
+  const int major = settings.major, minor = settings.minor;
+  if (major == 7) return minor == 0 ? 96 * 1024 : 64 * 1024;
+  if (major == 8) return minor == 0 || minor == 7 ? 163 * 1024 : 99 * 1024;
+  return major == 12 ? 99 * 1024 : 227 * 1024;
+}
+
+}  // namespace standin
+
 using namespace standin;
 
 API cuInit(unsigned flags) {
@@ -72,14 +85,6 @@ API cuDeviceGetUuid_v2(unsigned char* out, int device) {
   return uuid(out, device);
 }
 
-// Dynamic shared memory that a block may opt in to (CUDA C++ Programming
-// Guide, table of technical specifications per compute capability).
-static int shared_optin(int major, int minor) {
-  if (major == 7) return minor == 0 ? 96 * 1024 : 64 * 1024;
-  if (major == 8) return minor == 0 || minor == 7 ? 163 * 1024 : 99 * 1024;
-  return major == 12 ? 99 * 1024 : 227 * 1024;
-}
-
 API cuDeviceGetAttribute(int* value, int attribute, int device) {
   ENTER_FREE("cuDeviceGetAttribute");
   if (Result code = known(device)) return code;
@@ -106,8 +111,8 @@ API cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 40: *value = 2; break;           // copy engines
     case 75: *value = s.major; break;
     case 76: *value = s.minor; break;
-    case 81: *value = shared_optin(s.major, s.minor) + 1024; break;
-    case 97: *value = shared_optin(s.major, s.minor); break;
+    case 81: *value = shared_optin(s) + 1024; break;
+    case 97: *value = shared_optin(s); break;
     case 106: *value = 16; break;         // blocks of a multiprocessor
     case 111: *value = 1024; break;       // reserved shared memory of a block
     default: *value = 0;                  // no pools, no managed memory

@@ -201,6 +201,36 @@ static Result from_device(const char* call, void* to, uint64_t from, uint64_t by
   return SUCCESS;
 }
 
+// A new machine, as far as the program can tell. Memory that somebody still
+// holds stays mapped: a late free must not fault.
+void reset_all() {
+  State& s = state();
+  for (auto& stream : all_streams()) abandon(*stream, INVALID_CONTEXT);
+  s.leaving.clear();
+  *s.null_stream = Stream{};
+  s.streams.clear();
+  s.events.clear();
+  s.modules.clear();
+  s.functions.clear();
+  s.graphs.clear();
+  s.executables.clear();
+  while (!s.device.empty()) release(s.device.begin()->first);
+  for (auto& [base, bytes] : s.pinned) s.map.remove(base);
+  s.pinned.clear();
+  s.pinned_used = 0;
+  s.settings = Settings{};
+  s.initialised = false;
+  s.contexts = 0;
+  s.rules.clear();
+  s.sticky = s.pending = SUCCESS;
+  s.hang_at = s.calls = s.launches = s.races = 0;
+  s.calls_by_name.clear();
+  s.launches_by_name.clear();
+  s.violations.clear();
+  s.random = 1;
+  s.changed.notify_all();
+}
+
 }  // namespace standin
 
 using namespace standin;

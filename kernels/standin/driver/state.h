@@ -190,8 +190,9 @@ void abandon(Stream& stream, Result code);  // nothing of it will have an effect
 // Whether work that has not ended uses any of these bytes; names the call.
 const char* in_use(const Region& region);
 
-std::shared_ptr<Work> copy_work(const char* call, void* to, const void* from, uint64_t bytes);
 void reset_all();
+// Dynamic shared memory that a block may opt in to.
+int shared_optin(const Settings& settings);
 void set_context_current(bool current);
 bool context_current();
 
