@@ -28,6 +28,8 @@ fn main() {
         println!("cargo:warning=no C++ compiler for this machine: kernels will not run in tests");
         return;
     };
+    let out = out.join(compiler.variant());
+    fs::create_dir_all(&out).expect("the output folder is ours");
     let mut units = Vec::new();
     for source in files(&here.join("host"), "cpp").into_iter().chain(files(&here.join("driver"), "cpp"))
     {
@@ -45,7 +47,7 @@ fn main() {
     }
     let library = compiler.build(&units, &out);
     println!("cargo:rustc-env=PREGATE_STANDIN_LIBRARY={}", library.display());
-    println!("cargo:rustc-env=PREGATE_STANDIN_SANITIZER={}", compiler.sanitizer());
+    println!("cargo:rustc-env=PREGATE_STANDIN_VARIANT={}", compiler.variant());
 }
 
 fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {

@@ -95,8 +95,9 @@ impl Compiler {
         Some(Self { program, address_sanitizer: sanitizer == "address" })
     }
 
-    pub fn sanitizer(&self) -> &'static str {
-        if self.address_sanitizer { "address" } else { "" }
+    /// Names the folder of what this compiler makes.
+    pub fn variant(&self) -> &'static str {
+        if self.address_sanitizer { "address" } else { "checked" }
     }
 
     fn common_flags(&self) -> Vec<String> {
@@ -148,9 +149,7 @@ impl Compiler {
         let failures = failures.into_inner().expect("no panic while held");
         assert!(failures.is_empty(), "{}", failures.join("\n"));
 
-        let folder = out.join(if self.address_sanitizer { "address" } else { "plain" });
-        fs::create_dir_all(&folder).expect("the output folder is ours");
-        let library = folder.join("libcuda.so");
+        let library = out.join("libcuda.so");
         let mut link = Command::new(&self.program);
         link.args(["-shared", "-pthread", "-Wl,-soname,libcuda.so", "-o"]).arg(&library);
         if self.address_sanitizer {

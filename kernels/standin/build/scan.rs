@@ -39,7 +39,7 @@ pub fn kernels(text: &str) -> Vec<Kernel> {
 fn header_end(text: &str) -> Option<usize> {
     let mut from = 0;
     if let Some(at) = text.find(BOUNDS)
-        && text.find('{').is_none_or(|body| at < body)
+        && text.find(['{', ';']).is_none_or(|end| at < end)
     {
         from = at + BOUNDS.len() + closing(&text[at + BOUNDS.len()..])? + 1;
     }

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -18,7 +19,7 @@
 
 namespace standin {
 
-thread_local Machine* Machine::active = nullptr;
+__thread Machine* Machine::active = nullptr;
 
 static uint64_t next_random(uint64_t& state) {  // xorshift64*
   state ^= state >> 12;

@@ -80,6 +80,10 @@ struct Launch {
 
 class Machine {
  public:
+  Machine();
+  ~Machine();
+  Machine(const Machine&) = delete;
+  void operator=(const Machine&) = delete;
   // Runs all blocks. Answers what was wrong first; the launch ends there.
   static bool run(const Launch& launch, uint64_t seed, const MemoryMap& memory, Violation* violation);
   static Machine* current() { return active; }
@@ -102,8 +106,6 @@ class Machine {
   Dim3 block_at{};
 
  private:
-  Machine();
-  ~Machine();
   void prepare_launch(const Launch& what, uint64_t seed, const MemoryMap& map);
   bool run_block();
   void leave(Wait wait, const char* what, Place place);
@@ -119,7 +121,7 @@ class Machine {
   std::string heading() const;
   static void fiber_main();
 
-  static thread_local Machine* active __attribute__((tls_model("initial-exec")));
+  static __thread Machine* active __attribute__((tls_model("initial-exec")));
 
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;

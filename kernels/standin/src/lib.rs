@@ -98,7 +98,7 @@ impl Standin {
     /// Whether the library is built with the address sanitizer, which sees
     /// heap and stack, but no races.
     pub fn has_address_sanitizer() -> bool {
-        option_env!("PREGATE_STANDIN_SANITIZER") == Some("address")
+        option_env!("PREGATE_STANDIN_VARIANT") == Some("address")
     }
 
     /// The stand-in for the caller alone, among those who call this.

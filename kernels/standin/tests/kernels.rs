@@ -52,15 +52,13 @@ fn a_missing_barrier_is_a_race_in_every_order() {
         let args = |fault: i32| [out, input, number(n), number(fault)];
         machine.run("standin_reverse", [1, n as u32, 0], &args(0)).unwrap();
         assert_eq!(machine.read(out, 4 * n as usize), words((0..n).rev()));
-        let races = machine.standin.races();
-        stopped(
-            &machine,
-            LAUNCH_FAILED,
-            &["standin_reverse", "block (0,0,0)", "race", "byte", "standin_faults.cu:"],
-            || machine.run("standin_reverse", [1, n as u32, 0], &args(1)),
-        );
-        assert_eq!(machine.standin.races(), races.max(1), "taking forgets, finding counts");
-        machine.standin.command("forget_violations");
+        assert_eq!(machine.standin.races(), 0);
+        let faulty = || machine.run("standin_reverse", [1, n as u32, 0], &args(1));
+        assert_eq!(faulty(), Err(LAUNCH_FAILED));
+        assert_eq!(machine.standin.races(), 1);
+        machine.standin.take_violations();
+        let words = ["standin_reverse", "block (0,0,0)", "race", "byte", "standin_faults.cu:"];
+        stopped(&machine, LAUNCH_FAILED, &words, faulty);
     }
 }
 
