@@ -79,6 +79,7 @@ bool Machine::run(const Launch& launch, uint64_t seed, const MemoryMap& memory, 
   bool whole = true;
   for (uint64_t i = 0; whole && i < blocks; i++) {
     const uint64_t block = order.empty() ? i : order[i];
+    machine->block_number = uint32_t(block);
     machine->block_at = {unsigned(block % launch.grid.x), unsigned(block / launch.grid.x % launch.grid.y),
                          unsigned(block / launch.grid.x / launch.grid.y)};
     whole = machine->run_block();
@@ -118,6 +119,8 @@ void Machine::prepare_launch(const Launch& what, uint64_t seed, const MemoryMap&
   give_shared(dynamic_at, what.dynamic_bytes);
   static_bytes = 0;
   launch_number++;
+  global.clear(uint64_t(what.grid.x) * what.grid.y * what.grid.z);
+  suspect.bytes = 0;
 #if defined(__SANITIZE_ADDRESS__)
   pthread_attr_t attributes;
   pthread_getattr_np(pthread_self(), &attributes);
@@ -150,7 +153,7 @@ bool Machine::run_block() {
     fiber.group = 0;
     ready[i] = threads - 1 - i;
   }
-  at_barrier = exited = 0;
+  at_barrier = exited = barriers = 0;
   now = nullptr;
   switch_to(pick());
   if (failed || exited < threads) {
@@ -200,6 +203,7 @@ void Machine::fiber_main() {
 }
 
 void Machine::end_fiber() {
+  check_suspect();
   if (!now->copies.empty()) fail(thread_name(now->number) + " ends while its cp_async copies are in flight");
   now->wait = Wait::done;
   exited++;
@@ -209,6 +213,7 @@ void Machine::end_fiber() {
 }
 
 void Machine::leave(Wait wait, const char* what, Place place) {
+  check_suspect();
   now->wait = wait;
   now->what = what;
   now->place = place;
@@ -236,6 +241,7 @@ void Machine::block_barrier(Place place) {
          thread_name(i) + " at " + source_line(fibers[i].place.file, fibers[i].place.line));
   }
   at_barrier = 0;
+  barriers++;
   shadow.next_epoch();
   release(Wait::block, 0, threads);
 }

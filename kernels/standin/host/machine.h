@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda_host.h"
+#include "global_shadow.h"
 #include "memory_map.h"
 #include "shadow.h"
 
@@ -116,6 +117,8 @@ class Machine {
   void give_shared(size_t at, size_t bytes);
   std::string waiting() const;
   std::string thread_name(unsigned number) const;
+  void global_access(uint64_t at, size_t bytes, Access kind, const void* pc);
+  void check_suspect();
   void shared_access(size_t at, size_t bytes, Access kind, const void* pc);
   [[noreturn]] void outside(const void* address, size_t bytes, Access kind, const void* pc);
   std::string heading() const;
@@ -132,6 +135,7 @@ class Machine {
   void* main_bottom = nullptr;
   size_t main_size = 0;
   unsigned threads = 0, at_barrier = 0, exited = 0;
+  uint32_t block_number = 0, barriers = 0;
   bool failed = false;
   Violation found;
   uint64_t random = 1;
@@ -142,6 +146,15 @@ class Machine {
 
   unsigned char* shared = nullptr;
   Shadow shadow;
+  GlobalShadow global;
+  // A write over another thread's write: harmless if the bytes stay as they
+  // are, which shows when it has happened.
+  struct Suspect {
+    uint64_t at = 0;
+    size_t bytes = 0;
+    unsigned char old[16];
+    std::string text;
+  } suspect;
   size_t static_end = 0, static_bytes = 0, dynamic_at = 0;
   std::vector<Region> pieces;  // of shared memory, by offset
   std::vector<uint32_t> site_launch;  // by site id: the launch that placed it

@@ -50,22 +50,48 @@ std::string Machine::waiting() const {
 }
 
 void Machine::access(const void* address, size_t bytes, Access kind, const void* pc) {
+  if (suspect.bytes > 0) check_suspect();
   const uint64_t at = reinterpret_cast<uint64_t>(address);
   const uint64_t in_shared = at - reinterpret_cast<uint64_t>(shared);
   if (in_shared < SHARED_BYTES) return shared_access(in_shared, bytes, kind, pc);
   for (const Region& region : recent) {
-    if (region.holds(at, bytes)) return;
+    if (region.holds(at, bytes)) return global_access(at, bytes, kind, pc);
   }
   if (at - reinterpret_cast<uint64_t>(now->stack) < STACK_BYTES) return;  // its own local memory
   if (const Region* region = map->find(at, bytes)) {
     recent[oldest++ % 4] = *region;
-    return;
+    return global_access(at, bytes, kind, pc);
   }
   if (kind == Access::read) {
     if (at - reinterpret_cast<uint64_t>(launch->args) < launch->args_bytes) return;
     if (at - reinterpret_cast<uint64_t>(__ehdr_start) < uint64_t(_end - __ehdr_start)) return;
   }
   outside(address, bytes, kind, pc);
+}
+
+void Machine::global_access(uint64_t at, size_t bytes, Access kind, const void* pc) {
+  const Toucher me{block_number, uint16_t(now->number), barriers, warps[now->number / WARP].clock};
+  Toucher other;
+  if (global.touch(at, bytes, kind, me, &other)) return;
+  const Dim3& grid = launch->grid;
+  const Dim3 block{other.block % grid.x, other.block / grid.x % grid.y, other.block / grid.x / grid.y};
+  const std::string text = format(
+      "race: %s %s %zu bytes at 0x%llx, which %s of block %s wrote, and nothing orders the two (%s)",
+      thread_name(now->number).c_str(), verb(kind), bytes, (unsigned long long)at,
+      thread_name(other.thread).c_str(), in_brackets(block).c_str(), source_of(pc).c_str());
+  if (kind != Access::write || bytes > sizeof suspect.old) fail(text, Fault::race);
+  suspect.at = at;
+  suspect.bytes = bytes;
+  suspect.text = text;
+  memcpy(suspect.old, reinterpret_cast<const void*>(at), bytes);
+}
+
+void Machine::check_suspect() {
+  const size_t bytes = suspect.bytes;
+  suspect.bytes = 0;
+  if (bytes > 0 && memcmp(suspect.old, reinterpret_cast<const void*>(suspect.at), bytes) != 0) {
+    fail(suspect.text, Fault::race);
+  }
 }
 
 void Machine::outside(const void* address, size_t bytes, Access kind, const void* pc) {

@@ -203,6 +203,26 @@ fn asynchronous_copies_land_at_the_wait_and_not_before() {
 }
 
 #[test]
+fn device_memory_that_another_thread_wrote_needs_an_order() {
+    let Some(machine) = checked() else { return };
+    let (out, scratch) = (machine.device(&[0; 4 * 128]), machine.device(&[0; 4 * 128]));
+    for order in ORDERS {
+        machine.standin.set_order(order);
+        let run = |mode: u64| {
+            let count = machine.device(&[0; 4]);
+            machine.run("standin_global", [4, 32, 0], &[out, scratch, count, mode])
+        };
+        run(0).unwrap();
+        stopped(&machine, LAUNCH_FAILED, &["race", "nothing orders"], || run(1));
+        stopped(&machine, LAUNCH_FAILED, &["race", "of block"], || run(2));
+        run(3).unwrap();
+        assert_eq!(machine.read_words(out, 32), (0..32).map(|i| 4 * i).collect::<Vec<u32>>());
+        run(4).unwrap();
+        stopped(&machine, LAUNCH_FAILED, &["race", "writes 4 bytes"], || run(5));
+    }
+}
+
+#[test]
 fn what_a_cpu_and_a_device_answer_differently_is_found() {
     let Some(machine) = checked() else { return };
     let out = machine.device(&[0; 8]);

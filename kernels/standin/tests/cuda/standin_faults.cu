@@ -118,3 +118,33 @@ extern "C" __global__ void standin_undefined(int* out, int by, float x) {
   out[0] = 1 << by;
   out[1] = (int)x;
 }
+
+// out [n] through device memory that another thread has written. Mode 0: in the
+// block, behind a barrier; 1: without one; 2: of the block before, without
+// order; 3: the same by a counter, as the last block to come does; 4: all
+// threads write one word, the same; 5: not the same.
+extern "C" __global__ void standin_global(unsigned* out, unsigned* scratch, unsigned* count, int mode) {
+  SHARED(unsigned, last, 1);
+  const unsigned i = threadIdx.x, n = blockDim.x, block = blockIdx.x, blocks = gridDim.x;
+  if (mode >= 4) {
+    scratch[0] = mode == 4 ? 7 : i;
+    return;
+  }
+  scratch[block * n + i] = i;
+  if (mode != 1) __syncthreads();
+  if (mode <= 1) {
+    out[block * n + i] = scratch[block * n + (i + 1) % n];
+    return;
+  }
+  if (mode == 2) {
+    out[block * n + i] = scratch[(block + 1) % blocks * n + i];
+    return;
+  }
+  __threadfence();
+  if (i == 0) last[0] = atomicAdd(count, 1u);
+  __syncthreads();
+  if (last[0] != blocks - 1) return;
+  unsigned sum = 0;
+  for (unsigned b = 0; b < blocks; b++) sum += scratch[b * n + i];
+  out[i] = sum;
+}
