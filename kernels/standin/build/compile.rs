@@ -102,7 +102,7 @@ impl Compiler {
 
     fn common_flags(&self) -> Vec<String> {
         let mut flags: Vec<&str> =
-            vec!["-std=c++20", "-fPIC", "-g1", "-pthread", "-fvisibility=hidden", "-MMD"];
+            vec!["-std=c++20", "-fPIC", "-g1", "-gdwarf-4", "-pthread", "-fvisibility=hidden", "-MMD"];
         if self.address_sanitizer {
             flags.extend(["-fsanitize=address", "-fno-omit-frame-pointer"]);
         }
@@ -119,7 +119,7 @@ impl Compiler {
         flags.extend(exact.map(str::to_string));
         let checks = if self.address_sanitizer { String::new() } else { "thread,".to_string() };
         flags.push(format!("-fsanitize={checks}{UNDEFINED}"));
-        flags.push("-w".to_string());
+        flags.extend(["-w", "-DPREGATE_CU"].map(str::to_string));
         flags.push(format!("-I{}", host.display()));
         // `fmaf` and `rintf` in one instruction; the results are the same.
         #[cfg(target_arch = "x86_64")]
@@ -185,7 +185,7 @@ impl Compiler {
     /// file stands in a namespace of its own, as a module does on a device.
     fn registration(&self, unit: &Unit, host: &Path) -> Result<String, String> {
         let mut scan = Command::new(&self.program);
-        scan.args(["-E", "-P", "-x", "c++", "-std=c++20", "-DPREGATE_SCAN"]);
+        scan.args(["-E", "-P", "-x", "c++", "-std=c++20", "-DPREGATE_SCAN", "-DPREGATE_CU"]);
         scan.arg(format!("-I{}", host.display())).args(["-include", "cuda_host.h"]).arg(&unit.source);
         let kernels = scan::kernels(&run(&mut scan)?);
         let stem = &unit.stem;

@@ -122,6 +122,7 @@ static bool command(State& s, const std::string& line) {
   if (line == "clear_faults") {
     s.rules.clear();
     s.sticky = s.pending = SUCCESS;
+    for (auto& stream : all_streams()) stream->failed = SUCCESS;
     release_hung(s);
     return true;
   }

@@ -22,7 +22,9 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
+#ifdef PREGATE_CU  // a .cu file: no header of the system comes after this one
 #define __noinline__ __attribute__((noinline))
+#endif
 #define __align__(n) __attribute__((aligned(n)))
 
 namespace standin {

@@ -5,6 +5,8 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 
 namespace standin {
 
@@ -25,7 +27,7 @@ std::string source_line(const char* file, unsigned line) {
   return path + format(":%u", line);
 }
 
-std::string source_of(const void* pc) {
+static std::string ask_for_source(const void* pc) {
   Dl_info info;
   if (!dladdr(pc, &info) || !info.dli_fname) return "?";
   // The return address is behind the call; one byte before is inside it.
@@ -43,6 +45,15 @@ std::string source_of(const void* pc) {
   const size_t colon = line.rfind(':');
   return source_line(line.substr(0, colon).c_str(),
                      unsigned(strtoul(line.c_str() + colon + 1, nullptr, 10)));
+}
+
+std::string source_of(const void* pc) {
+  static std::mutex mutex;
+  static std::map<const void*, std::string> known;
+  std::lock_guard guard(mutex);
+  auto [it, is_new] = known.try_emplace(pc);
+  if (is_new) it->second = ask_for_source(pc);
+  return it->second;
 }
 
 }  // namespace standin

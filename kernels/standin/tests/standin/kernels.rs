@@ -2,10 +2,10 @@
 //! get away with: each fault of `standin_faults.cu` is found, and its right
 //! twin is not.
 
-mod support;
+
 
 use pregate_standin::Standin;
-use support::{Machine, float, machine, number};
+use crate::support::{Machine, float, machine, number};
 
 const ILLEGAL_ADDRESS: u32 = 700;
 const MISALIGNED: u32 = 716;

@@ -1,10 +1,10 @@
 //! The driver's own behaviour: order and lateness of work, what a program may
 //! not do with memory that work uses, limits, faults.
 
-mod support;
+
 
 use pregate_standin::{Drain, Fault};
-use support::{Machine, machine};
+use crate::support::{Machine, machine};
 
 const NOT_READY: u32 = 600;
 const LAUNCH_FAILED: u32 = 719;

@@ -1,0 +1,6 @@
+//! The stand-in for libcuda, by the real cudarc: that it does what a driver
+//! and a device do, and that it finds what they may let pass.
+
+mod driver;
+mod kernels;
+mod support;
