@@ -31,7 +31,8 @@ fn main() {
     let out = out.join(compiler.variant());
     fs::create_dir_all(&out).expect("the output folder is ours");
     let mut units = Vec::new();
-    for source in files(&here.join("host"), "cpp").into_iter().chain(files(&here.join("driver"), "cpp"))
+    for source in
+        files(&here.join("host"), "cpp").into_iter().chain(files(&here.join("driver"), "cpp"))
     {
         units.push(Unit::own(&source, &out));
     }

@@ -49,7 +49,9 @@ impl Unit {
             return false;
         };
         let is_older = |path: &str| {
-            fs::metadata(path).and_then(|data| data.modified()).is_ok_and(|time: SystemTime| time < made)
+            fs::metadata(path)
+                .and_then(|data| data.modified())
+                .is_ok_and(|time: SystemTime| time < made)
         };
         let list = list.replace("\\\n", " ");
         let generated = self.object.with_extension("cpp");
@@ -60,7 +62,8 @@ impl Unit {
 }
 
 /// What is checked in the kernels while they run, beside `hooks.cpp`.
-const UNDEFINED: &str = "alignment,bounds,shift-exponent,integer-divide-by-zero,float-cast-overflow";
+const UNDEFINED: &str =
+    "alignment,bounds,shift-exponent,integer-divide-by-zero,float-cast-overflow";
 
 pub struct Compiler {
     program: String,
@@ -101,8 +104,15 @@ impl Compiler {
     }
 
     fn common_flags(&self) -> Vec<String> {
-        let mut flags: Vec<&str> =
-            vec!["-std=c++20", "-fPIC", "-g1", "-gdwarf-4", "-pthread", "-fvisibility=hidden", "-MMD"];
+        let mut flags: Vec<&str> = vec![
+            "-std=c++20",
+            "-fPIC",
+            "-g1",
+            "-gdwarf-4",
+            "-pthread",
+            "-fvisibility=hidden",
+            "-MMD",
+        ];
         if self.address_sanitizer {
             flags.extend(["-fsanitize=address", "-fno-omit-frame-pointer"]);
         }
@@ -115,7 +125,8 @@ impl Compiler {
             flags.extend(["-O2", "-Wall", "-Wextra"].map(str::to_string));
             return flags;
         };
-        let exact = ["-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fwrapv"];
+        let exact =
+            ["-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fwrapv"];
         flags.extend(exact.map(str::to_string));
         let checks = if self.address_sanitizer { String::new() } else { "thread,".to_string() };
         flags.push(format!("-fsanitize={checks}{UNDEFINED}"));
@@ -138,7 +149,8 @@ impl Compiler {
         std::thread::scope(|scope| {
             for _ in 0..jobs.clamp(1, 8) {
                 scope.spawn(|| {
-                    while let Some(unit) = waiting.lock().expect("no panic while held").pop_front() {
+                    while let Some(unit) = waiting.lock().expect("no panic while held").pop_front()
+                    {
                         if let Err(text) = self.compile(unit) {
                             failures.lock().expect("no panic while held").push(text);
                         }
@@ -186,7 +198,9 @@ impl Compiler {
     fn registration(&self, unit: &Unit, host: &Path) -> Result<String, String> {
         let mut scan = Command::new(&self.program);
         scan.args(["-E", "-P", "-x", "c++", "-std=c++20", "-DPREGATE_SCAN", "-DPREGATE_CU"]);
-        scan.arg(format!("-I{}", host.display())).args(["-include", "cuda_host.h"]).arg(&unit.source);
+        scan.arg(format!("-I{}", host.display()))
+            .args(["-include", "cuda_host.h"])
+            .arg(&unit.source);
         let kernels = scan::kernels(&run(&mut scan)?);
         let stem = &unit.stem;
         let mut text = format!(
@@ -195,7 +209,8 @@ impl Compiler {
         );
         for kernel in &kernels {
             let limit = kernel.threads_limit.as_deref().unwrap_or("0");
-            let _ = writeln!(text, "constexpr unsigned limit_of_{} = unsigned({limit});", kernel.name);
+            let _ =
+                writeln!(text, "constexpr unsigned limit_of_{} = unsigned({limit});", kernel.name);
         }
         text.push_str("}\n");
         for kernel in &kernels {

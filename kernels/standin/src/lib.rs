@@ -15,6 +15,7 @@
 //! makes of the PTX.
 
 mod library;
+pub mod testing;
 
 use library::Library;
 use std::path::Path;
@@ -89,7 +90,8 @@ impl Standin {
         static LOADED: OnceLock<Option<Standin>> = OnceLock::new();
         LOADED
             .get_or_init(|| {
-                let library = Library::open(Self::path()?).unwrap_or_else(|error| panic!("{error}"));
+                let library =
+                    Library::open(Self::path()?).unwrap_or_else(|error| panic!("{error}"));
                 Some(Self { library, turn: Mutex::new(()) })
             })
             .as_ref()

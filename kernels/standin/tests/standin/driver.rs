@@ -1,10 +1,8 @@
 //! The driver's own behaviour: order and lateness of work, what a program may
 //! not do with memory that work uses, limits, faults.
 
-
-
-use pregate_standin::{Drain, Fault};
 use crate::support::{Machine, machine};
+use pregate_standin::{Drain, Fault};
 
 const NOT_READY: u32 = 600;
 const LAUNCH_FAILED: u32 = 719;
@@ -315,7 +313,9 @@ fn threads_need_the_context_and_a_reset_forgets_everything() {
     let Some(machine) = open(Drain::Lazy) else { return };
     let address = machine.allocate(64).unwrap();
     let elsewhere = std::thread::scope(|scope| {
-        scope.spawn(|| cudarc::driver::result::mem_get_info().err().map(|error| error.0 as u32)).join()
+        scope
+            .spawn(|| cudarc::driver::result::mem_get_info().err().map(|error| error.0 as u32))
+            .join()
     });
     assert_eq!(elsewhere.unwrap(), Some(201));
     machine.standin.reset();

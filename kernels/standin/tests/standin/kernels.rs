@@ -2,10 +2,8 @@
 //! get away with: each fault of `standin_faults.cu` is found, and its right
 //! twin is not.
 
-
-
-use pregate_standin::Standin;
 use crate::support::{Machine, float, machine, number};
+use pregate_standin::Standin;
 
 const ILLEGAL_ADDRESS: u32 = 700;
 const MISALIGNED: u32 = 716;
@@ -96,9 +94,8 @@ fn reads_outside_an_allocation_are_found_to_the_byte() {
     let Some(machine) = checked() else { return };
     let (input, other) = (machine.device(&words(0..40)), machine.device(&words(0..32)));
     let out = machine.device(&words(0..32));
-    let read = |from: u64, at: i32| {
-        machine.run("standin_read", [1, 32, 0], &[out, from, number(at)])
-    };
+    let read =
+        |from: u64, at: i32| machine.run("standin_read", [1, 32, 0], &[out, from, number(at)]);
     read(input, 8).unwrap();
     assert_eq!(machine.read(out, 128), words(8..40));
     stopped(&machine, ILLEGAL_ADDRESS, &["reads 4 bytes", "of an allocation of 160 bytes"], || {
@@ -136,7 +133,8 @@ fn shared_arrays_have_bounds() {
 fn barriers_that_not_all_reach_are_found() {
     let Some(machine) = checked() else { return };
     let out = machine.device(&words(0..64));
-    let run = |limit: u64, how: u64| machine.run("standin_barriers", [2, 64, 0], &[out, limit, how]);
+    let run =
+        |limit: u64, how: u64| machine.run("standin_barriers", [2, 64, 0], &[out, limit, how]);
     for order in ORDERS {
         machine.standin.set_order(order);
         run(64, 0).unwrap();
@@ -184,7 +182,8 @@ fn asynchronous_copies_land_at_the_wait_and_not_before() {
     let out = machine.device(&vec![0; 16 * n as usize]);
     for order in ORDERS {
         machine.standin.set_order(order);
-        let run = |fault: i32| machine.run("standin_copies", [1, n, 0], &[out, input, number(fault)]);
+        let run =
+            |fault: i32| machine.run("standin_copies", [1, n, 0], &[out, input, number(fault)]);
         run(0).unwrap();
         let mut expected: Vec<f32> = values().map(|x| 2.0 * x).collect();
         expected.rotate_left(4);
@@ -226,7 +225,8 @@ fn device_memory_that_another_thread_wrote_needs_an_order() {
 fn what_a_cpu_and_a_device_answer_differently_is_found() {
     let Some(machine) = checked() else { return };
     let out = machine.device(&[0; 8]);
-    let run = |by: i32, x: f32| machine.run("standin_undefined", [1, 1, 0], &[out, number(by), float(x)]);
+    let run =
+        |by: i32, x: f32| machine.run("standin_undefined", [1, 1, 0], &[out, number(by), float(x)]);
     run(31, -7.9).unwrap();
     assert_eq!(machine.read_words(out, 2), [1 << 31, -7i32 as u32]);
     stopped(&machine, ILLEGAL_ADDRESS, &["shift", "standin_faults.cu:"], || run(32, 0.0));
@@ -304,7 +304,11 @@ fn matrix_products_are_those_of_the_manual() {
     let half = |value: i32| -> u16 {
         let size = value.unsigned_abs();
         let exponent = size.checked_ilog2().unwrap_or(0);
-        let bits = if size == 0 { 0 } else { ((exponent + 15) << 10) | ((size << (10 - exponent)) & 0x3ff) };
+        let bits = if size == 0 {
+            0
+        } else {
+            ((exponent + 15) << 10) | ((size << (10 - exponent)) & 0x3ff)
+        };
         bits as u16 | if value < 0 { 0x8000 } else { 0 }
     };
     let value = |i: usize| (i * 29 % 41) as i32 - 20;
@@ -373,7 +377,8 @@ fn halves_convert_exactly_and_round_to_even() {
         };
         let expected = if sign == 1 { -size } else { size };
         let found = f32::from_bits(wide[usize::from(half)]);
-        let again = u16::from_le_bytes([back[2 * usize::from(half)], back[2 * usize::from(half) + 1]]);
+        let again =
+            u16::from_le_bytes([back[2 * usize::from(half)], back[2 * usize::from(half) + 1]]);
         if expected.is_nan() {
             assert!(found.is_nan() && again & 0x7c00 == 0x7c00 && again & 1023 != 0);
         } else {
@@ -394,7 +399,8 @@ fn halves_convert_exactly_and_round_to_even() {
         (1.0 + 3.0 * 2f32.powi(-11), 0x3c02),
         (-0.0, 0x8000),
     ];
-    let input = machine.device(&cases.iter().flat_map(|case| case.0.to_le_bytes()).collect::<Vec<u8>>());
+    let input =
+        machine.device(&cases.iter().flat_map(|case| case.0.to_le_bytes()).collect::<Vec<u8>>());
     let out = machine.device(&vec![0; 2 * cases.len()]);
     let n = number(cases.len() as i32);
     machine.run("standin_to_half", [1, 32, 0], &[out, input, n]).unwrap();
