@@ -1,7 +1,7 @@
 //! The one place that calls the CUDA driver.
 //!
-//! Built on `cudarc::driver::sys`: its bindings and its lazy loading of
-//! libcuda. The safe layer of `cudarc` stays out: its slices record events
+//! Built on `cudarc::driver::sys`: its types and its loading of libcuda
+//! (`functions.rs`). The safe layer of `cudarc` stays out: its slices record events
 //! around every use unless told not to, and when told not to its pinned
 //! slices hand their memory out while a copy still reads it; and its
 //! destructors call the driver after sticky errors. Here events are recorded
@@ -13,9 +13,10 @@
 //! and destroyed once, by the method that takes it by value; who holds a
 //! handle holds the [`Driver`], whose context lives until the last of them is
 //! gone; [`Driver::open`] is the only way to a `Driver`, and makes one only
-//! when the library is there and as new as the bindings.
+//! when the library is there and has every function.
 
 use super::error::{self, CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
+use super::functions::{self, Functions, Missing};
 use cudarc::driver::sys;
 use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::ptr;
@@ -24,6 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A GPU's context.
 pub(super) struct Driver {
+    functions: Functions,
     device: sys::CUdevice,
     /// The primary context, as an integer: the driver takes it on any thread.
     context: usize,
@@ -113,15 +115,19 @@ pub(super) struct FunctionAttributes {
 impl Driver {
     /// Loads the driver, checks what it is, and makes GPU `ordinal`'s context.
     pub fn open(ordinal: usize) -> Result<(Self, Attributes), CudaError> {
-        // SAFETY: loads libcuda, whose initialisers are the driver's own.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoDriver);
-        }
+        let functions = Functions::load().map_err(|missing| match missing {
+            Missing::Library => CudaError::NoDriver,
+            Missing::Function(function) => match Version(functions::version()) {
+                found if found < LOWEST_VERSION => {
+                    CudaError::OldDriver { found, needed: LOWEST_VERSION }
+                }
+                _ => CudaError::IncompleteDriver { function },
+            },
+        })?;
         let mut version: c_int = 0;
-        // SAFETY: the library is there; both functions are older than any
-        // driver that is in use, and the pointer is to a local.
+        // SAFETY: the pointer is to a local.
         let (found, started) =
-            unsafe { (sys::cuDriverGetVersion(&mut version) as u32, sys::cuInit(0) as u32) };
+            unsafe { ((functions.cuDriverGetVersion)(&mut version), (functions.cuInit)(0)) };
         let version = Version(u32::try_from(version).unwrap_or(0));
         let opening = |call, code| match code {
             0 => Ok(()),
@@ -132,10 +138,9 @@ impl Driver {
         if version < LOWEST_VERSION {
             return Err(CudaError::OldDriver { found: version, needed: LOWEST_VERSION });
         }
-        // From here on every function of CUDA 12.4 is there.
         let mut devices: c_int = 0;
         // SAFETY: the driver is initialised; the pointer is to a local.
-        opening("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&mut devices) } as u32)?;
+        opening("cuDeviceGetCount", unsafe { (functions.cuDeviceGetCount)(&mut devices) })?;
         let devices = usize::try_from(devices).unwrap_or(0);
         if devices == 0 {
             return Err(CudaError::NoDevice);
@@ -145,8 +150,8 @@ impl Driver {
         }
         let mut device: sys::CUdevice = 0;
         // SAFETY: as above; the ordinal is below the count.
-        opening("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal as c_int) } as u32)?;
-        let attributes = attributes(device, version, &opening)?;
+        opening("cuDeviceGet", unsafe { (functions.cuDeviceGet)(&mut device, ordinal as c_int) })?;
+        let attributes = attributes(&functions, device, version, &opening)?;
         if attributes.capability < LOWEST_CAPABILITY {
             let ((major, minor), (low, lower)) = (attributes.capability, LOWEST_CAPABILITY);
             return Err(CudaError::unsupported(format!(
@@ -157,23 +162,20 @@ impl Driver {
         }
         let mut context: sys::CUcontext = ptr::null_mut();
         // SAFETY: the device is the driver's; the pointer is to a local.
-        let code = unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) } as u32;
+        let code = unsafe { (functions.cuDevicePrimaryCtxRetain)(&mut context, device) };
         opening("cuDevicePrimaryCtxRetain", code)?;
         let context = context as usize;
-        let driver = Self { device, context, sticky: OnceLock::new(), calls: AtomicU64::new(0) };
+        let (sticky, calls) = (OnceLock::new(), AtomicU64::new(0));
+        let driver = Self { functions, device, context, sticky, calls };
         driver.bind()?;
         Ok((driver, attributes))
     }
 
     /// Makes a call of the driver, unless a sticky error came before.
-    fn call(
-        &self,
-        name: &'static str,
-        call: impl FnOnce() -> sys::CUresult,
-    ) -> Result<(), CudaError> {
+    fn call(&self, name: &'static str, call: impl FnOnce() -> u32) -> Result<(), CudaError> {
         self.healthy()?;
         self.calls.fetch_add(1, Ordering::Relaxed);
-        match call() as u32 {
+        match call() {
             0 => Ok(()),
             code => Err(self.keep(CudaError::of_call(name, code))),
         }
@@ -183,7 +185,7 @@ impl Driver {
     fn with_context(
         &self,
         name: &'static str,
-        call: impl FnOnce() -> sys::CUresult,
+        call: impl FnOnce() -> u32,
     ) -> Result<(), CudaError> {
         self.bind()?;
         self.call(name, call)
@@ -192,7 +194,7 @@ impl Driver {
     fn bind(&self) -> Result<(), CudaError> {
         let context = self.context as sys::CUcontext;
         // SAFETY: the context is released only with `self`.
-        self.call("cuCtxSetCurrent", || unsafe { sys::cuCtxSetCurrent(context) })
+        self.call("cuCtxSetCurrent", || unsafe { (self.functions.cuCtxSetCurrent)(context) })
     }
 
     /// The sticky error that came before, if one did.
@@ -218,7 +220,7 @@ impl Driver {
         let (mut free, mut total) = (0usize, 0usize);
         // SAFETY: pointers to locals.
         self.with_context("cuMemGetInfo", || unsafe {
-            sys::cuMemGetInfo_v2(&mut free, &mut total)
+            (self.functions.cuMemGetInfo_v2)(&mut free, &mut total)
         })?;
         Ok((free as u64, total as u64))
     }
@@ -227,8 +229,9 @@ impl Driver {
     pub fn allocate(&self, bytes: usize) -> Result<Block, CudaError> {
         let mut address: sys::CUdeviceptr = 0;
         // SAFETY: pointer to a local.
-        let result =
-            self.with_context("cuMemAlloc", || unsafe { sys::cuMemAlloc_v2(&mut address, bytes) });
+        let result = self.with_context("cuMemAlloc", || unsafe {
+            (self.functions.cuMemAlloc_v2)(&mut address, bytes)
+        });
         match result {
             Ok(()) => Ok(Block(address)),
             Err(CudaError::Api { code: error::OUT_OF_MEMORY, .. }) => {
@@ -243,7 +246,8 @@ impl Driver {
         // SAFETY: the block is of `allocate` and gone after this. The driver
         // waits for work that uses it. An error is kept if it is sticky and
         // else means nothing: the block is gone.
-        let _ = self.with_context("cuMemFree", || unsafe { sys::cuMemFree_v2(block.0) });
+        let _ =
+            self.with_context("cuMemFree", || unsafe { (self.functions.cuMemFree_v2)(block.0) });
     }
 
     /// Page-locked memory of every context, cached by the CPU as usual,
@@ -253,7 +257,7 @@ impl Driver {
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE as c_uint;
         // SAFETY: pointer to a local.
         let result = self.with_context("cuMemHostAlloc", || unsafe {
-            sys::cuMemHostAlloc(&mut pointer, bytes, flags)
+            (self.functions.cuMemHostAlloc)(&mut pointer, bytes, flags)
         });
         match result {
             Ok(()) => Ok(PinnedBlock(pointer as usize)),
@@ -270,7 +274,7 @@ impl Driver {
         // copy uses it (`Ticket` and `Link` own what copies use). Errors as in
         // `free`.
         let _ = self.with_context("cuMemFreeHost", || unsafe {
-            sys::cuMemFreeHost(block.0 as *mut c_void)
+            (self.functions.cuMemFreeHost)(block.0 as *mut c_void)
         });
     }
 
@@ -279,28 +283,29 @@ impl Driver {
         let (mut lowest, mut highest): (c_int, c_int) = (0, 0);
         // SAFETY: pointers to locals.
         self.with_context("cuCtxGetStreamPriorityRange", || unsafe {
-            sys::cuCtxGetStreamPriorityRange(&mut lowest, &mut highest)
+            (self.functions.cuCtxGetStreamPriorityRange)(&mut lowest, &mut highest)
         })?;
         let priority = if urgent { highest } else { lowest };
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
         let mut stream: sys::CUstream = ptr::null_mut();
         // SAFETY: pointer to a local.
         self.with_context("cuStreamCreateWithPriority", || unsafe {
-            sys::cuStreamCreateWithPriority(&mut stream, flags, priority)
+            (self.functions.cuStreamCreateWithPriority)(&mut stream, flags, priority)
         })?;
         Ok(StreamHandle(stream as usize))
     }
 
     pub fn destroy_stream(&self, stream: StreamHandle) {
         // SAFETY: made by `stream`, gone after this; its work goes on.
-        let _ = self
-            .with_context("cuStreamDestroy", || unsafe { sys::cuStreamDestroy_v2(stream.raw()) });
+        let _ = self.with_context("cuStreamDestroy", || unsafe {
+            (self.functions.cuStreamDestroy_v2)(stream.raw())
+        });
     }
 
     pub fn synchronize(&self, stream: &StreamHandle) -> Result<(), CudaError> {
         // SAFETY: a live stream.
         self.with_context("cuStreamSynchronize", || unsafe {
-            sys::cuStreamSynchronize(stream.raw())
+            (self.functions.cuStreamSynchronize)(stream.raw())
         })
     }
 
@@ -311,20 +316,23 @@ impl Driver {
         }
         let mut event: sys::CUevent = ptr::null_mut();
         // SAFETY: pointer to a local.
-        self.with_context("cuEventCreate", || unsafe { sys::cuEventCreate(&mut event, flags) })?;
+        self.with_context("cuEventCreate", || unsafe {
+            (self.functions.cuEventCreate)(&mut event, flags)
+        })?;
         Ok(EventHandle(event as usize))
     }
 
     pub fn destroy_event(&self, event: EventHandle) {
         // SAFETY: made by `event`, gone after this.
-        let _ =
-            self.with_context("cuEventDestroy", || unsafe { sys::cuEventDestroy_v2(event.raw()) });
+        let _ = self.with_context("cuEventDestroy", || unsafe {
+            (self.functions.cuEventDestroy_v2)(event.raw())
+        });
     }
 
     pub fn record(&self, event: &EventHandle, stream: &StreamHandle) -> Result<(), CudaError> {
         // SAFETY: live handles.
         self.with_context("cuEventRecord", || unsafe {
-            sys::cuEventRecord(event.raw(), stream.raw())
+            (self.functions.cuEventRecord)(event.raw(), stream.raw())
         })
     }
 
@@ -332,19 +340,23 @@ impl Driver {
     pub fn wait(&self, stream: &StreamHandle, event: &EventHandle) -> Result<(), CudaError> {
         // SAFETY: live handles; no flags.
         self.with_context("cuStreamWaitEvent", || unsafe {
-            sys::cuStreamWaitEvent(stream.raw(), event.raw(), 0)
+            (self.functions.cuStreamWaitEvent)(stream.raw(), event.raw(), 0)
         })
     }
 
     /// Waits until the event's last record has completed.
     pub fn finish(&self, event: &EventHandle) -> Result<(), CudaError> {
         // SAFETY: a live event.
-        self.with_context("cuEventSynchronize", || unsafe { sys::cuEventSynchronize(event.raw()) })
+        self.with_context("cuEventSynchronize", || unsafe {
+            (self.functions.cuEventSynchronize)(event.raw())
+        })
     }
 
     pub fn is_complete(&self, event: &EventHandle) -> Result<bool, CudaError> {
         // SAFETY: a live event.
-        match self.with_context("cuEventQuery", || unsafe { sys::cuEventQuery(event.raw()) }) {
+        match self
+            .with_context("cuEventQuery", || unsafe { (self.functions.cuEventQuery)(event.raw()) })
+        {
             Ok(()) => Ok(true),
             Err(CudaError::Api { code: error::NOT_READY, .. }) => Ok(false),
             Err(error) => Err(error),
@@ -356,7 +368,7 @@ impl Driver {
         let mut milliseconds = 0.0f32;
         // SAFETY: live events, pointer to a local.
         self.with_context("cuEventElapsedTime", || unsafe {
-            sys::cuEventElapsedTime(&mut milliseconds, from.raw(), to.raw())
+            (self.functions.cuEventElapsedTime)(&mut milliseconds, from.raw(), to.raw())
         })?;
         Ok(milliseconds)
     }
@@ -373,7 +385,7 @@ impl Driver {
     ) -> Result<(), CudaError> {
         // SAFETY: the caller's.
         self.with_context("cuMemcpyHtoDAsync", || unsafe {
-            sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, stream.raw())
+            (self.functions.cuMemcpyHtoDAsync_v2)(to, from.cast(), bytes, stream.raw())
         })
     }
 
@@ -389,7 +401,7 @@ impl Driver {
     ) -> Result<(), CudaError> {
         // SAFETY: the caller's.
         self.with_context("cuMemcpyDtoHAsync", || unsafe {
-            sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, stream.raw())
+            (self.functions.cuMemcpyDtoHAsync_v2)(to.cast(), from, bytes, stream.raw())
         })
     }
 
@@ -403,7 +415,7 @@ impl Driver {
     ) -> Result<(), CudaError> {
         // SAFETY: both ranges lie in spans of live arenas (`Stream::copy`).
         self.with_context("cuMemcpyDtoDAsync", || unsafe {
-            sys::cuMemcpyDtoDAsync_v2(to, from, bytes, stream.raw())
+            (self.functions.cuMemcpyDtoDAsync_v2)(to, from, bytes, stream.raw())
         })
     }
 
@@ -417,7 +429,7 @@ impl Driver {
     ) -> Result<(), CudaError> {
         // SAFETY: the range lies in a span of a live arena (`Stream::fill`).
         self.with_context("cuMemsetD8Async", || unsafe {
-            sys::cuMemsetD8Async(to, byte, bytes, stream.raw())
+            (self.functions.cuMemsetD8Async)(to, byte, bytes, stream.raw())
         })
     }
 
@@ -435,7 +447,7 @@ impl Driver {
         // SAFETY: the image ends with a zero byte; as many options as values;
         // the log's buffer and length are those of a live vector.
         let result = self.with_context("cuModuleLoadDataEx", || unsafe {
-            sys::cuModuleLoadDataEx(
+            (self.functions.cuModuleLoadDataEx)(
                 &mut handle,
                 image.as_ptr().cast(),
                 count,
@@ -461,7 +473,7 @@ impl Driver {
     pub fn unload(&self, module: ModuleHandle) {
         // SAFETY: made by `load`, gone after this; kernels hold their module.
         let _ = self.with_context("cuModuleUnload", || unsafe {
-            sys::cuModuleUnload(module.0 as sys::CUmodule)
+            (self.functions.cuModuleUnload)(module.0 as sys::CUmodule)
         });
     }
 
@@ -474,7 +486,11 @@ impl Driver {
         // SAFETY: a live module, a name that ends with a zero byte, pointer
         // to a local.
         self.with_context("cuModuleGetFunction", || unsafe {
-            sys::cuModuleGetFunction(&mut function, module.0 as sys::CUmodule, name.as_ptr())
+            (self.functions.cuModuleGetFunction)(
+                &mut function,
+                module.0 as sys::CUmodule,
+                name.as_ptr(),
+            )
         })?;
         Ok(FunctionHandle(function as usize))
     }
@@ -489,7 +505,11 @@ impl Driver {
             // SAFETY: a function of a module that the caller holds, pointer
             // to a local.
             self.with_context("cuFuncGetAttribute", || unsafe {
-                sys::cuFuncGetAttribute(&mut value, which, function.0 as sys::CUfunction)
+                (self.functions.cuFuncGetAttribute)(
+                    &mut value,
+                    which,
+                    function.0 as sys::CUfunction,
+                )
             })?;
             Ok::<_, CudaError>(u32::try_from(value).unwrap_or(0))
         };
@@ -512,7 +532,7 @@ impl Driver {
             let (mut offset, mut bytes) = (0usize, 0usize);
             // SAFETY: as in `function_attributes`.
             let result = self.with_context("cuFuncGetParamInfo", || unsafe {
-                sys::cuFuncGetParamInfo(
+                (self.functions.cuFuncGetParamInfo)(
                     function.0 as sys::CUfunction,
                     sizes.len(),
                     &mut offset,
@@ -533,7 +553,11 @@ impl Driver {
         let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: a function of a module that the caller holds.
         self.with_context("cuFuncSetAttribute", || unsafe {
-            sys::cuFuncSetAttribute(function.0 as sys::CUfunction, which, bytes as c_int)
+            (self.functions.cuFuncSetAttribute)(
+                function.0 as sys::CUfunction,
+                which,
+                bytes as c_int,
+            )
         })
     }
 
@@ -549,7 +573,7 @@ impl Driver {
         // device memory is its own matter: it cannot reach memory that Rust
         // manages.
         self.with_context("cuLaunchKernel", || unsafe {
-            sys::cuLaunchKernel(
+            (self.functions.cuLaunchKernel)(
                 launch.function.0 as sys::CUfunction,
                 x,
                 y,
@@ -571,12 +595,13 @@ impl Drop for Driver {
         // SAFETY: retained by `open`; everything that was made in the context
         // held this `Driver` and is gone.
         let _ = self.call("cuDevicePrimaryCtxRelease", || unsafe {
-            sys::cuDevicePrimaryCtxRelease_v2(self.device)
+            (self.functions.cuDevicePrimaryCtxRelease_v2)(self.device)
         });
     }
 }
 
 fn attributes(
+    functions: &Functions,
     device: sys::CUdevice,
     version: Version,
     opening: &impl Fn(&'static str, u32) -> Result<(), CudaError>,
@@ -585,20 +610,20 @@ fn attributes(
     let get = |which| {
         let mut value: c_int = 0;
         // SAFETY: a device of this driver, pointer to a local.
-        let code = unsafe { sys::cuDeviceGetAttribute(&mut value, which, device) } as u32;
+        let code = unsafe { (functions.cuDeviceGetAttribute)(&mut value, which, device) };
         opening("cuDeviceGetAttribute", code)?;
         Ok::<_, CudaError>(u32::try_from(value).unwrap_or(0))
     };
     let mut name = [0u8; 256];
     // SAFETY: writes a zero-terminated name of at most that many bytes.
-    let code =
-        unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as c_int, device) }
-            as u32;
+    let code = unsafe {
+        (functions.cuDeviceGetName)(name.as_mut_ptr().cast(), name.len() as c_int, device)
+    };
     opening("cuDeviceGetName", code)?;
     let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
     let mut memory_bytes = 0usize;
     // SAFETY: a device of this driver, pointer to a local.
-    let code = unsafe { sys::cuDeviceTotalMem_v2(&mut memory_bytes, device) } as u32;
+    let code = unsafe { (functions.cuDeviceTotalMem_v2)(&mut memory_bytes, device) };
     opening("cuDeviceTotalMem", code)?;
     Ok(Attributes {
         name: String::from_utf8_lossy(name).into_owned(),

@@ -41,6 +41,13 @@ pub enum CudaError {
     )]
     NoDriver,
 
+    /// libcuda lacks a function of its API.
+    #[error(
+        "the CUDA driver has no {function}, which every driver since 550 has: install NVIDIA's \
+         driver again"
+    )]
+    IncompleteDriver { function: &'static str },
+
     /// The driver cannot read the kernels.
     #[error(
         "the CUDA driver is too old: it supports CUDA {found}, {needed} is needed; install \

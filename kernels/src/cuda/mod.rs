@@ -12,6 +12,7 @@ mod device;
 mod driver;
 mod error;
 mod flight;
+mod functions;
 mod link;
 mod link_state;
 mod memory;
