@@ -5,6 +5,7 @@ use super::error::{CudaError, Version};
 use super::memory::{Arena, Pinned};
 use super::module::{Kernel, ModuleCache, Modules};
 use super::stream::{Events, Stream};
+use std::fmt;
 use std::sync::Arc;
 
 /// How a device is opened.
@@ -52,6 +53,12 @@ struct Inner {
     copy: Stream,
     events: Arc<Events>,
     driver: Arc<Driver>,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0.info, f)
+    }
 }
 
 impl Device {

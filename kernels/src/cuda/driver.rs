@@ -525,27 +525,28 @@ impl Driver {
     /// Bytes of each parameter of a kernel, so that a launch never reads
     /// arguments that were not given.
     fn parameters(&self, function: FunctionHandle) -> Result<Vec<usize>, CudaError> {
-        // More than any kernel has; the driver says where they end.
-        const MOST: usize = 1024;
         let mut sizes = Vec::new();
-        while sizes.len() < MOST {
-            let (mut offset, mut bytes) = (0usize, 0usize);
-            // SAFETY: as in `function_attributes`.
-            let result = self.with_context("cuFuncGetParamInfo", || unsafe {
-                (self.functions.cuFuncGetParamInfo)(
-                    function.0 as sys::CUfunction,
-                    sizes.len(),
-                    &mut offset,
-                    &mut bytes,
-                )
-            });
-            match result {
-                Ok(()) => sizes.push(bytes),
-                Err(CudaError::Api { code: 1, .. }) => break,
+        // The end of the list has the code of any wrong value: it is asked
+        // for twice.
+        let mut ends = 0;
+        while ends < 2 && sizes.len() <= super::args::MOST {
+            match self.parameter(function, sizes.len()) {
+                Ok(bytes) => sizes.push(bytes),
+                Err(CudaError::Api { code: error::INVALID_VALUE, .. }) => ends += 1,
                 Err(error) => return Err(error),
             }
         }
         Ok(sizes)
+    }
+
+    fn parameter(&self, function: FunctionHandle, index: usize) -> Result<usize, CudaError> {
+        let (mut offset, mut bytes) = (0usize, 0usize);
+        let function = function.0 as sys::CUfunction;
+        // SAFETY: as in `function_attributes`; pointers to locals.
+        self.with_context("cuFuncGetParamInfo", || unsafe {
+            (self.functions.cuFuncGetParamInfo)(function, index, &mut offset, &mut bytes)
+        })?;
+        Ok(bytes)
     }
 
     /// Allows launches of this function with so much dynamic shared memory.

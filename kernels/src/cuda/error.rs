@@ -188,6 +188,7 @@ impl CudaError {
     }
 }
 
+pub(super) const INVALID_VALUE: u32 = 1;
 pub(super) const OUT_OF_MEMORY: u32 = 2;
 pub(super) const NOT_READY: u32 = 600;
 const STUB_LIBRARY: u32 = 34;

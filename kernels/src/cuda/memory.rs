@@ -7,6 +7,7 @@
 
 use super::driver::{Block, Driver, PinnedBlock};
 use super::error::CudaError;
+use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
 use std::slice;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,6 +29,24 @@ struct Memory {
     driver: Arc<Driver>,
     /// Taken by `drop`.
     block: Option<Block>,
+}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Arena({} of {} bytes free)", self.free_bytes(), self.bytes)
+    }
+}
+
+impl fmt::Debug for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Span({} bytes at {:#x})", self.bytes, self.address())
+    }
+}
+
+impl fmt::Debug for Pinned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pinned({} bytes)", self.bytes)
+    }
 }
 
 impl Drop for Memory {
@@ -197,7 +216,7 @@ impl Drop for Pinned {
 }
 
 /// A part of a [`Pinned`] block that several copies may read at once.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct PinnedPart {
     block: Arc<Pinned>,
     range: Range<usize>,

@@ -8,6 +8,7 @@ use super::error::CudaError;
 use super::stream::Grid;
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -166,6 +167,12 @@ pub fn built_in_modules() -> Vec<&'static str> {
     names.sort_unstable();
     names.dedup();
     names
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kernel({})", self.0.name)
+    }
 }
 
 impl Kernel {

@@ -9,6 +9,7 @@
 use super::error::CudaError;
 use super::memory::{HostMemory, Pinned, Span};
 use super::stream::{Event, Stream};
+use std::fmt;
 use std::mem;
 use std::ops::Range;
 
@@ -28,12 +29,17 @@ struct Held<M> {
 }
 
 /// A copy that was not submitted.
-#[derive(Debug)]
 pub struct Refused<M> {
     pub error: CudaError,
     /// The host memory; `None` if the copy may have started, so that it
     /// cannot be given back.
     pub memory: Option<M>,
+}
+
+impl<M> fmt::Debug for Refused<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.error, f)
+    }
 }
 
 impl<M> From<Refused<M>> for CudaError {

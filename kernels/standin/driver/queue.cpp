@@ -228,10 +228,14 @@ API cuEventDestroy_v2(void* handle) {
 
 API cuEventRecord(void* handle, void* stream_handle) {
   ENTER("cuEventRecord");
-  auto event = state().events.get(handle);
+  auto before = state().events.get(handle);
   auto stream = stream_of(stream_handle);
-  if (!event || !stream) return INVALID_HANDLE;
+  if (!before || !stream) return INVALID_HANDLE;
   if (stream->failed != SUCCESS) return stream->failed;
+  // Who waits for the record before goes on waiting for that one.
+  auto event = std::make_shared<Event>();
+  event->timing = before->timing;
+  state().events.replace(handle, event);
   event->captured = stream->capture != nullptr;
   event->stream = stream;
   event->polls = 0;

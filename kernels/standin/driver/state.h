@@ -115,6 +115,7 @@ class Handles {
     auto it = things.find(handle);
     return it == things.end() ? nullptr : it->second;
   }
+  void replace(void* handle, std::shared_ptr<T> thing) { things[handle] = std::move(thing); }
   bool remove(void* handle) { return things.erase(handle) > 0; }
   void clear() { things.clear(); }
   auto begin() { return things.begin(); }
