@@ -25,9 +25,8 @@ typedef unsigned long long u64;
 
 // Static and dynamic shared memory, 16-byte aligned.
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
-#define DYNAMIC_SHARED(type, name)                                   \
-    extern __shared__ __align__(16) unsigned char dynamic_shared[];  \
-    type* name = reinterpret_cast<type*>(dynamic_shared)
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(dynamic_shared)
 
 // a * b + c in one rounding.
 DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }

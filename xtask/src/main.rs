@@ -2,6 +2,7 @@
 
 mod golden;
 mod mutants;
+mod ptx;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -17,23 +18,32 @@ commands:
                   --list            their names, without running any
                   --keep            leave the scratch folder, so that the next run builds less
                   --scratch FOLDER  where to copy and build (default: mutants in the target folder)
+  ptx [--check]   compile kernels/cuda to kernels/ptx, with NVRTC and ptxas from their wheels
+                  --check           compare with what is checked in instead; fails on a difference
 ";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
-    match arguments.next().as_deref() {
-        Some("golden") => match arguments.next() {
+    let command = arguments.next().unwrap_or_default();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the root");
+    let done = match command.as_str() {
+        "golden" => match arguments.next() {
             Some(shared) => golden(&shared),
-            None => help(),
+            None => return help(),
         },
-        Some("mutants") => match mutants::Options::parse(arguments) {
-            Ok(options) => mutants(options),
-            Err(error) => {
-                eprintln!("xtask mutants: {error}");
-                help()
-            }
-        },
-        _ => help(),
+        "mutants" => {
+            mutants::Options::parse(arguments).and_then(|options| mutants::run(root, options))
+        }
+        "ptx" => only(arguments, &["--check"]).and_then(|check| ptx::run(root, check)),
+        _ => return help(),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask {command}: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -42,27 +52,20 @@ fn help() -> ExitCode {
     ExitCode::from(2)
 }
 
-fn golden(shared: &str) -> ExitCode {
-    match golden::copy(shared.as_ref(), "tests/data".as_ref()) {
-        Ok(report) => {
-            println!("{report}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("xtask golden: {error}");
-            ExitCode::FAILURE
+/// Whether one of `known` was given. Errors, in words: anything else was.
+fn only(arguments: impl Iterator<Item = String>, known: &[&str]) -> Result<bool, String> {
+    let mut given = false;
+    for word in arguments {
+        match known.contains(&word.as_str()) {
+            true => given = true,
+            false => return Err(format!("{word}: no such option")),
         }
     }
+    Ok(given)
 }
 
-fn mutants(options: mutants::Options) -> ExitCode {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the root");
-    match mutants::run(root, options) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("xtask mutants: {error}");
-            ExitCode::FAILURE
-        }
-    }
+fn golden(shared: &str) -> Result<bool, String> {
+    let report = golden::copy(shared.as_ref(), "tests/data".as_ref());
+    println!("{}", report.map_err(|error| error.to_string())?);
+    Ok(true)
 }
