@@ -247,12 +247,16 @@ impl Ledger {
         traffic.issued_bytes = traffic.issued_bytes.saturating_add(bytes);
     }
 
-    /// `layer` asked for a prefetched expert for the first time and had to
-    /// wait `waited_ns` until it was there (0: it was). As a demand it would
-    /// have taken `bytes` at the link's speed.
-    pub fn useful(&mut self, layer: usize, bytes: u64, waited_ns: u64) {
-        let demand_ns = (bytes as f64 * self.link.ns_per_byte) as u64;
-        let saved_ns = demand_ns.saturating_sub(waited_ns);
+    /// What a read of `bytes` takes at the link's speed.
+    pub fn demand_ns(&self, bytes: u64) -> u64 {
+        (bytes as f64 * self.link.ns_per_byte) as u64
+    }
+
+    /// `layer` asked for a prefetched expert for the first time. As a demand
+    /// it would have taken [`Ledger::demand_ns`], of which `not_saved_ns` were
+    /// waited nevertheless, or would have passed unnoticed.
+    pub fn useful(&mut self, layer: usize, bytes: u64, not_saved_ns: u64) {
+        let saved_ns = self.demand_ns(bytes).saturating_sub(not_saved_ns);
         let (Some(traffic), Some(switch)) =
             (self.traffic.get_mut(layer), self.switches.get_mut(layer))
         else {

@@ -270,7 +270,7 @@ impl Planner {
                 states[id.layer()][id.expert()] == State::Filling(Purpose::Prefetch)
             };
             let under_way = ahead.iter().copied().filter(flies);
-            self.accounts.requested(out, under_way, &self.shape, &mut self.ledger);
+            self.accounts.requested(out, under_way);
         }
         self.retire(layer, &mut out.retire);
     }
@@ -334,14 +334,14 @@ impl Planner {
         admission
     }
 
-    /// The event of `layer` is over, after `stall_ns` of waiting. What it
-    /// asked for and did not use, because it failed or was cancelled, is
-    /// given up.
-    pub fn end(&mut self, layer: usize, stall_ns: u64, out: &mut Retire) {
+    /// The event of `layer` is over, after `stall_ns` of waiting and
+    /// `worked_ns` of computing. What it asked for and did not use, because it
+    /// failed or was cancelled, is given up.
+    pub fn end(&mut self, layer: usize, stall_ns: u64, worked_ns: u64, out: &mut Retire) {
         debug_assert_eq!(self.open.layer, Some(layer));
         out.clear();
         self.ledger.stalled(layer, stall_ns);
-        self.accounts.ended(stall_ns, &self.shape, &mut self.ledger);
+        self.accounts.ended(stall_ns, worked_ns, &self.shape, &mut self.ledger);
         for index in 0..self.open.experts.len() {
             let id = ExpertId::new(layer, self.open.experts[index]);
             match self.state(id) {

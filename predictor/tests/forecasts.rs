@@ -129,7 +129,7 @@ fn the_control_reads_100_percent_and_a_wrong_one_does_not() {
             let source = Source::StaleGate { ahead: 1 };
             forecaster.external(&External { source, target, logits: &logits });
             forecaster.routed(layer, &experts, &[0.6, 0.4], &mut ledger);
-            forecaster.forecast(Some(layer));
+            forecaster.forecast(Some(layer), &|_| true);
         }
     }
     let control = total(&ledger, "control", 0);
@@ -167,7 +167,7 @@ fn the_blend_follows_a_good_stale_gate() {
                 let source = Source::StaleGate { ahead: 1 };
                 forecaster.external(&External { source, target: layer + 1, logits: &logits });
             }
-            forecaster.forecast(Some(layer));
+            forecaster.forecast(Some(layer), &|_| true);
         }
     }
     // Layer 0 has no gate before it and random experts.
@@ -194,7 +194,7 @@ fn a_forecast_that_panics_is_disabled_and_reported() {
         forecaster.begin_token(token);
         for layer in 0..4 {
             forecaster.routed(layer, &[1, 2], &[0.5, 0.5], &mut ledger);
-            forecaster.forecast(Some(layer));
+            forecaster.forecast(Some(layer), &|_| true);
         }
     }
     let faults: Vec<_> = forecaster.faults().collect();
@@ -271,7 +271,7 @@ fn apply(call: &Call, forecaster: &mut Forecaster, ledger: &mut Ledger) {
         Call::Routed(layer, experts, weights) => {
             forecaster.routed(*layer, experts, weights, ledger);
         }
-        Call::Forecast(after) => forecaster.forecast(*after),
+        Call::Forecast(after) => forecaster.forecast(*after, &|_| true),
         Call::External(kind, ahead, target, logits) => {
             let source = match kind {
                 0 => Source::StaleGate { ahead: *ahead },

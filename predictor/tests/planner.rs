@@ -232,7 +232,7 @@ impl Machine {
             }
         }
         let mut retire = Retire::default();
-        self.planner.end(layer, 0, &mut retire);
+        self.planner.end(layer, 0, 0, &mut retire);
         self.retire(&retire);
         self.check_layer(layer, &BTreeSet::new());
         self.check();

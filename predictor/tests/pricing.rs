@@ -20,17 +20,32 @@ fn planner(forecast: &str, priced: bool) -> Planner {
 }
 
 /// Each token uses two experts that the previous one did not; the token says
-/// which. Everything that is ordered lands before the next event. Answers how
-/// many prefetches tokens 200..300 ordered.
-fn decode(planner: &mut Planner) -> usize {
+/// which.
+fn both_change(token: u32, layer: u32) -> [u32; 2] {
+    let first = 32 + (token % 4 * 2 + layer * 2) % 8;
+    [first, first + 1]
+}
+
+/// Half of the work is always the same expert's.
+fn one_stays(token: u32, layer: u32) -> [u32; 2] {
+    [0, both_change(token, layer)[0]]
+}
+
+/// Everything that is ordered lands before the next event, computing one takes
+/// `worked_ns`, forecasting for a layer an eighth of a read. Answers how many
+/// prefetches tokens 200..300 ordered.
+fn decode(planner: &mut Planner, experts: fn(u32, u32) -> [u32; 2], worked_ns: u64) -> usize {
     let (mut request, mut retire, mut ahead) = (Request::default(), Retire::default(), Vec::new());
     let mut late = 0;
     for token in 0..300u32 {
         planner.begin_token(token % 4);
         for layer in 0..LAYERS {
-            let first = 32 + (token % 4 * 2 + layer as u32 * 2) % 8;
-            planner.routed(layer, &[first, first + 1], &[0.5, 0.5]);
-            planner.request(layer, &[first, first + 1], &mut request);
+            let experts = experts(token, layer as u32);
+            if planner.wants(layer) {
+                planner.spent(layer, BYTES / 8);
+            }
+            planner.routed(layer, &experts, &[0.5, 0.5]);
+            planner.request(layer, &experts, &mut request);
             assert!(request.retire.discard.is_empty() && request.in_flight.is_empty());
             for &id in &request.missing {
                 planner.filling(id);
@@ -45,7 +60,7 @@ fn decode(planner: &mut Planner) -> usize {
                 assert_eq!(planner.arrived(id, Landing::Ready), Arrival::Keep);
             }
             late += if token >= 200 { ahead.len() } else { 0 };
-            planner.end(layer, 0, &mut retire);
+            planner.end(layer, 0, worked_ns, &mut retire);
         }
     }
     late
@@ -54,7 +69,7 @@ fn decode(planner: &mut Planner) -> usize {
 #[test]
 fn a_forecast_that_is_right_goes_on() {
     let mut planner = planner("token", true);
-    let late = decode(&mut planner);
+    let late = decode(&mut planner, both_change, 4 * BYTES);
     let traffic = planner.ledger().traffic();
     assert!(late >= 300, "{late} prefetches, {traffic:?}");
     assert!(traffic.precision().unwrap() > 0.9, "{traffic:?}");
@@ -64,10 +79,39 @@ fn a_forecast_that_is_right_goes_on() {
 #[test]
 fn a_forecast_that_is_wrong_is_stopped_unless_prices_are_off() {
     let mut priced = planner("inverse", true);
-    let stopped = decode(&mut priced);
+    let stopped = decode(&mut priced, both_change, 0);
     let mut free = planner("inverse", false);
-    let wasteful = decode(&mut free);
+    let wasteful = decode(&mut free, both_change, 0);
     assert!(free.ledger().traffic().precision().unwrap() < 0.1);
     assert!(stopped * 4 < wasteful, "{stopped} with prices, {wasteful} without");
     assert!(priced.ledger().prices().iter().any(|price| price.switched_off > 0));
+}
+
+#[test]
+fn a_forecast_of_reads_that_computing_hides_is_stopped() {
+    let mut seen = planner("token", true);
+    let needed = decode(&mut seen, one_stays, BYTES / 4);
+    let mut hidden = planner("token", true);
+    let needless = decode(&mut hidden, one_stays, 4 * BYTES);
+    assert!(needed >= 150, "{needed}: {:?}", seen.ledger().traffic());
+    assert!(needless * 4 < needed, "{needless} of {needed}: {:?}", hidden.ledger().traffic());
+    assert_eq!(hidden.ledger().traffic().saved_ns, 0);
+}
+
+#[test]
+fn forecasting_that_leads_to_nothing_is_stopped() {
+    let mut planner = planner("token", true);
+    let mut wanted = Vec::new();
+    for token in 0..200 {
+        planner.begin_token(token);
+        wanted.push(planner.wants(0));
+        if wanted[token as usize] {
+            planner.spent(0, 1000);
+        }
+    }
+    let first_off = wanted.iter().position(|wanted| !wanted).unwrap();
+    let on_again = first_off + wanted[first_off..].iter().position(|&wanted| wanted).unwrap();
+    assert!((20..40).contains(&first_off), "{first_off}");
+    assert_eq!(on_again - first_off, 64);
+    assert!(wanted[on_again..].contains(&false), "the second trial goes on for ever");
 }

@@ -153,7 +153,7 @@ impl Forecaster {
             layer.pending[1..].iter_mut().for_each(|pending| pending.waits = false);
         }
         self.sources.iter_mut().for_each(|source| source.begin_token(token));
-        self.forecast(None);
+        self.forecast(None, &|_| true);
     }
 
     /// What follows has nothing to do with what was.
@@ -238,9 +238,10 @@ impl Forecaster {
         }
     }
 
-    /// Asks for the next layers after layer `after` was routed (`None`: before
-    /// the first). May be called again when more is known.
-    pub fn forecast(&mut self, after: Option<usize>) {
+    /// Asks for those of the next layers that are `wanted`, after layer `after`
+    /// was routed (`None`: before the first). May be called again when more is
+    /// known.
+    pub fn forecast(&mut self, after: Option<usize>, wanted: &dyn Fn(&usize) -> bool) {
         let next = match after {
             None => &self.first,
             Some(layer) => match self.layers.get(layer) {
@@ -253,7 +254,10 @@ impl Forecaster {
                 None => &self.first,
                 Some(layer) => &self.layers[layer].as_ref().expect("checked above").next,
             };
-            self.ask(next[index], index + 1);
+            let target = next[index];
+            if wanted(&target) {
+                self.ask(target, index + 1);
+            }
         }
     }
 

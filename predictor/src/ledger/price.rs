@@ -75,10 +75,11 @@ impl Switch {
         self.evidence += 1.0;
     }
 
-    /// Forecasting itself took this long; weak evidence by itself.
+    /// Forecasting itself took this long for one token: some evidence even
+    /// where it leads to no prefetch.
     pub fn spent(&mut self, cost_ns: f64) {
         self.balance_ns -= cost_ns;
-        self.evidence += 0.1;
+        self.evidence += 0.5;
     }
 
     /// A token is done.

@@ -13,25 +13,24 @@ const CHUNK_BYTES: u64 = 2 << 20;
 pub struct Accounts {
     /// Prefetches that were under way while a demand waited.
     in_the_way: Vec<ExpertId>,
-    /// Prefetches that the open event waits for.
+    /// Of the open event: prefetches that were there in time.
+    early: Vec<ExpertId>,
+    /// Prefetches that it waits for.
     promoted: Vec<ExpertId>,
+    /// All its experts, and those that nobody prefetched.
+    experts: usize,
+    missing: usize,
 }
 
 impl Accounts {
     /// The open event found this; `under_way` are prefetches that it does not
     /// need and that have not landed.
-    pub fn requested(
-        &mut self,
-        request: &Request,
-        under_way: impl Iterator<Item = ExpertId>,
-        shape: &Shape,
-        ledger: &mut Ledger,
-    ) {
-        for &id in &request.early {
-            self.in_the_way.retain(|&other| other != id);
-            ledger.useful(id.layer(), bytes(shape, id), 0);
-        }
-        if !request.missing.is_empty() {
+    pub fn requested(&mut self, request: &Request, under_way: impl Iterator<Item = ExpertId>) {
+        let Request { resident, early, in_flight, missing, .. } = request;
+        self.early.extend(early);
+        self.experts = resident.len() + early.len() + in_flight.len() + missing.len();
+        self.missing = missing.len();
+        if !missing.is_empty() {
             for id in under_way {
                 if !self.in_the_way.contains(&id) {
                     self.in_the_way.push(id);
@@ -54,12 +53,24 @@ impl Accounts {
         ledger.wasted(id.layer(), bytes, if delayed { bytes.min(CHUNK_BYTES) } else { 0 });
     }
 
-    /// The event is over after `stall_ns` of waiting. How much of it each
+    /// The event is over after `stall_ns` of waiting and `worked_ns` of
+    /// computing.
+    ///
+    /// As demands its prefetches would have been read while the other experts
+    /// were computed: what that hides of a read was not saved. Demands that
+    /// were read anyway had the first claim on it. How much of the stall each
     /// promoted prefetch caused is not known: all of it is charged to each.
-    pub fn ended(&mut self, stall_ns: u64, shape: &Shape, ledger: &mut Ledger) {
-        for id in self.promoted.drain(..) {
+    pub fn ended(&mut self, stall_ns: u64, worked_ns: u64, shape: &Shape, ledger: &mut Ledger) {
+        let foreseen = self.early.len() + self.promoted.len();
+        let Some(&any) = self.early.first().or(self.promoted.first()) else { return };
+        let others = (self.experts - foreseen) as u64;
+        let of_others = worked_ns / self.experts as u64 * others;
+        let of_demands = self.missing as u64 * ledger.demand_ns(bytes(shape, any));
+        let hidden_ns = of_others.saturating_sub(of_demands) / foreseen as u64;
+        let late = self.promoted.drain(..).map(|id| (id, stall_ns + hidden_ns));
+        for (id, not_saved_ns) in self.early.drain(..).map(|id| (id, hidden_ns)).chain(late) {
             self.in_the_way.retain(|&other| other != id);
-            ledger.useful(id.layer(), bytes(shape, id), stall_ns);
+            ledger.useful(id.layer(), bytes(shape, id), not_saved_ns);
         }
     }
 }

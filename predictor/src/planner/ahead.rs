@@ -68,7 +68,7 @@ impl Planner {
             // Where no layer ahead pays, the guess is not worth its time.
             let any_pays = forecaster.ahead(self.after).iter().any(pays);
             if any_pays && std::mem::take(&mut self.ask) {
-                forecaster.forecast(self.after);
+                forecaster.forecast(self.after, &pays);
             }
             for &layer in forecaster.ahead(self.after).iter().filter(|layer| pays(layer)) {
                 let start = wanted.len();

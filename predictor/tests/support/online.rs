@@ -43,7 +43,7 @@ pub fn run(
                 }
             }
             forecaster.routed(layer, &experts, &weights, ledger);
-            forecaster.forecast(Some(layer));
+            forecaster.forecast(Some(layer), &|_| true);
         }
     }
     reliability

@@ -62,7 +62,7 @@ pub fn hits(
             if let Some(forecaster) = &mut forecaster {
                 let weights = vec![1.0; experts.len()];
                 forecaster.routed(layer, &experts, &weights, &mut ledger);
-                forecaster.forecast(Some(layer));
+                forecaster.forecast(Some(layer), &|_| true);
             }
             let outlook: &dyn Outlook = match &forecaster {
                 Some(forecaster) => forecaster,

@@ -42,6 +42,7 @@ pub struct Event<'s> {
     lists: Lists,
     /// Experts that the mover is bringing.
     awaited: usize,
+    began_ns: u64,
     waited_ns: u64,
     bytes: u64,
     ended: bool,
@@ -84,8 +85,18 @@ impl<'s> Event<'s> {
         lists.ready.extend(resident.iter().chain(early));
         lists.queue.extend(missing);
         let awaited = in_flight.len();
-        let mut event =
-            Self { store, inner, layer, lists, awaited, waited_ns: 0, bytes: 0, ended: false };
+        let began_ns = inner.mover.now_ns();
+        let mut event = Self {
+            store,
+            inner,
+            layer,
+            lists,
+            awaited,
+            began_ns,
+            waited_ns: 0,
+            bytes: 0,
+            ended: false,
+        };
         event.ask();
         event
     }
@@ -228,7 +239,8 @@ impl<'s> Event<'s> {
             return;
         }
         let mut retire = Retire::default();
-        self.inner.planner.end(self.layer, self.waited_ns, &mut retire);
+        let worked_ns = (self.now_ns() - self.began_ns).saturating_sub(self.waited_ns);
+        self.inner.planner.end(self.layer, self.waited_ns, worked_ns, &mut retire);
         self.inner.abandon(self.store, &retire);
         let stats = self.inner.layer_stats(self.layer);
         stats.stall_ns += self.waited_ns;
