@@ -11,7 +11,7 @@ fn open(ordinal: usize) -> Result<Device, CudaError> {
 /// stays behind.
 fn refusal(settings: Settings, ordinal: usize) -> Option<CudaError> {
     let world = standin(settings)?;
-    let error = open(ordinal).err().expect("this machine has no usable device");
+    let error = open(ordinal).expect_err("this machine has no usable device");
     world.assert_nothing_alive();
     Some(error)
 }
