@@ -158,6 +158,32 @@ pub fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
+/// `ln(1 + e^x)`, within 2 ulp: `x` itself above 20, where `e^-x` is less than
+/// half an ulp of it.
+///
+/// `u = 1 + e^x = 2^k m` with `m` in 2/3..4/3, and `ln m` by the odd series of
+/// `2 artanh((m - 1) / (m + 1))`; what the sum `1 + e^x` lost comes back as
+/// `(e^x - (u - 1)) / u`.
+pub fn softplus(x: f32) -> f32 {
+    if x.is_nan() || x > 20.0 {
+        return x;
+    }
+    let e = exp(x);
+    let u = 1.0 + e;
+    let k = u.to_bits().wrapping_sub(SOFTPLUS_TWO_THIRDS) as i32 >> 23;
+    let f = f32::from_bits(u.to_bits().wrapping_sub((k as u32) << 23)) - 1.0;
+    let s = f / (2.0 + f);
+    let z = s * s;
+    let p = [1.0 / 7.0, 1.0 / 5.0, 1.0 / 3.0].iter().fold(1.0f32 / 9.0, |p, c| p.mul_add(z, *c));
+    let twice = s + s;
+    let log_m = (twice * z).mul_add(p, twice);
+    let lost = (e - (u - 1.0)) / u;
+    (k as f32).mul_add(std::f32::consts::LN_2, log_m + lost)
+}
+
+/// The bits of 2/3.
+const SOFTPLUS_TWO_THIRDS: u32 = 0x3f2a_aaab;
+
 /// What stands between gate/up and down, for one element.
 pub fn gated(activation: GatedActivation, gate: f32, up: f32) -> f32 {
     match activation {
@@ -229,6 +255,23 @@ mod tests {
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert!(exp(-87.0) >= f32::MIN_POSITIVE);
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn softplus_is_close_and_total() {
+        for i in -1000..=1000 {
+            let x = i as f32 * 0.03;
+            let want = f64::from(x).exp().ln_1p();
+            let got = f64::from(softplus(x));
+            assert!((got - want).abs() <= 4e-7 * want, "softplus({x}) = {got}, want {want}");
+        }
+        assert!(softplus(f32::NAN).is_nan());
+        assert_eq!(softplus(f32::NEG_INFINITY), 0.0);
+        assert_eq!(softplus(f32::INFINITY), f32::INFINITY);
+        assert_eq!(softplus(-100.0), 0.0);
+        // The largest arguments of both branches meet.
+        assert_eq!(softplus(20.0f32.next_up()), 20.0f32.next_up());
+        assert_eq!(softplus(20.0), 20.0);
     }
 
     #[test]

@@ -7,7 +7,11 @@
 //! capability 7.5.
 
 mod args;
+mod attention;
+mod attention_prepare;
+mod cells;
 mod compile;
+mod delta_net;
 mod device;
 mod driver;
 mod error;
@@ -21,6 +25,15 @@ mod stream;
 mod ticket;
 
 pub use args::Args;
+pub use attention::{Attend, AttendPlan, OutputGate, attend};
+pub use attention_prepare::{
+    HeadNorms, Pairs, PrepareHeads, PrepareLatent, Rotation, prepare_heads, prepare_latent,
+};
+pub use cells::{CellFormat, DeviceCells};
+pub use delta_net::{
+    DELTA_CHUNK, DeltaConv, DeltaDecode, DeltaInputs, DeltaPrefill, DeltaShape, delta_conv,
+    delta_decode, delta_prefill,
+};
 pub use device::{Device, DeviceInfo, DeviceOptions};
 pub use error::{CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
 pub use link::{Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency};
