@@ -151,7 +151,7 @@ bool Machine::run_block() {
     fiber.wait = Wait::run;
     fiber.copies.clear();
     fiber.group = 0;
-    ready[i] = threads - 1 - i;
+    ready[i] = i;
   }
   at_barrier = exited = barriers = 0;
   now = nullptr;
@@ -168,7 +168,9 @@ bool Machine::run_block() {
 
 Fiber* Machine::pick() {
   if (ready.empty()) return nullptr;
-  if (!in_order) std::swap(ready.back(), ready[next_random(random) % ready.size()]);
+  const size_t at = in_order ? size_t(std::min_element(ready.begin(), ready.end()) - ready.begin())
+                             : next_random(random) % ready.size();
+  std::swap(ready.back(), ready[at]);
   Fiber* next = &fibers[ready.back()];
   ready.pop_back();
   return next;
@@ -225,6 +227,10 @@ void Machine::release(Wait wait, unsigned first, unsigned end) {
     if (fibers[i].wait != wait || &fibers[i] == now) continue;
     fibers[i].wait = Wait::run;
     ready.push_back(i);
+  }
+  if (in_order) {  // the one that came last does not go first
+    ready.push_back(now->number);
+    switch_to(pick());
   }
 }
 

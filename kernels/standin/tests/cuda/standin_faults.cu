@@ -148,3 +148,15 @@ extern "C" __global__ void standin_global(unsigned* out, unsigned* scratch, unsi
   for (unsigned b = 0; b < blocks; b++) sum += scratch[b * n + i];
   out[i] = sum;
 }
+
+// All threads read a word that the last one then writes. Fault: no barrier.
+extern "C" __global__ void standin_readers(int* out, int fault) {
+  SHARED(int, word, 1);
+  const int i = threadIdx.x, last = blockDim.x - 1;
+  if (i == 0) word[0] = 5;
+  __syncthreads();
+  const int seen = word[0];
+  if (!fault) __syncthreads();
+  if (i == last) word[0] = seen + 1;
+  out[i] = seen;
+}

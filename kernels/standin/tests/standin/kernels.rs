@@ -90,6 +90,21 @@ fn a_buffer_that_is_written_before_all_have_read_is_a_race() {
 }
 
 #[test]
+fn a_write_after_the_reads_of_others_is_a_race() {
+    let Some(machine) = checked() else { return };
+    let out = machine.device(&words(0..96));
+    // One reader, several of the writer's warp, several of more warps; in
+    // index order, where all reads come before the write.
+    machine.standin.set_order(0);
+    for threads in [2, 32, 96] {
+        machine.run("standin_readers", [2, threads, 0], &[out, 0]).unwrap();
+        stopped(&machine, LAUNCH_FAILED, &["race", "writes", "read with no barrier"], || {
+            machine.run("standin_readers", [2, threads, 0], &[out, 1])
+        });
+    }
+}
+
+#[test]
 fn reads_outside_an_allocation_are_found_to_the_byte() {
     let Some(machine) = checked() else { return };
     let (input, other) = (machine.device(&words(0..40)), machine.device(&words(0..32)));
@@ -232,6 +247,44 @@ fn what_a_cpu_and_a_device_answer_differently_is_found() {
     stopped(&machine, ILLEGAL_ADDRESS, &["shift", "standin_faults.cu:"], || run(32, 0.0));
     stopped(&machine, ILLEGAL_ADDRESS, &["does not fit"], || run(0, 3e9));
     stopped(&machine, ILLEGAL_ADDRESS, &["does not fit"], || run(0, f32::NAN));
+}
+
+/// Set for the process that does the fault.
+const VICTIM: &str = "PREGATE_STANDIN_VICTIM";
+
+#[test]
+fn the_address_sanitizer_ends_a_process_that_touches_what_it_may_not() {
+    if !Standin::has_address_sanitizer() {
+        println!("not run: this build has checks of its own");
+        return;
+    }
+    if let Ok(fault) = std::env::var(VICTIM) {
+        let machine = running().unwrap();
+        let input = machine.device(&words(0..32));
+        let out = machine.device(&words(0..32));
+        let ran = match fault.as_str() {
+            "nothing" => machine.run("standin_read", [1, 32, 0], &[out, input, 0]),
+            "device" => machine.run("standin_read", [1, 32, 0], &[out, input, 1]),
+            "shared" => machine.run("standin_shared_bounds", [1, 1, 32], &[out, 64, 1]),
+            _ => machine.run("standin_shared_bounds", [1, 1, 32], &[out, 32, 2]),
+        };
+        return ran.unwrap();
+    }
+    for fault in ["nothing", "device", "shared", "dynamic"] {
+        let name = "kernels::the_address_sanitizer_ends_a_process_that_touches_what_it_may_not";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(VICTIM, fault)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.success(), fault == "nothing", "{fault}: {said}");
+        assert_eq!(
+            said.contains("AddressSanitizer: use-after-poison"),
+            fault != "nothing",
+            "{said}"
+        );
+    }
 }
 
 fn running() -> Option<Machine> {
