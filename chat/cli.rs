@@ -20,6 +20,7 @@ const MAX_THREADS: usize = 1024;
   git diff | pregate run --model model.gguf      the prompt from a pipe
   pregate inspect model.gguf                     what a model file holds
   pregate plan --model model.gguf --ram 8G       how it would use the memory
+  pregate doctor                                 what this machine has, and lacks
 
 A model is a .gguf file (any shard of a split one) or a Hugging Face folder with
 config.json, tokenizer.json and *.safetensors.
@@ -94,6 +95,15 @@ input, must show 100.")]
   pregate tokenize --model model.gguf --json < text.txt
   pregate tokenize --model model.gguf --decode 1,2,3")]
     Tokenize(TokenizeArgs),
+    /// Look at this machine: processor, memory, disk, GPU
+    #[command(after_help = "Examples:
+  pregate doctor
+  pregate doctor --model model.gguf      the disk that this model lies on
+  pregate doctor --json | jq .gpus
+
+One line for each finding, and what to do next. The exit code is 0 if models can run on the
+processor, else 4. A machine without a GPU is well.")]
+    Doctor(DoctorArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -388,6 +398,16 @@ pub struct TokenizeArgs {
     /// Ids to turn into text: 1,2,3 or a JSON array
     #[arg(long, value_name = "IDS")]
     pub decode: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// The model whose disk is tried [default: the demo model]
+    #[arg(short, long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
 }
 
 fn count(text: &str, low: usize, high: usize) -> Result<usize, String> {

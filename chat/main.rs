@@ -61,6 +61,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Eval(EvalCommand::Logits(args)) => commands::eval::logits(args)?,
         Command::Eval(EvalCommand::Perplexity(args)) => commands::perplexity::run(args)?,
         Command::Chat(args) => return commands::chat::run(args),
+        Command::Doctor(args) => return commands::doctor::run(args),
         Command::Run(args) => commands::run::run(args)?,
     }
     Ok(0)

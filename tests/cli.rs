@@ -108,6 +108,35 @@ fn inspect_and_tokenize_speak_json() {
     assert_eq!(text.trim_end(), "list files");
 }
 
+/// On a machine without CUDA it says so, and is well.
+#[test]
+fn doctor_looks_at_everything_and_a_gpu_is_no_must() {
+    let output = run(&["doctor"]);
+    let text = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    for about in ["processor", "memory", "model", "disk", "gpu"] {
+        let lines = text.lines().filter(|line| line.split_whitespace().nth(1) == Some(about));
+        assert!(lines.count() >= 1, "nothing about {about}: {text}");
+    }
+    let report: serde_json::Value =
+        serde_json::from_str(&stdout(&run(&["doctor", "--json"]))).expect("JSON");
+    assert_eq!(report["can_run"], true);
+    let gpus = report["gpus"].as_array().expect("a list");
+    let of_gpu = report["findings"].as_array().expect("a list").iter();
+    let of_gpu: Vec<_> = of_gpu.filter(|finding| finding["about"] == "gpu").collect();
+    assert_eq!(of_gpu.len(), gpus.len().max(1), "{report}");
+    if gpus.is_empty() {
+        assert_eq!(of_gpu[0]["state"], "note", "{report}");
+        let words = of_gpu[0].to_string();
+        assert!(words.contains("driver"), "{words}");
+    }
+
+    let output = run(&["doctor", "--model", "/nowhere/model.gguf"]);
+    assert_eq!(output.status.code(), Some(4));
+    assert!(stdout(&output).contains("BAD   model"), "{}", stdout(&output));
+    assert!(output.stderr.is_empty());
+}
+
 #[test]
 fn eval_logits_writes_the_golden_layout() {
     let folder = tempfile::tempdir().unwrap();

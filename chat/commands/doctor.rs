@@ -1,0 +1,210 @@
+//! `pregate doctor`: what this machine has, and what to do about the rest.
+
+mod gpu;
+
+use crate::{
+    cli::DoctorArgs,
+    exit::{self, Failure},
+    memory, model,
+    output::{self, bytes},
+    plan,
+};
+use pregate_kernels::{Cpu, CpuOptions, Isa};
+use pregate_runtime::{
+    OpenedModel,
+    store::{
+        disk::{self, DiskChoice, DiskOptions},
+        frames::{ClassSpec, Frames},
+    },
+};
+use serde::Serialize;
+use std::path::Path;
+
+/// How good a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Ok,
+    /// Works, but something could be better.
+    Note,
+    /// Models cannot run.
+    Bad,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// "processor", "memory", "model", "disk" or "gpu".
+    pub about: &'static str,
+    pub state: State,
+    pub found: String,
+    /// What to do next; `null` where there is nothing to do.
+    pub next: Option<String>,
+}
+
+impl Finding {
+    fn new(about: &'static str, state: State, found: String) -> Self {
+        Self { about, state, found, next: None }
+    }
+
+    fn next(mut self, next: &str) -> Self {
+        self.next = Some(next.to_string());
+        self
+    }
+}
+
+/// The fields of `--json`; scripts read them by name.
+#[derive(Serialize)]
+struct Report {
+    version: &'static str,
+    /// Whether models can run here, on the processor at least.
+    can_run: bool,
+    findings: Vec<Finding>,
+    gpus: Vec<gpu::Gpu>,
+}
+
+/// The exit code: 0 if models can run on the processor.
+pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
+    let mut findings = vec![processor(), memory_of_machine()];
+    findings.extend(model_and_disk(args.model.as_deref()));
+    let (gpus, of_gpus) = gpu::look();
+    findings.extend(of_gpus);
+    let can_run = findings.iter().all(|finding| finding.state != State::Bad);
+    let report = Report { version: env!("CARGO_PKG_VERSION"), can_run, findings, gpus };
+    match args.json {
+        true => output::json(&report)?,
+        false => output::line(text(&report).trim_end())?,
+    }
+    Ok(if can_run { 0 } else { exit::RESOURCES })
+}
+
+fn text(report: &Report) -> String {
+    let lines = report.findings.iter().map(|finding| {
+        let state = match finding.state {
+            State::Ok => "ok",
+            State::Note => "note",
+            State::Bad => "BAD",
+        };
+        let next = finding.next.as_ref().map(|next| format!("; {next}")).unwrap_or_default();
+        format!("{state:<5} {:<10} {}{next}\n", finding.about, finding.found)
+    });
+    let verdict = match report.can_run {
+        true => "models can run here",
+        false => "models cannot run here: see the lines that say BAD",
+    };
+    lines.chain([verdict.to_string()]).collect()
+}
+
+fn processor() -> Finding {
+    let about = "processor";
+    let cpu = match Cpu::new(CpuOptions::default()) {
+        Ok(cpu) => cpu,
+        Err(error) => {
+            let found = format!("cannot start the threads that compute: {error}");
+            let next = "raise this user's limit of processes (ulimit -u)";
+            return Finding::new(about, State::Bad, found).next(next);
+        }
+    };
+    let threads = cpu.threads();
+    let plural = if threads == 1 { "" } else { "s" };
+    let found = format!("{threads} thread{plural}, {}", cpu.isa().name());
+    match cpu.isa() {
+        Isa::Scalar => Finding::new(about, State::Note, found)
+            .next("without AVX2 and FMA, or NEON, everything is several times slower"),
+        _ => Finding::new(about, State::Ok, found),
+    }
+}
+
+/// With less, not even the demo model and its cache fit well.
+const LEAST_BYTES: u64 = 256 << 20;
+
+fn memory_of_machine() -> Finding {
+    let available = memory::available();
+    if available.bytes == u64::MAX {
+        let found = "this system does not say how much is free".to_string();
+        return Finding::new("memory", State::Note, found).next("give --ram SIZE to every command");
+    }
+    let found = format!("{} free ({})", bytes(available.bytes), available.according_to);
+    match available.bytes {
+        LEAST_BYTES.. => Finding::new("memory", State::Ok, found),
+        _ => Finding::new("memory", State::Bad, found).next("end other programs"),
+    }
+}
+
+/// Frames that the disk is tried with.
+const FRAMES: ClassSpec = ClassSpec { frame_bytes: 2 << 20, frames: 16 };
+
+fn model_and_disk(path: Option<&Path>) -> Vec<Finding> {
+    let opened = model::path_or_demo(path).and_then(|path| {
+        let opened = OpenedModel::open(&path, &mut |_| {})?;
+        Ok((path, opened))
+    });
+    let (path, opened) = match opened {
+        Ok(opened) => opened,
+        Err(failure) => {
+            let next = "name a .gguf file or a folder with --model PATH";
+            return vec![Finding::new("model", State::Bad, failure.to_string()).next(next)];
+        }
+    };
+    let size = bytes(opened.files().total_bytes());
+    let found =
+        format!("{}: {}, {size}", path.display(), opened.description().architecture.title());
+    vec![Finding::new("model", State::Ok, found), disk(&opened)]
+}
+
+/// How experts would be read from where the model lies.
+fn disk(model: &OpenedModel) -> Finding {
+    let names = model.files().paths().iter().cloned();
+    let files: Vec<_> = names.zip(model.files().identities()).collect();
+    let tried = Frames::new(&[FRAMES])
+        .and_then(|frames| disk::probe(&files, &frames, &DiskOptions::default()));
+    match tried {
+        Err(error) => Finding::new("disk", State::Bad, error.to_string())
+            .next("copy the model to a local disk"),
+        Ok((_, report)) => {
+            let found = plan::disk_line(&report);
+            match report.choice {
+                DiskChoice::Buffered => Finding::new("disk", State::Note, found).next(
+                    "a model larger than memory streams faster from a disk that has O_DIRECT",
+                ),
+                _ => Finding::new("disk", State::Ok, found),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_per_finding_and_what_to_do_next() {
+        let mut report = Report {
+            version: "0",
+            can_run: true,
+            findings: vec![
+                Finding::new("processor", State::Ok, "2 threads".to_string()),
+                Finding::new("gpu", State::Note, "none".to_string()).next("buy one"),
+            ],
+            gpus: Vec::new(),
+        };
+        let lines = text(&report);
+        assert_eq!(
+            lines,
+            "ok    processor  2 threads\nnote  gpu        none; buy one\nmodels can run here"
+        );
+        report.findings[0].state = State::Bad;
+        report.can_run = false;
+        assert!(text(&report).starts_with("BAD   processor"));
+        assert!(text(&report).contains("cannot run"));
+    }
+
+    #[test]
+    fn a_model_that_is_not_there_is_bad_and_says_what_to_name() {
+        let found = model_and_disk(Some(Path::new("/nowhere/model.gguf")));
+        assert_eq!(found.len(), 1);
+        assert_eq!((found[0].about, found[0].state), ("model", State::Bad));
+        assert!(found[0].found.contains("/nowhere/model.gguf"), "{found:?}");
+        assert!(found[0].next.as_ref().is_some_and(|next| next.contains("--model")));
+    }
+}
