@@ -3,7 +3,8 @@
 #![allow(dead_code)]
 
 use pregate_kernels::cuda::{Device, DeviceMatrix, Input, QuantisedSpans, Quantise, Span, quantise};
-use pregate_kernels::{ActivationKind, Format, cuda};
+use pregate_kernels::{ActivationKind, Format};
+use pregate_standin::testing;
 
 /// A device, and memory on it. Every span is an allocation of its own, so
 /// that reading or writing past one is seen.
@@ -14,7 +15,7 @@ pub struct Lab {
 impl Lab {
     /// `None` where there is nothing to run kernels on; says so.
     pub fn open() -> Option<Self> {
-        cuda::testing::device().map(|device| Self { device })
+        testing::device().map(|device| Self { device })
     }
 
     pub fn space(&self, bytes: usize) -> Span {
