@@ -10,9 +10,9 @@
 // null: out (f32, `out_stride` apart; may be x), and the quantised forms of
 // [rows, width] in groups of 32 and of 256.
 // Bytes: rows * width * (4 read, 8 more with delta, 4 for out, 1.25 for each
-// quantised form) + 4 * width. Grid: (rows). Block: 64 to 1024 threads.
+// quantised form) + 4 * width. Grid: (rows). Block: 64 to 512 threads.
 // Dynamic shared memory: 4 * (width + 48).
-extern "C" __global__ void __launch_bounds__(1024, 1)
+extern "C" __global__ void __launch_bounds__(512)
 norm_rows(float* x, const float* delta, float delta_scale, const float* weight, const float* bias,
           float epsilon, int is_layer, int width, int x_stride, int out_stride, float* out,
           i8* q_32, float* scales_32, i16* sums_32, i8* q_256, float* scales_256, i16* sums_256) {
@@ -27,7 +27,7 @@ norm_rows(float* x, const float* delta, float delta_scale, const float* weight, 
 
 // x += scale * delta, both of `count` elements, each product and sum rounded.
 // Bytes: 12 * count. Grid: (count / (4 * threads)).
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256)
 add_scaled(float* x, const float* delta, float scale, int count) {
     const int first = 4 * static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
 #pragma unroll
@@ -50,11 +50,11 @@ DEVICE void quantise_rows(const float* x, int cols, int stride, i8* q, float* sc
 // q [rows, cols], scales [rows, cols / group], sums [rows, cols / 16]; cols is
 // a multiple of the group. Bytes: rows * cols * 5.25.
 // Grid: (cols / (8 * threads), rows). Block: whole warps.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256)
 quantise_32(const float* x, int cols, int stride, i8* q, float* scales, i16* sums) {
     quantise_rows<32>(x, cols, stride, q, scales, sums);
 }
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256)
 quantise_256(const float* x, int cols, int stride, i8* q, float* scales, i16* sums) {
     quantise_rows<256>(x, cols, stride, q, scales, sums);
 }
@@ -116,7 +116,7 @@ DEVICE void gemv_floats(const u8* weights, const float* x, const float* bias, fl
 // min(blocks, 8)` rows. Block: 32 to 256 threads. Dynamic shared memory: see
 // `Buffers`.
 #define GEMV(name, F)                                                                          \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void ROW_BOUNDS                                                      \
     gemv_##name(const u8* weights, const i8* q, const float* scales, const i16* sums,          \
                 const float* bias, float* out, int rows, int cols, int tokens, int x_token,    \
                 int x_matrix, int out_token, int out_matrix) {                                 \
@@ -127,14 +127,14 @@ FOR_EACH_QUANTISED(GEMV)
 
 // The same for float formats, whose x is as it is: one token, and up to 8.
 #define GEMV_FLOATS(name, F)                                                                   \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void ROW_BOUNDS                                                      \
     gemv_##name(const u8* weights, const float* x, const float* bias, float* out, int rows,    \
                 int cols, int tokens, int x_token, int x_matrix, int out_token,                \
                 int out_matrix) {                                                              \
         gemv_floats<F, 1>(weights, x, bias, out, rows, cols, tokens, x_token, x_matrix,        \
                           out_token, out_matrix);                                              \
     }                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void ROW_BOUNDS                                                      \
     gemv_##name##_many(const u8* weights, const float* x, const float* bias, float* out,       \
                        int rows, int cols, int tokens, int x_token, int x_matrix,              \
                        int out_token, int out_matrix) {                                        \
@@ -213,7 +213,7 @@ DEVICE void transposed(const u8* weights, const float* x, float* out, int rows, 
 // (rows + cols). Grid: (cols / 64, matrices), of 256-blocks (cols / 256,
 // matrices). Block: 64 or 256 threads.
 #define TRANSPOSED(name, F)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void __launch_bounds__(256)                                          \
     transposed_##name(const u8* weights, const float* x, float* out, int rows, int cols,       \
                       int tokens, int x_token, int x_matrix, int out_token, int out_matrix) {  \
         transposed<F>(weights, x, out, rows, cols, tokens, x_token, x_matrix, out_token,       \
@@ -241,7 +241,7 @@ DEVICE void embed(const u8* table, const int* ids, int rows, int cols, float sca
     out[token * cols + col] = value * scale;
 }
 #define EMBED(name, F)                                                                         \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void __launch_bounds__(256)                                          \
     embed_##name(const u8* table, const int* ids, int rows, int cols, float scale,             \
                  float* out) {                                                                 \
         embed<F>(table, ids, rows, cols, scale, out);                                          \

@@ -105,7 +105,7 @@ DEVICE void gate_up_floats(const Chosen& chosen, const float* x, const Activatio
 // block having `warps / 2 * 32 / min(blocks, 8)` rows. Block: 64, 128 or 256
 // threads. Dynamic shared memory: see `Buffers`.
 #define EXPERT_GATE_UP(name, F)                                                                \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void ROW_BOUNDS                                                      \
     expert_gate_up_##name(const u64* table, const int* ids, const int* chosen, int experts,    \
                           const i8* q, const float* scales, const i16* sums, int k,            \
                           int gate_offset, int up_offset, const float* gate_bias,              \
@@ -121,7 +121,7 @@ FOR_EACH_QUANTISED(EXPERT_GATE_UP)
 
 // The same for float formats: x [tokens, hidden] as it is.
 #define EXPERT_GATE_UP_FLOATS(name, F)                                                         \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void ROW_BOUNDS                                                      \
     expert_gate_up_##name(const u64* table, const int* ids, const int* chosen, int experts,    \
                           const float* x, int k, int gate_offset, int up_offset,               \
                           const float* gate_bias, const float* up_bias, int hidden, int inner, \
@@ -153,7 +153,7 @@ struct DownSink {
 // having `warps * 32 / min(blocks, 8)` rows. Block: 32 to 256 threads. Dynamic
 // shared memory: see `Buffers`.
 #define EXPERT_DOWN(name, F)                                                                   \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void ROW_BOUNDS                                                      \
     expert_down_##name(const u64* table, const int* ids, const int* chosen, int experts,       \
                        const float* vectors, int offset, const float* bias, int hidden,        \
                        int inner, float* answers) {                                            \
@@ -174,7 +174,7 @@ struct DownSink {
 FOR_EACH_QUANTISED(EXPERT_DOWN)
 
 #define EXPERT_DOWN_FLOATS(name, F)                                                            \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                       \
+    extern "C" __global__ void ROW_BOUNDS                                                      \
     expert_down_##name(const u64* table, const int* ids, const int* chosen, int experts,       \
                        const float* vectors, int offset, const float* bias, int hidden,        \
                        int inner, float* answers) {                                            \
@@ -204,7 +204,7 @@ FOR_EACH_FLOAT(EXPERT_DOWN_FLOATS)
 // [tokens, k], `answers` [tokens * k, hidden]; `out` may be null.
 // Bytes: tokens * hidden * (4 * k, + 4 with shared, + 8 with residual, + 4 for
 // out). Grid: (hidden / threads, tokens).
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256)
 combine(const float* answers, const float* weights, int k, int hidden, const float* shared,
         const float* gate_logits, float* residual, float residual_scale, float* out) {
     const int col = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);

@@ -10,7 +10,9 @@
 //   head()   the scales of a block; scale(), min() those of sub-block j
 //   run()    codes of elements 32 r .. 32 r + 31, four to a word, in order
 //   code()   one code
-// Indices into a head must be constants after unrolling: it is registers.
+//   scale_at(), min_at() as scale() and min(), from the block
+// Indices into a head must be constants after unrolling: it is registers. For
+// others there are scale_at() and min_at().
 #pragma once
 #include "common.cuh"
 
@@ -82,6 +84,8 @@ struct PlainBlocks {
     typedef PlainHead Head;
     DEVICE static int scale(const Head&, int) { return 1; }
     DEVICE static int min(const Head&, int) { return 1; }
+    DEVICE static int scale_at(const u8*, int) { return 1; }
+    DEVICE static int min_at(const u8*, int) { return 1; }
 };
 
 struct Q8_0 : PlainBlocks {
@@ -206,6 +210,8 @@ struct Q2_K {
     }
     DEVICE static int scale(const Head& head, int j) { return byte_of(head.both[j / 4], j & 3) & 15; }
     DEVICE static int min(const Head& head, int j) { return byte_of(head.both[j / 4], j & 3) >> 4; }
+    DEVICE static int scale_at(const u8* block, int j) { return block[j] & 15; }
+    DEVICE static int min_at(const u8* block, int j) { return block[j] >> 4; }
     DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
         two_bits<4>(block + 16, r, out);
     }
@@ -233,6 +239,11 @@ struct Q3_K {
         return byte_of(head.scales[j / 4], j & 3) - 32;
     }
     DEVICE static int min(const Head&, int) { return 0; }
+    DEVICE static int scale_at(const u8* block, int j) {
+        const int low = block[96 + (j & 7)] >> j / 8 * 4 & 15;
+        return (low | (block[104 + (j & 3)] >> j / 4 * 2 & 3) << 4) - 32;
+    }
+    DEVICE static int min_at(const u8*, int) { return 0; }
     DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
         u32 high[8];
         two_bits<2>(block + 32, r, out);
@@ -265,6 +276,14 @@ struct SixBitScales {
     }
     DEVICE static int scale(const Head& head, int j) { return byte_of(head.scales[j / 4], j & 3); }
     DEVICE static int min(const Head& head, int j) { return byte_of(head.mins[j / 4], j & 3); }
+    DEVICE static int scale_at(const u8* block, int j) {
+        const u8* p = block + 4;
+        return j < 4 ? p[j] & 63 : (p[j + 4] & 15) | p[j - 4] >> 6 << 4;
+    }
+    DEVICE static int min_at(const u8* block, int j) {
+        const u8* p = block + 4;
+        return j < 4 ? p[j + 4] & 63 : p[j + 4] >> 4 | p[j] >> 6 << 4;
+    }
 };
 
 struct Q4_K : SixBitScales {
@@ -312,6 +331,8 @@ struct Q6_K {
         return signed_byte_of(head.scales[j / 4], j & 3);
     }
     DEVICE static int min(const Head&, int) { return 0; }
+    DEVICE static int scale_at(const u8* block, int j) { return static_cast<i8>(block[192 + j]); }
+    DEVICE static int min_at(const u8*, int) { return 0; }
     DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
         const int half = r / 4, nibble = r / 2 & 1, part = r & 1;
         u32 high[8];
@@ -346,6 +367,8 @@ struct IQ4_XS {
         return static_cast<int>((head.low >> 4 * j & 15) | (head.high >> 2 * j & 3) << 4) - 32;
     }
     DEVICE static int min(const Head&, int) { return 0; }
+    DEVICE static int scale_at(const u8* block, int j) { return scale(head(block), j); }
+    DEVICE static int min_at(const u8*, int) { return 0; }
     DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
         u32 qs[4];
         load_words<8>(block + 8 + 16 * r, qs);
@@ -408,12 +431,7 @@ DEVICE float element(const u8* block, int i) {
         return F::at(block);
     } else {
         const typename F::Head head = F::head(block);
-        int scale = 0, min = 0;
-        // A head is registers: the sub-block is chosen without indexing.
-#pragma unroll
-        for (int j = 0; j < F::LEN / F::SUB; j++) {
-            if (i / F::SUB == j) scale = F::scale(head, j), min = F::min(head, j);
-        }
+        const int scale = F::scale_at(block, i / F::SUB), min = F::min_at(block, i / F::SUB);
         const float value =
             head.d * static_cast<float>(scale) * static_cast<float>(F::code(block, i) - F::OFFSET);
         if constexpr (F::MINIMUM == NO_MINIMUM) return value;

@@ -23,6 +23,10 @@ DEVICE constexpr int row_pitch(int bytes, int align) {
     return (bytes + 16 - align + 31) / 64 * 64 + 32;
 }
 
+// At most eight warps to a block of threads. Two blocks to a multiprocessor
+// leave 128 registers a thread; shared memory allows about as many.
+#define ROW_BOUNDS __launch_bounds__(256, 2)
+
 template <class F>
 struct Stage {
     static constexpr int WARP_ROWS = 4;  // of eight blocks or more

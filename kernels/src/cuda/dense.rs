@@ -130,13 +130,13 @@ pub fn norm(device: &Device, stream: &Stream, call: Norm<'_>) -> Result<(), Cuda
         args = optional(args, form.map(|to| &to.sums));
     }
     // Eight elements a thread; two warps sum.
-    let threads = width.div_ceil(8).next_multiple_of(32).clamp(64, 1024) as u32;
+    let threads = width.div_ceil(8).next_multiple_of(32).clamp(64, 512) as u32;
     let grid = Grid {
         blocks: [int(CALL, "rows", rows)? as u32, 1, 1],
         threads: [threads, 1, 1],
         shared_bytes: 4 * (width as u32 + 48),
     };
-    stream.launch(&device.kernel(MODULE, "norm")?, grid, args)
+    stream.launch(&device.kernel(MODULE, "norm_rows")?, grid, args)
 }
 
 /// `x += factor * delta`, both f32 of `count` elements; moves 12 bytes each.

@@ -12,15 +12,19 @@ mod attention_prepare;
 mod cells;
 mod compile;
 mod delta_net;
+mod dense;
 mod device;
 mod driver;
 mod error;
+mod experts;
 mod flight;
 mod functions;
 mod link;
 mod link_state;
 mod memory;
 mod module;
+mod rows;
+mod shape;
 mod stream;
 mod ticket;
 
@@ -33,12 +37,19 @@ pub use cells::{CellFormat, DeviceCells};
 pub use delta_net::{
     DELTA_CHUNK, DeltaConv, DeltaDecode, DeltaInputs, DeltaPrefill, DeltaShape, delta_conv,
     delta_decode, delta_prefill,
+pub use dense::{
+    Embed, Gemv, Norm, NormKind, Quantise, Strides, add_scaled, embed, gemv, norm, quantise,
+    transposed,
 };
 pub use device::{Device, DeviceInfo, DeviceOptions};
 pub use error::{CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
+pub use experts::{
+    Choices, Combine, Down, ExpertMatrix, GateUp, SharedAnswer, combine, down, gate_up,
+};
 pub use link::{Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency};
 pub use memory::{Arena, HostMemory, PADDING_BYTES, Pinned, PinnedPart, Span};
 pub use module::{Kernel, Modules, built_in_modules};
+pub use rows::{Input, MOST_TOKENS, QuantisedSpans};
 pub use stream::{Event, Grid, Stream};
 pub use ticket::{Refused, Ticket};
 
