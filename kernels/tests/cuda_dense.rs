@@ -52,7 +52,8 @@ fn gemv_has_the_bits_of_the_contract() {
             let has_bias = random.below(2) == 0;
 
             let weight = lab.matrix(format, rows, cols, &bytes);
-            let (on_device, out) = (lab.activations(format, &x, cols), lab.space(4 * tokens * rows));
+            let (on_device, out) =
+                (lab.activations(format, &x, cols), lab.space(4 * tokens * rows));
             let bias_span = has_bias.then(|| lab.floats(&bias));
             let call = Gemv::one(&weight, tokens, on_device.input(), bias_span.as_ref(), &out);
             gemv(&lab.device, lab.device.compute(), call).unwrap();
@@ -63,7 +64,8 @@ fn gemv_has_the_bits_of_the_contract() {
                     *value += bias;
                 }
             }
-            let what = || format!("{format} [{rows}, {cols}], {tokens} tokens, {kind:?}, {input:?}");
+            let what =
+                || format!("{format} [{rows}, {cols}], {tokens} tokens, {kind:?}, {input:?}");
             assert_same_bits(&lab.read_floats(&out), &wanted, &what);
         }
     }
@@ -195,8 +197,11 @@ fn quantisation_has_the_bits_of_the_contract() {
             let (from, to) = (lab.floats(&x), lab.quantised_space(group, rows, cols));
             let call = Quantise { rows, cols, x: &from, stride, to: &to };
             quantise(&lab.device, lab.device.compute(), call).unwrap();
-            let dense: Vec<f32> = x.chunks_exact(stride).flat_map(|x| &x[..cols]).copied().collect();
-            check_quantised(&lab, &to, &dense, group, &|| format!("{input:?} in groups of {group}"));
+            let dense: Vec<f32> =
+                x.chunks_exact(stride).flat_map(|x| &x[..cols]).copied().collect();
+            check_quantised(&lab, &to, &dense, group, &|| {
+                format!("{input:?} in groups of {group}")
+            });
         }
     }
 }
@@ -340,7 +345,8 @@ fn transposed_products_have_the_bits_of_the_cpu() {
                     let mut wanted = vec![0.0; cols];
                     cpu.linear_transposed(x, 1, matrix, &mut wanted);
                     let found = &found[(t * matrices + m) * cols..][..cols];
-                    let what = || format!("{format} [{rows}, {cols}] {kind:?}, token {t} of {tokens}");
+                    let what =
+                        || format!("{format} [{rows}, {cols}] {kind:?}, token {t} of {tokens}");
                     assert_same_bits(found, &wanted, &what);
                 }
             }
@@ -354,7 +360,8 @@ fn embedding_rows_are_dequantised_exactly() {
     let mut random = Random::new(11);
     for format in Format::ALL {
         for kind in [Weights::Usual, Weights::RandomBits, Weights::Subnormal, Weights::Largest] {
-            let (rows, cols) = (5, if format.block_len() == 1 { 99 } else { 3 * format.block_len() });
+            let (rows, cols) =
+                (5, if format.block_len() == 1 { 99 } else { 3 * format.block_len() });
             let bytes = weights(format, kind, rows, cols, &mut random);
             let table = lab.matrix(format, rows, cols, &bytes);
             let ids = [3, 0, 4, -1, 5, 3];

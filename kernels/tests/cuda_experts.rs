@@ -11,8 +11,7 @@ use pregate_kernels::cuda::{
 };
 use pregate_kernels::testing::{Inputs, Random, Weights, inputs, weights};
 use pregate_kernels::{
-    Backend, Cpu, CpuOptions, ExpertWeights, Format, GatedActivation, Isa, Matrix,
-    contract,
+    Backend, Cpu, CpuOptions, ExpertWeights, Format, GatedActivation, Isa, Matrix, contract,
 };
 
 const GPT_OSS: GatedActivation = GatedActivation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
@@ -213,7 +212,8 @@ fn experts_have_the_bits_of_the_contract() {
             for (choice, expert) in ids.into_iter().enumerate() {
                 let x = &x[choice / 2 * hidden..][..hidden];
                 let wanted = contract::expert(x, layer.weights(expert as usize), activation);
-                let what = || format!("{format} {hidden} to {inner}, {kind:?}, {input:?}, {choice}");
+                let what =
+                    || format!("{format} {hidden} to {inner}, {kind:?}, {input:?}, {choice}");
                 assert_same_bits(&found[choice * hidden..][..hidden], &wanted, &what);
             }
         }

@@ -49,8 +49,8 @@ impl Norm<'_> {
     /// Bytes that must move.
     pub fn bytes(&self) -> u64 {
         let forms: u64 = self.quantised.iter().map(|to| 4 + 32 / to.group as u64 + 1).sum();
-        let per_element = 4 * (1 + 2 * u64::from(self.delta.is_some()))
-            + 4 * u64::from(self.out.is_some());
+        let per_element =
+            4 * (1 + 2 * u64::from(self.delta.is_some())) + 4 * u64::from(self.out.is_some());
         let count = self.rows as u64 * self.width as u64;
         count * per_element + count * forms / 4 + 4 * self.width as u64
     }
@@ -323,7 +323,8 @@ pub fn gemv(device: &Device, stream: &Stream, call: Gemv<'_>) -> Result<(), Cuda
         let problem = format!("inputs {token} and {matrix} apart are not groups of {group}");
         return Err(CudaError::shape(CALL, problem));
     }
-    let args = Args::new().span(&call.weight.span.part(call.weight.offset..call.weight.span.bytes()));
+    let args =
+        Args::new().span(&call.weight.span.part(call.weight.offset..call.weight.span.bytes()));
     let (args, name) = match call.x {
         Input::Floats(x) if call.tokens == 1 => (args.span(x), format!("gemv_{}", suffix(format))),
         Input::Floats(x) => (args.span(x), format!("gemv_{}_many", suffix(format))),

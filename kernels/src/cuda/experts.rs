@@ -44,9 +44,8 @@ impl Choices<'_> {
         let all = product(call, &[*tokens, *k])?;
         if all == 0 || *experts == 0 || self.count() == 0 || self.count() > 0xffff {
             let (count, most) = (self.count(), 0xffff);
-            let problem = format!(
-                "{count} (1 to {most}) of {tokens} * {k} choices among {experts} experts"
-            );
+            let problem =
+                format!("{count} (1 to {most}) of {tokens} * {k} choices among {experts} experts");
             return Err(CudaError::shape(call, problem));
         }
         int(call, "choices", all)?;
@@ -152,10 +151,11 @@ pub fn gate_up(device: &Device, stream: &Stream, call: GateUp<'_>) -> Result<(),
         Input::Floats(x) => args.span(x),
         Input::Quantised(x) => args.span(&x.q).span(&x.scales).span(&x.sums),
     };
-    let args = args
-        .i32(choices.k as i32)
-        .i32(int(CALL, "gate's offset", gate.offset)?)
-        .i32(int(CALL, "up's offset", up.offset)?);
+    let args = args.i32(choices.k as i32).i32(int(CALL, "gate's offset", gate.offset)?).i32(int(
+        CALL,
+        "up's offset",
+        up.offset,
+    )?);
     let args = optional(optional(args, call.gate_bias), call.up_bias)
         .i32(int(CALL, "hidden", hidden)?)
         .i32(int(CALL, "inner", inner)?)

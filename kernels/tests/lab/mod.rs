@@ -2,7 +2,9 @@
 //! bits.
 #![allow(dead_code)]
 
-use pregate_kernels::cuda::{Device, DeviceMatrix, Input, QuantisedSpans, Quantise, Span, quantise};
+use pregate_kernels::cuda::{
+    Device, DeviceMatrix, Input, Quantise, QuantisedSpans, Span, quantise,
+};
 use pregate_kernels::{ActivationKind, Format};
 use pregate_standin::testing;
 
