@@ -158,7 +158,7 @@ const fn stage(format: Format) -> Stage {
     };
     let align = block_align(format);
     let rows = 4 * pitch(step * bytes, align);
-    let run = (32 * bytes + 16 - align + 15) / 16 * 16;
+    let run = (32 * bytes + 16 - align).div_ceil(16) * 16;
     Stage {
         warp: if rows > run { rows } else { run },
         token: step * (len + 16 + 4 * starts(format) + 4),
