@@ -37,6 +37,7 @@ pub use cells::{CellFormat, DeviceCells};
 pub use delta_net::{
     DELTA_CHUNK, DeltaConv, DeltaDecode, DeltaInputs, DeltaPrefill, DeltaShape, delta_conv,
     delta_decode, delta_prefill,
+};
 pub use dense::{
     Embed, Gemv, Norm, NormKind, Quantise, Strides, add_scaled, embed, gemv, norm, quantise,
     transposed,
