@@ -91,29 +91,20 @@ extern "C" __global__ void __launch_bounds__(128) latent_prepare_f32(LATENT_PARA
      value_width, first_position, first_chunk, chunks, window, scale, key_head_stride,         \
      key_position_stride, value_head_stride, value_position_stride, gate_stride}
 
-extern "C" __global__ void __launch_bounds__(128) attend_f16_q1(ATTEND_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, 3) attend_f16_q1(ATTEND_PARAMETERS) {
     attend<HalfStage, 1>(ATTEND_CALL, counters);
 }
-extern "C" __global__ void __launch_bounds__(128) attend_f16_q2(ATTEND_PARAMETERS) {
-    attend<HalfStage, 2>(ATTEND_CALL, counters);
-}
-extern "C" __global__ void __launch_bounds__(128) attend_f16_q4(ATTEND_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, 3) attend_f16_q4(ATTEND_PARAMETERS) {
     attend<HalfStage, 4>(ATTEND_CALL, counters);
 }
-extern "C" __global__ void __launch_bounds__(128) attend_f16_q8(ATTEND_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, 3) attend_f16_q8(ATTEND_PARAMETERS) {
     attend<HalfStage, 8>(ATTEND_CALL, counters);
 }
-extern "C" __global__ void __launch_bounds__(128) attend_f32_q1(ATTEND_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, 3) attend_f32_q1(ATTEND_PARAMETERS) {
     attend<FloatStage, 1>(ATTEND_CALL, counters);
 }
-extern "C" __global__ void __launch_bounds__(128) attend_f32_q2(ATTEND_PARAMETERS) {
-    attend<FloatStage, 2>(ATTEND_CALL, counters);
-}
-extern "C" __global__ void __launch_bounds__(128) attend_f32_q4(ATTEND_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, 3) attend_f32_q4(ATTEND_PARAMETERS) {
     attend<FloatStage, 4>(ATTEND_CALL, counters);
-}
-extern "C" __global__ void __launch_bounds__(128) attend_f32_q8(ATTEND_PARAMETERS) {
-    attend<FloatStage, 8>(ATTEND_CALL, counters);
 }
 
 // Joins the chunks of every query after an attend without counters: sink,

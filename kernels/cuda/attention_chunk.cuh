@@ -120,6 +120,7 @@ struct Stages {
         const int words = (is_key ? key_words : value_words) - slab * STAGE_ROW_WORDS;
         const int word = static_cast<int>(threadIdx.x) % STAGE_ROW_WORDS;
         uint4* to = memory + (which & 1) * STAGE_WORDS;
+#pragma unroll 2
         for (int row = static_cast<int>(threadIdx.x) / STAGE_ROW_WORDS; row < STAGE_ROWS;
              row += ATTEND_THREADS / STAGE_ROW_WORDS) {
             const int position = quarter * STAGE_ROWS + row;
@@ -147,6 +148,7 @@ template <class Stage, int Q>
 DEVICE void key_slab(const uint4* row, int mask, int h, const float* queries, int key_width,
                      int cells, float (&acc)[Q][8]) {
     int word = 0;
+#pragma unroll(Q > 4 ? 1 : 2)  // registers
     for (int at = 8 * h; at < cells; at += 16, word += Stage::ROUND_WORDS) {
         float key[8];
         Stage::load_8(row, word, h, mask, key);
@@ -274,6 +276,7 @@ DEVICE void value_rows(const uint4* stage, const float* weights, const int (&fro
             high = max(high, to[m]);
         }
     }
+#pragma unroll 1
     for (int first = low & ~3; first < high; first += 4) {
         float4 weight[M];
 #pragma unroll

@@ -3,7 +3,7 @@
 //! those of [`Backend::attention`](crate::Backend::attention) on the CPU.
 
 use super::args::Args;
-use super::cells::{DeviceCells, blocks, check_floats, int, optional};
+use super::cells::{CellFormat, DeviceCells, blocks, check_floats, int, optional};
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::Span;
@@ -35,7 +35,8 @@ pub struct OutputGate<'a> {
 /// How an [`Attend`] is cut. Answers do not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttendPlan {
-    /// Queries of a block that share each load of keys and values: 1, 2, 4, 8.
+    /// Queries of a block that share each load of keys and values: 1, 4, or,
+    /// for f16 cells, 8.
     pub tile: usize,
     /// Chunks are merged in a launch of its own.
     pub merges_apart: bool,
@@ -75,6 +76,14 @@ pub struct Attend<'a> {
 /// The first position that a query at `position` sees.
 fn first_visible(position: usize, window: Option<usize>) -> usize {
     window.map_or(0, |window| (position + 1).saturating_sub(window.max(1)))
+}
+
+/// Tiles that there are kernels for.
+fn tiles(format: CellFormat) -> &'static [usize] {
+    match format {
+        CellFormat::F16 => &[1, 4, 8],
+        CellFormat::F32 => &[1, 4],
+    }
 }
 
 /// Shared memory of a block with a tile of `tile` queries.
@@ -117,15 +126,18 @@ impl Attend<'_> {
         let queries = self.tokens * (self.heads / self.kv_heads);
         let chunks = self.chunks().1;
         let fits = |tile: &usize| shared_bytes(*tile, self.keys.width) <= SHARED_BYTES;
-        let mut tile = [8, 4, 2, 1].into_iter().find(fits).ok_or_else(|| {
+        let tiles = tiles(self.keys.format);
+        let largest = tiles.iter().rev().copied().find(fits).ok_or_else(|| {
             CudaError::unsupported(format!("attention to keys of {} cells", self.keys.width))
         })?;
-        while tile > 1 && tile / 2 >= queries {
-            tile /= 2;
-        }
-        while tile > 2 && chunks * self.kv_heads * queries.div_ceil(tile) < multiprocessors {
-            tile /= 2;
-        }
+        let blocks = |tile: usize| chunks * self.kv_heads * queries.div_ceil(tile);
+        let fills = |tile: usize| blocks(tile) >= multiprocessors;
+        let tile = match queries {
+            0..=1 => 1,
+            2..=4 => largest.min(4),
+            _ if fills(largest) => largest,
+            _ => largest.min(4),
+        };
         Ok(AttendPlan { tile, merges_apart: chunks > MERGED_CHUNKS })
     }
 
@@ -171,7 +183,7 @@ impl Attend<'_> {
             check_floats(CALL, "gate", gate.span, &[before.saturating_add(values.width)], 16)?;
         }
         if let Some(AttendPlan { tile, .. }) = self.plan
-            && ![1, 2, 4, 8].contains(&tile)
+            && !tiles(keys.format).contains(&tile)
         {
             return fail(format!("a tile of {tile} queries"));
         }

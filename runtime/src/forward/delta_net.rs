@@ -7,7 +7,7 @@ use super::rows::{buffer, for_each_mut, for_each_row};
 use super::{Mixing, project};
 use crate::model::description::{DeltaNetDescription, HeadOrder, Mixer};
 use crate::model::weights::DeltaNetWeights;
-use pregate_kernels::contract::{self, sigmoid};
+use pregate_kernels::contract::{self, sigmoid, softplus};
 use pregate_kernels::ops;
 
 /// The published implementations' guard in the key and query normalisation.
@@ -163,9 +163,4 @@ fn convolve(
         past.copy_within(tokens * channels.., 0);
         past[(history - tokens) * channels..].copy_from_slice(raw);
     }
-}
-
-fn softplus(x: f32) -> f32 {
-    // Beyond this, exp would overflow and the function is the identity.
-    if x > 20.0 { x } else { x.exp().ln_1p() }
 }
