@@ -78,7 +78,7 @@ DEVICE void copy_run(u8* to, const u8* from, int bytes) {
     const int shift = static_cast<int>(reinterpret_cast<u64>(from) & 15);
     const u8* first = from - shift;
     const int words = (shift + bytes + 15) / 16;
-#if defined(PREGATE_HOST) || __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800
     for (int i = lane_id(); i < words; i += 32) cp_async_16(to + 16 * i, first + 16 * i);
 #else
     // Through registers: several loads before the first store.

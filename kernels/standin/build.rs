@@ -21,7 +21,7 @@ fn main() {
     for watched in ["build.rs", "build", "host", "driver", "tests/cuda", "../cuda"] {
         println!("cargo:rerun-if-changed={}", here.join(watched).display());
     }
-    for variable in ["CXX", "PREGATE_STANDIN_SANITIZE"] {
+    for variable in ["CXX", "PREGATE_STANDIN_SANITIZE", "PREGATE_STANDIN_ARCH"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let Some(compiler) = Compiler::find() else {

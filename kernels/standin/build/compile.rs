@@ -68,6 +68,8 @@ const UNDEFINED: &str =
 pub struct Compiler {
     program: String,
     address_sanitizer: bool,
+    /// Which of the sources' variants, as their PTX has: 75 or 80.
+    arch: u32,
 }
 
 impl Compiler {
@@ -95,12 +97,18 @@ impl Compiler {
             sanitizer.is_empty() || sanitizer == "address",
             "PREGATE_STANDIN_SANITIZE is {sanitizer:?}; only \"address\" is known"
         );
-        Some(Self { program, address_sanitizer: sanitizer == "address" })
+        let arch = match env::var("PREGATE_STANDIN_ARCH").unwrap_or_default().as_str() {
+            "" | "80" => 80,
+            "75" => 75,
+            other => panic!("PREGATE_STANDIN_ARCH is {other:?}; 75 and 80 are known"),
+        };
+        Some(Self { program, address_sanitizer: sanitizer == "address", arch })
     }
 
     /// Names the folder of what this compiler makes.
-    pub fn variant(&self) -> &'static str {
-        if self.address_sanitizer { "address" } else { "checked" }
+    pub fn variant(&self) -> String {
+        let checks = if self.address_sanitizer { "address" } else { "checked" };
+        format!("{checks}_{}", self.arch)
     }
 
     fn common_flags(&self) -> Vec<String> {
@@ -116,7 +124,9 @@ impl Compiler {
         if self.address_sanitizer {
             flags.extend(["-fsanitize=address", "-fno-omit-frame-pointer"]);
         }
-        flags.into_iter().map(str::to_string).collect()
+        let mut flags: Vec<String> = flags.into_iter().map(str::to_string).collect();
+        flags.push(format!("-DPREGATE_STANDIN_ARCH={}", self.arch));
+        flags
     }
 
     fn flags(&self, unit: &Unit) -> Vec<String> {
@@ -198,6 +208,7 @@ impl Compiler {
     fn registration(&self, unit: &Unit, host: &Path) -> Result<String, String> {
         let mut scan = Command::new(&self.program);
         scan.args(["-E", "-P", "-x", "c++", "-std=c++20", "-DPREGATE_SCAN", "-DPREGATE_CU"]);
+        scan.arg(format!("-DPREGATE_STANDIN_ARCH={}", self.arch));
         scan.arg(format!("-I{}", host.display()))
             .args(["-include", "cuda_host.h"])
             .arg(&unit.source);

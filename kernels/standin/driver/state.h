@@ -37,7 +37,7 @@ struct Settings {
   int driver_version = 12040;
   int devices = 1;
   Result init_code = SUCCESS;
-  int major = 8, minor = 6;
+  int major = PREGATE_STANDIN_ARCH == 75 ? 7 : 8, minor = PREGATE_STANDIN_ARCH == 75 ? 5 : 6;
   bool print = true;
   bool log = false;
 };

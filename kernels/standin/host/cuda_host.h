@@ -11,6 +11,10 @@
 #include <type_traits>
 
 #define PREGATE_HOST 1
+// The variant of the sources, as for the PTX of that target.
+#ifdef PREGATE_CU
+#define __CUDA_ARCH__ (10 * PREGATE_STANDIN_ARCH)
+#endif
 #ifdef PREGATE_SCAN  // the generator of build.rs looks for these words
 #define __global__ pregate_kernel
 #define __launch_bounds__(...) pregate_bounds(__VA_ARGS__)

@@ -155,6 +155,7 @@ fn sizes_and_addresses_are_checked_when_work_is_submitted() {
 #[test]
 fn modules_are_names_or_ptx_that_fits_the_sources() {
     let Some(machine) = open(Drain::Lazy) else { return };
+    machine.standin.set_capability(8, 6);
     let ptx = |version: &str, target: &str, params: &str| {
         format!(
             ".version {version}\n.target {target}\n.address_size 64\n\
