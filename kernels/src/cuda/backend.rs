@@ -9,7 +9,6 @@ use super::dense::{self, Gemv, Strides};
 use super::device::Device;
 use super::error::CudaError;
 use super::experts::{self, Choices, Combine, Down, ExpertMatrix, GateUp};
-use super::gemm::{Gemm, GemmInput, gemm};
 use super::memory::Span;
 use super::rows::{Input, MOST_TOKENS};
 use super::workspace::{Prepared, Workspace, canonical};
@@ -81,31 +80,23 @@ impl Cuda {
         }
     }
 
+    /// One job; `tiles` has the input of every eight tokens.
     fn product(
         &self,
         workspace: &mut Workspace,
-        input: &Prepared,
-        tokens: usize,
+        tiles: &[Prepared],
         job: &mut Linear<'_>,
     ) -> Result<(), CudaError> {
-        let stream = self.device.compute();
         let weight = workspace.matrix(&job.weight)?;
         let bias = job.bias.map(|bias| workspace.upload_floats(bias)).transpose()?;
-        let out = workspace.floats(&[tokens, weight.rows])?;
-        if tokens <= MOST_TOKENS {
-            let call = Gemv::one(&weight, tokens, input.as_input(), bias.as_ref(), &out);
-            dense::gemv(&self.device, stream, call)?;
-        } else {
-            let input = match input.as_input() {
-                Input::Floats(x) => GemmInput::F32(x),
-                Input::Quantised(x) => {
-                    GemmInput::Int8 { q: &x.q, scales: &x.scales, sums: &x.sums }
-                }
-            };
-            let call = Gemm { weight: &weight, bias: bias.as_ref(), input, tokens, out: &out };
-            gemm(&self.device, stream, &call)?;
+        for (input, out) in tiles.iter().zip(job.out.chunks_mut(MOST_TOKENS * weight.rows)) {
+            let tokens = out.len() / weight.rows;
+            let span = workspace.floats(&[tokens, weight.rows])?;
+            let call = Gemv::one(&weight, tokens, input.as_input(), bias.as_ref(), &span);
+            dense::gemv(&self.device, self.device.compute(), call)?;
+            workspace.download(&span, out)?;
         }
-        workspace.download(&out, job.out)
+        Ok(())
     }
 
     /// Experts on rows of their own: row `n` of `x` `[rows, hidden]` goes
@@ -161,7 +152,11 @@ impl Cuda {
         Ok(())
     }
 
-    fn attend(&self, workspace: &mut Workspace, call: &mut AttentionCall<'_>) -> Result<(), CudaError> {
+    fn attend(
+        &self,
+        workspace: &mut Workspace,
+        call: &mut AttentionCall<'_>,
+    ) -> Result<(), CudaError> {
         let AttentionCall { tokens, heads, kv_heads, .. } = *call;
         let (key_width, value_width) = (call.keys.width, call.values.width);
         let keys = upload_cells(workspace, &call.keys)?;
@@ -224,10 +219,7 @@ struct Resident {
 }
 
 impl Resident {
-    fn upload(
-        workspace: &mut Workspace,
-        weights: &[ExpertWeights<'_>],
-    ) -> Result<Self, CudaError> {
+    fn upload(workspace: &mut Workspace, weights: &[ExpertWeights<'_>]) -> Result<Self, CudaError> {
         let first = &weights[0];
         let formats = |w: &ExpertWeights<'_>| [w.gate, w.up, w.down].map(|m| m.format());
         if weights.iter().any(|other| formats(other) != formats(first)) {
@@ -312,17 +304,20 @@ impl Backend for Cuda {
             assert!(job.bias.is_none_or(|b| b.len() == job.weight.rows()), "bias [rows]");
         }
         let outcome = self.run(|workspace| {
-            let x = workspace.upload_floats(x)?;
-            let mut inputs: Vec<(_, Prepared)> = Vec::new();
+            let mut inputs: Vec<(_, Vec<Prepared>)> = Vec::new();
             for job in jobs.iter_mut() {
-                let kind = job.weight.format().activation();
+                let format = job.weight.format();
+                let kind = format.activation();
                 if !inputs.iter().any(|(of, _)| *of == kind) {
-                    let input = workspace.input(&x, tokens, cols, job.weight.format())?;
-                    inputs.push((kind, input));
+                    let tiles = x.chunks(MOST_TOKENS * cols).map(|tile| {
+                        let span = workspace.upload_floats(tile)?;
+                        workspace.input(&span, tile.len() / cols, cols, format)
+                    });
+                    inputs.push((kind, tiles.collect::<Result<_, CudaError>>()?));
                 }
-                let input = inputs.iter().find(|(of, _)| *of == kind);
-                let (_, input) = input.ok_or_else(|| CudaError::shape("linear", "no input"))?;
-                self.product(workspace, input, tokens, job)?;
+                for (_, tiles) in inputs.iter().filter(|(of, _)| *of == kind) {
+                    self.product(workspace, tiles, job)?;
+                }
             }
             Ok(())
         });
@@ -459,8 +454,8 @@ impl Backend for Cuda {
         assert_eq!(x.len(), tokens * hidden, "input [tokens, hidden]");
         assert_eq!(out.len(), tokens * hidden, "output [tokens, hidden]");
         let ids = vec![0; tokens];
-        let outcome = self
-            .run(|workspace| self.experts(workspace, &[weights], activation, x, &ids, out));
+        let outcome =
+            self.run(|workspace| self.experts(workspace, &[weights], activation, x, &ids, out));
         match outcome {
             Outcome::Done => {}
             Outcome::ForHost => self.host.feed_forward(x, tokens, weights, activation, out),

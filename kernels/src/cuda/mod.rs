@@ -9,6 +9,7 @@
 mod args;
 mod attention;
 mod attention_prepare;
+mod backend;
 mod cells;
 mod compile;
 mod delta_net;
@@ -27,12 +28,14 @@ mod rows;
 mod shape;
 mod stream;
 mod ticket;
+mod workspace;
 
 pub use args::Args;
 pub use attention::{Attend, AttendPlan, OutputGate, attend};
 pub use attention_prepare::{
     HeadNorms, Pairs, PrepareHeads, PrepareLatent, Rotation, prepare_heads, prepare_latent,
 };
+pub use backend::Cuda;
 pub use cells::{CellFormat, DeviceCells};
 pub use delta_net::{
     DELTA_CHUNK, DeltaConv, DeltaDecode, DeltaInputs, DeltaPrefill, DeltaShape, delta_conv,
