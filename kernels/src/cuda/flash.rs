@@ -1,0 +1,199 @@
+//! Attention of a chunk of queries: prefill. Kernels: `kernels/cuda/flash.cu`,
+//! whose head states how far answers may be from those of the CPU.
+
+use super::{Args, CudaError, Device, Grid, Span, Stream};
+
+const THREADS: u32 = 128;
+
+/// Keys or values of all positions so far: head `h` of position `p` is the
+/// `width` f16 cells from cell `h * head_stride + p * position_stride`.
+#[derive(Clone, Copy)]
+pub struct FlashCells<'a> {
+    /// At a multiple of 16 bytes.
+    pub span: &'a Span,
+    /// Multiples of 8 cells.
+    pub head_stride: usize,
+    pub position_stride: usize,
+    pub width: usize,
+}
+
+/// Causal attention of queries at positions
+/// `first_position .. first_position + tokens` over a cache that already
+/// holds their keys and values; see [`crate::AttentionCall`].
+pub struct Flash<'a> {
+    /// f32 `[tokens, heads, keys.width]`
+    pub q: &'a Span,
+    pub tokens: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub keys: FlashCells<'a>,
+    pub values: FlashCells<'a>,
+    pub first_position: usize,
+    pub scale: f32,
+    /// A query sees this many positions, itself included; `None`: all.
+    pub window: Option<usize>,
+    /// f32 `[heads]`
+    pub sinks: Option<&'a Span>,
+    /// f32 `[tokens, heads, values.width]`, overwritten.
+    pub out: &'a Span,
+}
+
+/// A kernel: widths, queries of a block, positions of a step.
+struct Shape {
+    name: &'static str,
+    keys: usize,
+    values: usize,
+    queries: usize,
+    positions: usize,
+}
+
+const fn heads(name: &'static str, width: usize, positions: usize) -> Shape {
+    Shape { name, keys: width, values: width, queries: 64, positions }
+}
+
+const SHAPES: [Shape; 8] = [
+    heads("flash_64", 64, 32),
+    heads("flash_80", 80, 32),
+    heads("flash_96", 96, 32),
+    heads("flash_112", 112, 32),
+    heads("flash_128", 128, 32),
+    heads("flash_192", 192, 16),
+    heads("flash_256", 256, 16),
+    Shape { name: "flash_latent", keys: 576, values: 512, queries: 16, positions: 16 },
+];
+
+impl Shape {
+    fn find(keys: usize, values: usize) -> Option<&'static Shape> {
+        SHAPES.iter().find(|shape| (shape.keys, shape.values) == (keys, values))
+    }
+
+    /// Dynamic shared memory of a block: queries, keys, pairs of values, with
+    /// the padding of `flash.cu`.
+    fn shared_bytes(&self) -> u32 {
+        let keys = 2 * (self.queries + self.positions) * (self.keys + 16);
+        (keys + 2 * self.positions * (self.values + 8)) as u32
+    }
+}
+
+/// Whether there is a kernel for heads of these widths (f16 cells); attention
+/// of others is that of decoding.
+pub fn has_flash(key_width: usize, value_width: usize) -> bool {
+    Shape::find(key_width, value_width).is_some()
+}
+
+/// Launches attention.
+///
+/// # Errors
+/// [`CudaError::Unsupported`] for widths without a kernel ([`has_flash`]);
+/// [`CudaError::Shape`] when sizes do not fit together; the driver's.
+pub fn flash(device: &Device, stream: &Stream, call: &Flash<'_>) -> Result<(), CudaError> {
+    let Flash { q, tokens, heads, kv_heads, keys, values, first_position, .. } = *call;
+    let fail = |problem: String| Err(CudaError::shape("flash", problem));
+    let Some(shape) = Shape::find(keys.width, values.width) else {
+        let what = format!("prefill attention with widths {} and {}", keys.width, values.width);
+        return Err(CudaError::unsupported(what));
+    };
+    if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+        return fail(format!("{heads} heads over {kv_heads} heads of the cache"));
+    }
+    if tokens == 0 {
+        return Ok(());
+    }
+    let positions = first_position.checked_add(tokens).filter(|end| i32::try_from(*end).is_ok());
+    let Some(positions) = positions else {
+        return fail(format!("{tokens} tokens from position {first_position}"));
+    };
+    keys.check("keys", kv_heads, positions)?;
+    values.check("values", kv_heads, positions)?;
+    holds("q", q, &[tokens, heads, keys.width], 4)?;
+    holds("out", call.out, &[tokens, heads, values.width], 8)?;
+    if let Some(sinks) = call.sinks {
+        holds("sinks", sinks, &[heads], 4)?;
+    }
+    let queries = tokens.checked_mul(heads / kv_heads).filter(|n| i32::try_from(*n).is_ok());
+    let (Some(queries), Ok(cache_heads)) = (queries, u16::try_from(kv_heads)) else {
+        return fail(format!("{tokens} tokens of {heads} heads over {kv_heads}"));
+    };
+    // A window that covers the context is none.
+    let window = call.window.map_or(0, |window| window.max(1).min(positions));
+    let args = Args::new()
+        .span(q)
+        .cells(&keys)
+        .cells(&values)
+        .address(call.sinks.map_or(0, Span::address))
+        .span(call.out)
+        .i32(tokens as i32)
+        .i32(heads as i32)
+        .i32(i32::from(cache_heads))
+        .i32(first_position as i32)
+        .i32(window as i32)
+        .f32(call.scale);
+    let grid = Grid {
+        blocks: [queries.div_ceil(shape.queries) as u32, u32::from(cache_heads), 1],
+        threads: [THREADS, 1, 1],
+        shared_bytes: shape.shared_bytes(),
+    };
+    stream.launch(&device.kernel("flash", shape.name)?, grid, args)
+}
+
+impl Flash<'_> {
+    /// Bytes that the launch must move: queries and answers once, keys and
+    /// values of the visible positions once for each tile of queries.
+    pub fn bytes(&self) -> u64 {
+        let Flash { tokens, heads, kv_heads, keys, values, .. } = self;
+        let Some(shape) = Shape::find(keys.width, values.width) else { return 0 };
+        let shared = heads / kv_heads;
+        let seen = |tile: usize| {
+            let last = ((tile + 1) * shape.queries).min(tokens * shared) - 1;
+            let end = self.first_position + last / shared + 1;
+            let first = self.first_position + tile * shape.queries / shared + 1;
+            end - self.window.map_or(0, |window| first.saturating_sub(window.max(1)))
+        };
+        let positions: usize = (0..(tokens * shared).div_ceil(shape.queries)).map(seen).sum();
+        (4 * tokens * heads * (keys.width + values.width)
+            + 2 * kv_heads * positions * (keys.width + values.width)) as u64
+    }
+}
+
+impl FlashCells<'_> {
+    fn check(&self, name: &str, kv_heads: usize, positions: usize) -> Result<(), CudaError> {
+        let Self { span, head_stride, position_stride, width } = *self;
+        let last = (kv_heads - 1)
+            .checked_mul(head_stride)
+            .and_then(|at| at.checked_add((positions - 1).checked_mul(position_stride)?))
+            .and_then(|at| at.checked_add(width)?.checked_mul(2));
+        let aligned = head_stride.is_multiple_of(8)
+            && position_stride.is_multiple_of(8)
+            && span.address().is_multiple_of(16);
+        if aligned && last.is_some_and(|last| last <= span.bytes()) {
+            return Ok(());
+        }
+        let problem = format!(
+            "{name} of {kv_heads} heads (stride {head_stride}) and {positions} positions (stride \
+             {position_stride}) of {width} cells in a span of {} bytes at {:#x}; strides are \
+             multiples of 8 cells",
+            span.bytes(),
+            span.address()
+        );
+        Err(CudaError::shape("flash", problem))
+    }
+}
+
+impl Args {
+    fn cells(self, cells: &FlashCells<'_>) -> Self {
+        self.span(cells.span)
+            .address(cells.head_stride as u64)
+            .address(cells.position_stride as u64)
+    }
+}
+
+/// Refuses a span that is shorter than `size` floats or not at a multiple of
+/// `align` bytes.
+fn holds(name: &str, span: &Span, size: &[usize], align: u64) -> Result<(), CudaError> {
+    let needed = size.iter().try_fold(4usize, |product, n| product.checked_mul(*n));
+    if needed.is_some_and(|needed| needed <= span.bytes()) && span.address().is_multiple_of(align) {
+        return Ok(());
+    }
+    let problem = format!("{name} {size:?} is a span of {} bytes", span.bytes());
+    Err(CudaError::shape("flash", problem))
+}
