@@ -16,9 +16,9 @@
 // next slab come by cp.async while this one is computed; 1 block a
 // multiprocessor (8 warps, 12.5 % of 64; accumulators take 128 to 160 of its
 // registers a thread). Shared memory of a block, in bytes:
-//   Q2_K 84992  Q3_K 85248  Q4_K 91904  Q5_K 96000  Q6_K 98048  IQ4_XS 88832
-//   Q4_0, IQ4_NL 63744+  Q8_0 72192  (Layout::SIZE; kernels/src/cuda/gemm.rs
-//   computes the same and a test compares)
+//   Q2_K 86784  Q3_K 86272  Q4_K 92928  Q5_K 97024  Q6_K 98560  IQ4_XS 88320
+//   Q8_0 72704  Q4_0, IQ4_NL, MXFP4 64512  Q4_1 69632  Q5_0 66560  Q5_1 71680
+// (Turing 43520 to 56320; shared_bytes of kernels/src/cuda/gemm.rs).
 //
 // What bounds them, by arithmetic. An m16n8k32 is 4096 products and takes a
 // quarter multiprocessor 16 cycles on GA10x and AD10x, 8 on A100 and about 6.5
@@ -145,11 +145,12 @@ DEVICE void product(const Work& work, const Input& input, Answer answer, u8* sha
     int* in_row = reinterpret_cast<int*>(shared + L::IN_ROW);
     int* out_row = reinterpret_cast<int*>(shared + L::OUT_ROW);
     list_rows(work, tile, position, in_row, out_row);
+    Slabs<F> slabs(tile, input, shared);
+    slabs.find_rows();
     __syncthreads();
     answer.first_bias = bias_of(work.first_bias, tile);
     answer.second_bias = bias_of(work.second_bias, tile);
     answer.out_row = out_row;
-    Slabs<F> slabs(tile, input, shared);
     if constexpr (L::WHOLE) {
         Whole<F> sums;
         sums.run(slabs);

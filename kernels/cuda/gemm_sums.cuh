@@ -36,16 +36,21 @@ struct Answer {
     }
 };
 
-// The eight codes of `row` that this thread brings to an mma of 32 columns:
-// group `j` of the slab.
-DEVICE uint2 codes_32(const u8* rows, int row, int j) {
+// Where in a row of 256 bytes this thread finds its eight codes of group `j` of
+// 32 columns, or its four of sub-block `k` of 16. Rows are counted from a
+// multiple of eight plus lane / 4, which is all that `turn` looks at.
+DEVICE int column_32(int j) {
     const int t = lane_id() & 3;
-    return *reinterpret_cast<const uint2*>(rows + chunk_at(row, 2 * j + (t >> 1)) + (t & 1) * 8);
+    return chunk_at(0, (2 * j + (t >> 1)) ^ turn(lane_id() >> 2)) + (t & 1) * 8;
 }
-// The four codes for an mma of 16 columns: sub-block `k` of sixteen.
-DEVICE u32 codes_16(const u8* rows, int row, int k) {
-    const int t = lane_id() & 3;
-    return *reinterpret_cast<const u32*>(rows + chunk_at(row, k) + t * 4);
+DEVICE int column_16(int k) {
+    return chunk_at(0, k ^ turn(lane_id() >> 2)) + (lane_id() & 3) * 4;
+}
+DEVICE uint2 codes_32(const u8* rows, int row, int column) {
+    return *reinterpret_cast<const uint2*>(rows + row * SLAB + column);
+}
+DEVICE u32 codes_16(const u8* rows, int row, int column) {
+    return *reinterpret_cast<const u32*>(rows + row * SLAB + column);
 }
 
 // ------------------------------------------------------------ blocks of 256
@@ -69,10 +74,11 @@ struct Whole {
     DEVICE static void sums(const Slabs<F>& slabs, i32 (&s)[2][GROUPS][4]) {
         const int g = lane_id() >> 2;
         const u8* weights = slabs.shared + L::WEIGHTS;
-        const u8* x = slabs.x(0);
+        const u8* x = slabs.x();
         const i8* sub_scales = slabs.template at<i8>(L::SUB_SCALES) + (first_row() + g) * 16;
 #pragma unroll 1
         for (int k = 0; k < SLAB / F::SUB; k++) {
+            const int column = F::SUB == 32 ? column_32(k) : column_16(k);
             u32 a[2][4];
             int scale[2][2];
 #pragma unroll
@@ -82,10 +88,10 @@ struct Whole {
                 for (int h = 0; h < 2; h++) {
                     scale[m][h] = sub_scales[(m * 16 + h * 8) * 16 + k];
                     if constexpr (F::SUB == 32) {
-                        const uint2 w = codes_32(weights, row + 8 * h, k);
+                        const uint2 w = codes_32(weights, row + 8 * h, column);
                         a[m][h] = w.x, a[m][2 + h] = w.y;
                     } else {
-                        a[m][h] = codes_16(weights, row + 8 * h, k);
+                        a[m][h] = codes_16(weights, row + 8 * h, column);
                     }
                 }
             }
@@ -94,10 +100,10 @@ struct Whole {
                 if (group(n) >= slabs.tile.groups()) break;
                 u32 b[2];
                 if constexpr (F::SUB == 32) {
-                    const uint2 v = codes_32(x, group(n) * 8 + g, k);
+                    const uint2 v = codes_32(x, group(n) * 8 + g, column);
                     b[0] = v.x, b[1] = v.y;
                 } else {
-                    b[0] = codes_16(x, group(n) * 8 + g, k);
+                    b[0] = codes_16(x, group(n) * 8 + g, column);
                 }
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
@@ -251,15 +257,15 @@ struct Eighths {
     // a token's rows there, which keeps stores in different banks.
     static const int HALF = 32;
     static const int PITCH = 68;
-    static_assert(4 * HALF * PITCH * 4 <= L::IN_ROW, "lanes fit in front of the lists of rows");
+    static_assert(4 * HALF * PITCH * 4 <= L::IN_ROW, "lanes fit before the lists of rows");
     float lane[4][8][4];
 
     DEVICE void add(const Slabs<F>& slabs, int slab) {
         const int j = warp_id();
         if (j >= slabs.blocks_in(slab)) return;
-        const int g = lane_id() >> 2, t = lane_id() & 3;
+        const int g = lane_id() >> 2, t = lane_id() & 3, column = column_32(j);
         const u8* weights = slabs.shared + L::WEIGHTS;
-        const u8* x = slabs.x(0);
+        const u8* x = slabs.x();
         u32 a[4][4];
         float d[4][2], m_of[4][2];
 #pragma unroll
@@ -267,7 +273,7 @@ struct Eighths {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int row = m * 16 + h * 8 + g;
-                const uint2 w = codes_32(weights, row, j);
+                const uint2 w = codes_32(weights, row, column);
                 a[m][h] = w.x, a[m][2 + h] = w.y;
                 d[m][h] = slabs.template at<float>(L::D)[row * 8 + j];
                 if constexpr (L::HAS_MIN) m_of[m][h] = slabs.template at<float>(L::M)[row * 8 + j];
@@ -276,7 +282,7 @@ struct Eighths {
 #pragma unroll
         for (int n = 0; n < 8; n++) {
             if (n >= slabs.tile.groups()) break;
-            const uint2 v = codes_32(x, n * 8 + g, j);
+            const uint2 v = codes_32(x, n * 8 + g, column);
             const u32 b[2] = {v.x, v.y};
             const int token = (n * 8 + 2 * t) * 8 + j;
             const float* x_scale = slabs.template at<float>(L::X_SCALE) + token;

@@ -95,7 +95,8 @@ struct Layout {
     static const int X_HIGH = X_LOW + TILE_TOKENS * DIGITS;            // i8 [64, 16] both
     static const int SUB_SCALES = X_HIGH + TILE_TOKENS * DIGITS;       // i8 [ROWS, 16]
     static const int SUB_MINS = SUB_SCALES + (WHOLE ? ROWS * 16 : 0);  // i8 [ROWS, 16]
-    static const int IN_ROW = SUB_MINS + ROWS * DIGITS;                // int [64]
+    static const int ROW_AT = SUB_MINS + ROWS * DIGITS;                // u64 [ROWS]
+    static const int IN_ROW = ROW_AT + ROWS * 8;                       // int [64]
     static const int OUT_ROW = IN_ROW + TILE_TOKENS * 4;               // int [64]
     static const int SIZE = OUT_ROW + TILE_TOKENS * 4;
 };
@@ -124,16 +125,25 @@ struct Slabs {
         const int left = blocks() - slab * L::BLOCKS;
         return left < L::BLOCKS ? left : L::BLOCKS;
     }
-    // Rows and tokens behind the last repeat it; their answers go nowhere.
+    // Where the tile's rows start, before the first slab. Rows and tokens
+    // behind the last repeat it; their answers go nowhere.
+    DEVICE void find_rows() const {
+        const int i = threadIdx.x;
+        if (i < L::ROWS) {
+            const int row = tile.row(i) < tile.rows ? tile.row(i) : tile.rows - 1;
+            const u64 bytes = static_cast<u64>(row) * blocks() * F::BYTES;
+            at<u64>(L::ROW_AT)[i] = reinterpret_cast<u64>(tile.matrix(i)) + bytes;
+        }
+    }
     DEVICE const u8* packed_row(int i, int slab) const {
-        const int row = tile.row(i) < tile.rows ? tile.row(i) : tile.rows - 1;
-        const u64 block = static_cast<u64>(row) * blocks() + slab * L::BLOCKS;
-        return tile.matrix(i) + block * F::BYTES;
+        const u64 start = at<u64>(L::ROW_AT)[i];
+        return reinterpret_cast<const u8*>(start) + slab * (L::BLOCKS * F::BYTES);
     }
     DEVICE static int shift_of(const u8* p) {
         return static_cast<int>(reinterpret_cast<u64>(p) & 15);
     }
-    DEVICE const u8* x(int row) const { return shared + L::X + buffer * TILE_TOKENS * SLAB + row; }
+    // The tokens' codes of the slab that is computed.
+    DEVICE const u8* x() const { return shared + L::X + buffer * TILE_TOKENS * SLAB; }
 
     // Copies the packed bytes of all rows and the codes of all tokens.
     DEVICE void fetch(int slab, int to) const {

@@ -402,7 +402,7 @@ pub fn shared_bytes(format: Format, ahead: bool) -> u32 {
     let row_floats = 4 * rows * blocks * (1 + minimums);
     let token_floats = 4 * TILE_TOKENS * blocks * if whole { 1 } else { 1 + minimums };
     let sub_blocks = if whole { 16 * (rows + minimums * (rows + 2 * TILE_TOKENS)) } else { 0 };
-    let lists = 8 * TILE_TOKENS;
+    let lists = 8 * (rows + TILE_TOKENS);
     (codes + packed + row_floats + token_floats + sub_blocks + lists) as u32
 }
 
