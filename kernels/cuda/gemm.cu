@@ -286,10 +286,21 @@ DEVICE void float_product(const Work& work, Answer answer, const float* x) {
     }
 FOR_EACH_FLOAT(FLOAT_GEMM)
 
-// gate[i] = gated(gate[i], up[i]) for i < count. Moves 12 bytes an element.
-// Blocks of 256 threads, one element a thread.
+// gate[row, i] = gated(gate[row, i], up[row, i]) for the rows of all tiles.
+//   gate, up   f32 [.., rows]
+// Moves 12 bytes an element. Grid: as many blocks as there may be tiles; 256
+// threads.
 extern "C" __global__ void __launch_bounds__(256)
-    gate_rows(float* gate, const float* up, int activation, float alpha, float limit, u64 count) {
-    const u64 i = static_cast<u64>(blockIdx.x) * 256 + threadIdx.x;
-    if (i < count) gate[i] = contract_gated(activation, alpha, limit, gate[i], up[i]);
+    gate_rows(const i32* tiles, const i32* out_order, int activation, float alpha, float limit,
+              int rows, float* gate, const float* up) {
+    const int tile = static_cast<int>(blockIdx.x);
+    if (tile >= tiles[0]) return;
+    const int position = tiles[5 + 4 * tile], count = tiles[6 + 4 * tile];
+    for (int token = 0; token < count; token++) {
+        const int at = out_order ? out_order[position + token] : position + token;
+        for (int i = static_cast<int>(threadIdx.x); i < rows; i += 256) {
+            const u64 element = static_cast<u64>(at) * rows + i;
+            gate[element] = contract_gated(activation, alpha, limit, gate[element], up[element]);
+        }
+    }
 }

@@ -21,21 +21,6 @@
 #define TILE_AHEAD 0
 #endif
 
-// d += a b, m16n8k16, int8 in int32: the half of `mma_s8` with k below 16.
-DEVICE void mma_s8_16(i32 (&d)[4], u32 above, u32 below, u32 b) {
-#if !defined(PREGATE_HOST) && __CUDA_ARCH__ >= 800
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 "
-        "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(above), "r"(below), "r"(b));
-#else
-    const u32 rows[4] = {above, below, 0, 0};
-    const u32 column[2] = {b, 0};
-    mma_s8(d, rows, column);
-#endif
-}
-
 // What one block of threads computes.
 struct Tile {
     const u8* first;   // the matrix [rows, cols]; with pairs, gate

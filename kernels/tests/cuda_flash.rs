@@ -1,12 +1,11 @@
 //! Prefill attention on the device against the CPU's, within the bound that
 //! `kernels/cuda/flash.cu` states.
 
-mod cuda_support;
+mod lab;
 
-use cuda_support::{Upload, download_f32, upload_f32};
 use half::f16;
-use pregate_kernels::cuda::flash::{Flash, FlashCells, flash, has_flash};
-use pregate_kernels::cuda::{CudaError, Device, testing};
+use lab::Lab;
+use pregate_kernels::cuda::{CudaError, Flash, FlashCells, flash, has_flash};
 use pregate_kernels::testing::Random;
 use pregate_kernels::{AttentionCall, Backend, Cpu, CpuOptions, KvCells, KvView};
 
@@ -68,7 +67,7 @@ impl Cache {
 }
 
 /// Answers of the device and of the CPU, and how far they may be apart.
-fn run(device: &Device, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+fn run(lab: &Lab, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let Case { widths: (key_width, value_width), heads, kv_heads, tokens, .. } = *case;
     let Case { first_position, window, magnitude, .. } = *case;
     let mut random = Random::new((key_width * 7 + tokens * 3 + first_position) as u64);
@@ -100,19 +99,18 @@ fn run(device: &Device, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         out: &mut want,
     });
 
-    let upload = Upload::new(device, 8 << 20);
     let put = |cache: &Cache| {
-        upload.bytes(&cache.cells.iter().flat_map(|c| c.to_le_bytes()).collect::<Vec<_>>())
+        lab.bytes(&cache.cells.iter().flat_map(|c| c.to_le_bytes()).collect::<Vec<_>>())
     };
-    let (q, key_span, value_span) = (upload_f32(&upload, &queries), put(&keys), put(values));
+    let (q, key_span, value_span) = (lab.floats(&queries), put(&keys), put(values));
     let cells = |span, cache: &Cache, width| FlashCells {
         span,
         head_stride: cache.head_stride,
         position_stride: cache.position_stride,
         width,
     };
-    let sink_span = sinks.as_ref().map(|sinks| upload_f32(&upload, sinks));
-    let out = upload_f32(&upload, &vec![7.5; want.len()]);
+    let sink_span = sinks.as_ref().map(|sinks| lab.floats(sinks));
+    let out = lab.floats(&vec![7.5; want.len()]);
     let call = Flash {
         q: &q,
         tokens,
@@ -126,8 +124,8 @@ fn run(device: &Device, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         sinks: sink_span.as_ref(),
         out: &out,
     };
-    flash(device, device.compute(), &call).unwrap();
-    let got = download_f32(device, &out);
+    flash(&lab.device, lab.device.compute(), &call).unwrap();
+    let got = lab.read_floats(&out);
 
     let mut bound = Vec::with_capacity(want.len());
     for query in 0..tokens * heads {
@@ -162,8 +160,8 @@ fn run(device: &Device, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     (got, want, bound)
 }
 
-fn check(device: &Device, name: &str, case: Case) {
-    let (got, want, bound) = run(device, &case);
+fn check(lab: &Lab, name: &str, case: Case) {
+    let (got, want, bound) = run(lab, &case);
     for (i, ((got, want), bound)) in got.iter().zip(&want).zip(&bound).enumerate() {
         let apart = (got - want).abs();
         assert!(apart <= *bound, "{name}: element {i} is {got}, want {want} +- {bound}");
@@ -172,50 +170,49 @@ fn check(device: &Device, name: &str, case: Case) {
 
 #[test]
 fn every_width_answers_within_the_stated_bound() {
-    let Some(device) = testing::device() else { return };
+    let Some(lab) = Lab::open() else { return };
     for width in [64, 80, 96, 112, 128, 192, 256] {
         assert!(has_flash(width, width));
         let name = format!("heads of {width}");
-        check(&device, &name, Case { widths: (width, width), ..PLAIN });
+        check(&lab, &name, Case { widths: (width, width), ..PLAIN });
     }
     let latent = Case { widths: (576, 512), heads: 6, kv_heads: 1, tokens: 5, ..PLAIN };
-    check(&device, "latent", Case { first_position: 41, ..latent });
+    check(&lab, "latent", Case { first_position: 41, ..latent });
 }
 
 #[test]
 fn queries_see_what_they_should() {
-    let Some(device) = testing::device() else { return };
+    let Some(lab) = Lab::open() else { return };
     for (tokens, first_position) in [(1, 0), (7, 0), (16, 31), (33, 300), (130, 5)] {
         for window in [None, Some(1), Some(5), Some(64)] {
             let name = format!("{tokens} tokens from {first_position}, window {window:?}");
-            check(&device, &name, Case { tokens, first_position, window, ..PLAIN });
+            check(&lab, &name, Case { tokens, first_position, window, ..PLAIN });
         }
     }
 }
 
 #[test]
 fn heads_that_share_a_cache_head_and_sinks() {
-    let Some(device) = testing::device() else { return };
+    let Some(lab) = Lab::open() else { return };
     for (heads, kv_heads) in [(3, 3), (8, 1), (10, 2), (16, 4)] {
         let name = format!("{heads} heads over {kv_heads}");
         let case = Case { heads, kv_heads, tokens: 9, first_position: 20, sinks: true, ..PLAIN };
-        check(&device, &name, Case { window: Some(13), ..case });
+        check(&lab, &name, Case { window: Some(13), ..case });
     }
 }
 
 #[test]
 fn queries_beyond_the_range_of_f16_are_scaled() {
-    let Some(device) = testing::device() else { return };
+    let Some(lab) = Lab::open() else { return };
     for magnitude in [1e-12, 1e-5, 1e6, 1e20] {
-        check(&device, &format!("queries of {magnitude}"), Case { magnitude, ..PLAIN });
+        check(&lab, &format!("queries of {magnitude}"), Case { magnitude, ..PLAIN });
     }
 }
 
 #[test]
 fn the_launcher_refuses_what_it_cannot_do() {
-    let Some(device) = testing::device() else { return };
-    let upload = Upload::new(&device, 1 << 20);
-    let span = upload.bytes(&[0; 1 << 16]);
+    let Some(lab) = Lab::open() else { return };
+    let span = lab.bytes(&[0; 1 << 16]);
     let cells = |width, stride| FlashCells {
         span: &span,
         head_stride: 0,
@@ -236,7 +233,7 @@ fn the_launcher_refuses_what_it_cannot_do() {
             sinks: None,
             out: &span,
         };
-        flash(&device, device.compute(), &call)
+        flash(&lab.device, lab.device.compute(), &call)
     };
     assert!(launch(64, 64, 4, 2).is_ok());
     assert!(matches!(launch(72, 72, 4, 2), Err(CudaError::Unsupported { .. })));

@@ -1,14 +1,14 @@
 //! Products of many tokens on the device against the numerical contract, in
 //! bits.
 
-mod cuda_support;
+mod lab;
 
-use cuda_support::{Upload, assert_bits, download_f32, upload_f32};
+use lab::{Activations, Lab, assert_same_bits};
 use pregate_kernels::block::Block;
-use pregate_kernels::cuda::gemm::{
-    ExpertMatrix, Gemm, GemmInput, GroupGemm, Groups, gemm, group_gemm, group_tiles,
+use pregate_kernels::cuda::{
+    ExpertMatrix, Gemm, GroupGemm, Groups, Input, QuantisedSpans, Span, Up, gemm, group_gemm,
+    group_tiles,
 };
-use pregate_kernels::cuda::{Device, DeviceMatrix, Span, testing};
 use pregate_kernels::testing::{Inputs, Random, Weights, inputs, weights};
 use pregate_kernels::{ActivationKind, ExpertWeights, Format, GatedActivation, Matrix, contract};
 
@@ -54,43 +54,25 @@ fn quantised(format: Format, x: &[f32]) -> (Vec<i8>, Vec<f32>) {
     (q, scales)
 }
 
-/// An input on the device, quantised as the format wants it.
-struct Input {
-    q: Span,
-    scales: Span,
-    sums: Span,
-    format: Format,
-}
-
-impl Input {
-    fn new(upload: &Upload, format: Format, x: &[f32]) -> Self {
-        if format.activation() == ActivationKind::F32 {
-            let q = upload_f32(upload, x);
-            return Self { scales: q.clone(), sums: q.clone(), q, format };
-        }
-        let (q, scales) = quantised(format, x);
-        let sums: Vec<u8> = q
-            .chunks_exact(16)
-            .map(|q| q.iter().map(|q| i16::from(*q)).sum::<i16>())
-            .flat_map(i16::to_le_bytes)
-            .collect();
-        let q: Vec<u8> = q.iter().map(|q| *q as u8).collect();
-        let (q, sums) = (upload.bytes(&q), upload.bytes(&sums));
-        Self { q, scales: upload_f32(upload, &scales), sums, format }
+/// An input on the device, quantised here as the format wants it.
+fn on_device(lab: &Lab, format: Format, x: &[f32]) -> Activations {
+    if format.activation() == ActivationKind::F32 {
+        return Activations::Floats(lab.floats(x));
     }
-
-    fn get(&self) -> GemmInput<'_> {
-        let Self { q, scales, sums, format } = self;
-        match format.activation() {
-            ActivationKind::F32 => GemmInput::F32(q),
-            _ => GemmInput::Int8 { q, scales, sums },
-        }
-    }
+    let (q, scales) = quantised(format, x);
+    let sums: Vec<u8> = q
+        .chunks_exact(16)
+        .map(|q| q.iter().map(|q| i16::from(*q)).sum::<i16>())
+        .flat_map(i16::to_le_bytes)
+        .collect();
+    let q: Vec<u8> = q.iter().map(|q| *q as u8).collect();
+    let (q, scales, sums) = (lab.bytes(&q), lab.floats(&scales), lab.bytes(&sums));
+    Activations::Quantised(QuantisedSpans { group: format.block_len(), q, scales, sums })
 }
 
 /// One product on the device, compared with the contract's.
 fn check(
-    device: &Device,
+    lab: &Lab,
     format: Format,
     kinds: (Weights, Inputs),
     (rows, cols, tokens): (usize, usize, usize),
@@ -102,19 +84,18 @@ fn check(
     let bias: Option<Vec<f32>> = with_bias.then(|| inputs(Inputs::Normal, rows, &mut random));
     let want = expected(format, &bytes, cols, &x, bias.as_deref());
 
-    let upload = Upload::new(device, 8 << 20);
-    let weight = DeviceMatrix::new(format, rows, cols, upload.bytes(&bytes), 0).unwrap();
-    let input = Input::new(&upload, format, &x);
-    let bias = bias.map(|bias| upload_f32(&upload, &bias));
-    // A row more than is written, to see that nobody writes behind the end.
-    let out = upload_f32(&upload, &vec![7.5; tokens * rows + 64]);
-    let call =
-        Gemm { weight: &weight, bias: bias.as_ref(), input: input.get(), tokens, out: &out };
-    gemm(device, device.compute(), &call).unwrap();
-    let got = download_f32(device, &out);
-    let name = format!("{format} {kinds:?} [{rows}, {cols}] x {tokens}");
-    assert_bits(&name, &got[..want.len()], &want);
-    assert!(got[want.len()..].iter().all(|v| *v == 7.5), "{name}: wrote behind the answers");
+    let weight = lab.matrix(format, rows, cols, &bytes);
+    let input = on_device(lab, format, &x);
+    let bias = bias.map(|bias| lab.floats(&bias));
+    // More than is written, to see that nobody writes behind the end.
+    let out = lab.floats(&vec![7.5; tokens * rows + 64]);
+    let (weight, bias, x, out) = (&weight, bias.as_ref(), input.input(), &out);
+    let call = Gemm { weight, bias, x, tokens, out };
+    gemm(&lab.device, lab.device.compute(), &call).unwrap();
+    let got = lab.read_floats(out);
+    let name = || format!("{format} {kinds:?} [{rows}, {cols}] x {tokens}");
+    assert_same_bits(&got[..want.len()], &want, &name);
+    assert!(got[want.len()..].iter().all(|v| *v == 7.5), "{}: wrote behind the answers", name());
 }
 
 fn shapes(format: Format) -> Vec<(usize, usize, usize)> {
@@ -134,24 +115,24 @@ fn shapes(format: Format) -> Vec<(usize, usize, usize)> {
 
 #[test]
 fn products_are_the_contracts_in_every_format_and_shape() {
-    let Some(device) = testing::device() else { return };
+    let Some(lab) = Lab::open() else { return };
     for format in Format::ALL {
         for (i, shape) in shapes(format).into_iter().enumerate() {
-            check(&device, format, (Weights::Usual, Inputs::Outliers), shape, i % 2 == 0);
+            check(&lab, format, (Weights::Usual, Inputs::Outliers), shape, i % 2 == 0);
         }
     }
 }
 
 #[test]
 fn products_of_adversarial_values_are_the_contracts() {
-    let Some(device) = testing::device() else { return };
+    let Some(lab) = Lab::open() else { return };
     for format in Format::ALL {
         let cols = 9 * format.block_len().max(8);
         for kind in Weights::ALL {
-            check(&device, format, (kind, Inputs::Extremes), (18, cols, 9), false);
+            check(&lab, format, (kind, Inputs::Extremes), (18, cols, 9), false);
         }
         for kind in [Inputs::NotFinite, Inputs::Huge, Inputs::Tiny, Inputs::Ties] {
-            check(&device, format, (Weights::Largest, kind), (18, cols, 9), true);
+            check(&lab, format, (Weights::Largest, kind), (18, cols, 9), true);
         }
     }
 }
@@ -222,14 +203,31 @@ fn sorted(lists: &[Vec<u32>]) -> (Vec<i32>, Vec<i32>) {
     (starts, token_of)
 }
 
-fn i32s(upload: &Upload, values: &[i32]) -> Span {
-    upload.bytes(&values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>())
+/// A layer's experts in blocks of their own, and the table that names them.
+fn resident(lab: &Lab, layer: &Layer, absent: &[usize]) -> (Vec<Span>, Span) {
+    let (offsets, length) = layer.offsets();
+    let mut blocks = Vec::new();
+    let mut addresses = Vec::new();
+    for (expert, matrices) in layer.experts.iter().enumerate() {
+        if absent.contains(&expert) {
+            addresses.push(0);
+            continue;
+        }
+        let mut block = vec![0xa5; length];
+        for (offset, bytes) in offsets.into_iter().zip(matrices) {
+            block[offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
+        blocks.push(lab.bytes(&block));
+        addresses.push(blocks[blocks.len() - 1].address());
+    }
+    let table = lab.addresses(&addresses);
+    (blocks, table)
 }
 
 /// A layer's experts on the tokens of `lists`, through tiles, gate-up and
 /// down, against [`contract::expert`]; experts of `absent` are not resident.
 fn check_experts(
-    device: &Device,
+    lab: &Lab,
     layer: &Layer,
     lists: &[Vec<u32>],
     absent: &[usize],
@@ -237,88 +235,81 @@ fn check_experts(
     activation: GatedActivation,
 ) {
     let Layer { hidden, inner, formats, .. } = *layer;
-    let (hidden_rows, stream) = (hidden, device.compute());
+    let (device, stream) = (&lab.device, lab.device.compute());
     let experts = lists.len();
     let (starts, token_of) = sorted(lists);
     let choices = token_of.len();
     let x = inputs(Inputs::Outliers, tokens * hidden, &mut Random::new(5));
-    let upload = Upload::new(device, 16 << 20);
-    let ([gate, up, down], length) = layer.offsets();
+    let ([gate, up, down], block_bytes) = layer.offsets();
 
-    let table: Vec<u8> = (0..experts)
-        .flat_map(|expert| {
-            if absent.contains(&expert) {
-                return 0u64.to_le_bytes();
-            }
-            let mut block = vec![0xa5; length];
-            for (offset, bytes) in [gate, up, down].into_iter().zip(&layer.experts[expert]) {
-                block[offset..offset + bytes.len()].copy_from_slice(bytes);
-            }
-            upload.bytes(&block).address().to_le_bytes()
-        })
-        .collect();
-    let (table, starts) = (upload.bytes(&table), i32s(&upload, &starts));
-    let tiles = upload.bytes(&vec![0xee; Groups::tiles_bytes(experts, choices)]);
-    let groups =
-        Groups { experts, choices, starts: &starts, table: &table, tiles: &tiles };
+    let (_blocks, table) = resident(lab, layer, absent);
+    let starts = lab.ints(&starts);
+    let tiles = lab.bytes(&vec![0xee; Groups::tiles_bytes(experts, choices)]);
+    let (starts, table, tiles) = (&starts, &table, &tiles);
+    let groups = Groups { experts, block_bytes, choices, starts, table, tiles };
     group_tiles(device, stream, &groups).unwrap();
 
-    let biases = layer.biases.as_ref().map(|all| all.each_ref().map(|b| upload_f32(&upload, b)));
+    let biases = layer.biases.as_ref().map(|all| all.each_ref().map(|b| lab.floats(b)));
     let bias = |i: usize| biases.as_ref().map(|biases| &biases[i]);
-    let matrix = |i: usize, rows, cols, offset| ExpertMatrix {
-        format: formats[i],
-        rows,
-        cols,
-        offset,
-        bias: bias(i),
+    let input = on_device(lab, formats[0], &x);
+    let token_rows = lab.ints(&token_of);
+    let middle = lab.floats(&vec![0.25; choices * inner]);
+    let scratch = lab.floats(&vec![f32::NAN; choices * inner]);
+    let up = Up {
+        matrix: ExpertMatrix { format: formats[1], offset: up },
+        bias: bias(1),
+        activation,
+        scratch: Some(&scratch),
     };
-    let input = Input::new(&upload, formats[0], &x);
-    let token_rows = i32s(&upload, &token_of);
-    let middle = upload_f32(&upload, &vec![0.25; choices * inner]);
-    let scratch = upload_f32(&upload, &vec![f32::NAN; choices * inner]);
     let call = GroupGemm {
         groups,
-        matrix: matrix(0, inner, hidden, gate),
-        up: Some((matrix(1, inner, hidden, up), activation)),
-        input: input.get(),
-        input_rows: tokens,
-        in_order: Some(&token_rows),
+        matrix: ExpertMatrix { format: formats[0], offset: gate },
+        rows: inner,
+        cols: hidden,
+        bias: bias(0),
+        up: Some(up),
+        x: input.input(),
+        x_rows: tokens,
+        x_order: Some(&token_rows),
         out_order: None,
         out: &middle,
-        scratch: Some(&scratch),
     };
     group_gemm(device, stream, &call).unwrap();
 
     // Answers in another order than sorted: reversed.
-    let reversed: Vec<i32> = (0..choices as i32).rev().collect();
-    let out_rows = i32s(&upload, &reversed);
-    let middle = Input::new(&upload, formats[2], &download_f32(device, &middle));
-    let out = upload_f32(&upload, &vec![7.5; choices * hidden]);
+    let out_rows = lab.ints(&(0..choices as i32).rev().collect::<Vec<_>>());
+    let middle = lab.read_floats(&middle);
+    let input = on_device(lab, formats[2], &middle);
+    let out = lab.floats(&vec![7.5; choices * hidden]);
     let call = GroupGemm {
         groups,
-        matrix: matrix(2, hidden, inner, down),
+        matrix: ExpertMatrix { format: formats[2], offset: down },
+        rows: hidden,
+        cols: inner,
+        bias: bias(2),
         up: None,
-        input: middle.get(),
-        input_rows: choices,
-        in_order: None,
+        x: input.input(),
+        x_rows: choices,
+        x_order: None,
         out_order: Some(&out_rows),
         out: &out,
-        scratch: None,
     };
     group_gemm(device, stream, &call).unwrap();
-    let got = download_f32(device, &out);
+    let got = lab.read_floats(&out);
 
     let mut position = 0;
     for (expert, list) in lists.iter().enumerate() {
         for token in list {
             let row = choices - 1 - position;
-            let got = &got[row * hidden_rows..(row + 1) * hidden_rows];
-            let name = format!("{formats:?} expert {expert}, token {token}");
+            let got = &got[row * hidden..(row + 1) * hidden];
+            let name = || format!("{formats:?} expert {expert}, token {token}");
             if absent.contains(&expert) {
-                assert!(got.iter().all(|v| *v == 7.5), "{name} is not resident");
+                let middle = &middle[position * inner..(position + 1) * inner];
+                assert!(middle.iter().all(|v| *v == 0.25), "{} is not resident", name());
+                assert!(got.iter().all(|v| *v == 7.5), "{} is not resident", name());
             } else {
                 let x = &x[*token as usize * hidden..(*token as usize + 1) * hidden];
-                assert_bits(&name, got, &layer.answer(expert, x, activation));
+                assert_same_bits(got, &layer.answer(expert, x, activation), &name);
             }
             position += 1;
         }
@@ -337,7 +328,7 @@ fn lists() -> (Vec<Vec<u32>>, usize) {
 
 #[test]
 fn grouped_experts_are_the_contracts_and_missing_ones_are_left() {
-    let Some(device) = testing::device() else { return };
+    let Some(lab) = Lab::open() else { return };
     let clamped = GatedActivation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
     let (lists, tokens) = lists();
     for (formats, hidden, inner, biased, activation) in [
@@ -347,35 +338,33 @@ fn grouped_experts_are_the_contracts_and_missing_ones_are_left() {
         ([Format::Bf16, Format::Bf16, Format::F16], 72, 40, true, clamped),
     ] {
         let layer = Layer::new(formats, hidden, inner, lists.len(), biased);
-        check_experts(&device, &layer, &lists, &[3, 6], tokens, activation);
+        check_experts(&lab, &layer, &lists, &[3, 6], tokens, activation);
     }
 }
 
 #[test]
 fn many_experts_with_few_tokens_have_a_tile_each() {
-    let Some(device) = testing::device() else { return };
+    let Some(lab) = Lab::open() else { return };
     let lists: Vec<Vec<u32>> =
         (0..300).map(|expert| if expert % 3 == 0 { vec![expert % 5] } else { vec![] }).collect();
     let layer = Layer::new([Format::Q8_0; 3], 32, 32, lists.len(), false);
     let absent: Vec<usize> = (0..300).filter(|expert| expert % 7 == 0).collect();
-    check_experts(&device, &layer, &lists, &absent, 5, GatedActivation::Silu);
+    check_experts(&lab, &layer, &lists, &absent, 5, GatedActivation::Silu);
 }
 
 #[test]
 fn launchers_refuse_sizes_that_do_not_fit() {
-    let Some(device) = testing::device() else { return };
-    let upload = Upload::new(&device, 1 << 20);
+    let Some(lab) = Lab::open() else { return };
     let bytes = weights(Format::Q4K, Weights::Usual, 4, 256, &mut Random::new(1));
-    let span = upload.bytes(&bytes);
-    let weight = DeviceMatrix::new(Format::Q4K, 4, 256, span.clone(), 0).unwrap();
-    let input = Input::new(&upload, Format::Q4K, &vec![1.0; 3 * 256]);
-    let out = upload_f32(&upload, &[0.0; 12]);
-    let launch = |tokens, input: GemmInput<'_>, out: &Span| {
-        gemm(&device, device.compute(), &Gemm { weight: &weight, bias: None, input, tokens, out })
+    let weight = lab.matrix(Format::Q4K, 4, 256, &bytes);
+    let input = on_device(&lab, Format::Q4K, &[1.0; 3 * 256]);
+    let out = lab.floats(&[0.0; 12]);
+    let launch = |tokens, x: Input<'_>, out: &Span| {
+        let call = Gemm { weight: &weight, bias: None, x, tokens, out };
+        gemm(&lab.device, lab.device.compute(), &call)
     };
-    assert!(launch(3, input.get(), &out).is_ok());
-    assert!(launch(4, input.get(), &out).is_err(), "input and answers too short");
-    assert!(launch(3, input.get(), &out.part(0..44)).is_err(), "answers too short");
-    assert!(launch(3, GemmInput::F32(&out), &out).is_err(), "floats for a quantised format");
-    assert!(DeviceMatrix::new(Format::Q4K, 5, 256, span, 0).is_err());
+    assert!(launch(3, input.input(), &out).is_ok());
+    assert!(launch(4, input.input(), &out).is_err(), "input and answers too short");
+    assert!(launch(3, input.input(), &out.part(0..44)).is_err(), "answers too short");
+    assert!(launch(3, Input::Floats(&out), &out).is_err(), "floats for a quantised format");
 }

@@ -1,6 +1,7 @@
 //! Attention of a chunk of queries: prefill. Kernels: `kernels/cuda/flash.cu`,
 //! whose head states how far answers may be from those of the CPU.
 
+use super::shape::{holds, may_hold, optional, product};
 use super::{Args, CudaError, Device, Grid, Span, Stream};
 
 const THREADS: u32 = 128;
@@ -105,22 +106,17 @@ pub fn flash(device: &Device, stream: &Stream, call: &Flash<'_>) -> Result<(), C
     };
     keys.check("keys", kv_heads, positions)?;
     values.check("values", kv_heads, positions)?;
-    holds("q", q, &[tokens, heads, keys.width], 4)?;
-    holds("out", call.out, &[tokens, heads, values.width], 8)?;
-    if let Some(sinks) = call.sinks {
-        holds("sinks", sinks, &[heads], 4)?;
-    }
+    holds("flash", "q", q, product("flash", &[tokens, heads, keys.width])?, 4, 4)?;
+    holds("flash", "out", call.out, product("flash", &[tokens, heads, values.width])?, 4, 8)?;
+    may_hold("flash", "sinks", call.sinks, heads)?;
     let queries = tokens.checked_mul(heads / kv_heads).filter(|n| i32::try_from(*n).is_ok());
     let (Some(queries), Ok(cache_heads)) = (queries, u16::try_from(kv_heads)) else {
         return fail(format!("{tokens} tokens of {heads} heads over {kv_heads}"));
     };
     // A window that covers the context is none.
     let window = call.window.map_or(0, |window| window.max(1).min(positions));
-    let args = Args::new()
-        .span(q)
-        .cells(&keys)
-        .cells(&values)
-        .address(call.sinks.map_or(0, Span::address))
+    let args = values.push(keys.push(Args::new().span(q)));
+    let args = optional(args, call.sinks)
         .span(call.out)
         .i32(tokens as i32)
         .i32(heads as i32)
@@ -177,23 +173,9 @@ impl FlashCells<'_> {
         );
         Err(CudaError::shape("flash", problem))
     }
-}
 
-impl Args {
-    fn cells(self, cells: &FlashCells<'_>) -> Self {
-        self.span(cells.span)
-            .address(cells.head_stride as u64)
-            .address(cells.position_stride as u64)
+    fn push(&self, args: Args) -> Args {
+        let args = args.span(self.span);
+        args.address(self.head_stride as u64).address(self.position_stride as u64)
     }
-}
-
-/// Refuses a span that is shorter than `size` floats or not at a multiple of
-/// `align` bytes.
-fn holds(name: &str, span: &Span, size: &[usize], align: u64) -> Result<(), CudaError> {
-    let needed = size.iter().try_fold(4usize, |product, n| product.checked_mul(*n));
-    if needed.is_some_and(|needed| needed <= span.bytes()) && span.address().is_multiple_of(align) {
-        return Ok(());
-    }
-    let problem = format!("{name} {size:?} is a span of {} bytes", span.bytes());
-    Err(CudaError::shape("flash", problem))
 }
