@@ -81,14 +81,14 @@ DEVICE u32 pack_f16(float low, float high) {
 // of the values each, and compute its scores each for themselves.
 template <int KEY, int VALUE, int ROW_WARPS, int POSITIONS>
 struct Flash {
-    static const int QUERIES = 16 * ROW_WARPS;
-    static const int VALUE_WARPS = FLASH_WARPS / ROW_WARPS;
-    static const int OWN_VALUES = VALUE / VALUE_WARPS;
+    static constexpr int QUERIES = 16 * ROW_WARPS;
+    static constexpr int VALUE_WARPS = FLASH_WARPS / ROW_WARPS;
+    static constexpr int OWN_VALUES = VALUE / VALUE_WARPS;
     // Row pitches that spread rows over the banks: of f16 and of words.
-    static const int PITCH = KEY + 16;
-    static const int VALUE_PITCH = VALUE + 8;
-    static const int SCORE_TILES = POSITIONS / 8;
-    static const int VALUE_TILES = OWN_VALUES / 8;
+    static constexpr int PITCH = KEY + 16;
+    static constexpr int VALUE_PITCH = VALUE + 8;
+    static constexpr int SCORE_TILES = POSITIONS / 8;
+    static constexpr int VALUE_TILES = OWN_VALUES / 8;
 
     const Attention& call;
     u16* queries;   // [QUERIES, PITCH]
@@ -325,8 +325,9 @@ struct Flash {
     }
 };
 
-#define FLASH(name, KEY, VALUE, ROW_WARPS, POSITIONS)                                       \
-    extern "C" __global__ void __launch_bounds__(FLASH_THREADS) flash_##name(               \
+// BLOCKS: of a multiprocessor, by registers.
+#define FLASH(name, KEY, VALUE, ROW_WARPS, POSITIONS, BLOCKS)                               \
+    extern "C" __global__ void __launch_bounds__(FLASH_THREADS, BLOCKS) flash_##name(               \
         const float* q, const u16* keys, u64 key_head_stride, u64 key_position_stride,      \
         const u16* values, u64 value_head_stride, u64 value_position_stride,                \
         const float* sinks, float* out, int tokens, int heads, int kv_heads,                \
@@ -340,11 +341,11 @@ struct Flash {
                                 window, scale};                                             \
         Flash<KEY, VALUE, ROW_WARPS, POSITIONS>(call, shared, factors).run();               \
     }
-FLASH(64, 64, 64, 4, 32)
-FLASH(80, 80, 80, 4, 32)
-FLASH(96, 96, 96, 4, 32)
-FLASH(112, 112, 112, 4, 32)
-FLASH(128, 128, 128, 4, 32)
-FLASH(192, 192, 192, 4, 16)
-FLASH(256, 256, 256, 4, 16)
-FLASH(latent, 576, 512, 1, 16)
+FLASH(64, 64, 64, 4, 32, 3)
+FLASH(80, 80, 80, 4, 32, 3)
+FLASH(96, 96, 96, 4, 32, 3)
+FLASH(112, 112, 112, 4, 32, 3)
+FLASH(128, 128, 128, 4, 32, 3)
+FLASH(192, 192, 192, 4, 16, 2)
+FLASH(256, 256, 256, 4, 16, 2)
+FLASH(latent, 576, 512, 1, 16, 3)

@@ -154,7 +154,7 @@ DEVICE void product(const Work& work, const Input& input, Answer answer, u8* sha
     if constexpr (L::WHOLE) {
         Whole<F> sums;
         sums.run(slabs);
-        sums.store(tile, answer);
+        sums.store(tile, answer, reinterpret_cast<float*>(shared));
     } else {
         Eighths<F> sums;
         sums.run(slabs);
@@ -193,25 +193,26 @@ FOR_EACH_QUANTISED(GEMM)
 // -------------------------------------------------------------- float weights
 
 // A warp has four rows (two of gate and the same two of up, with pairs) and
-// eight tokens at a time; thread l has lanes l and l + 32 of all 32 sums.
+// eight tokens at a time; thread l has lanes l and l + 32 of all 32 sums, which
+// go to `room` [FLOAT_TOKENS, pitch].
 template <class F>
-DEVICE void float_tokens(const Tile& tile, const Answer& answer, const float* x, const int* in_row,
-                         int first_token) {
+DEVICE void float_sums(const Tile& tile, const float* x, const int* in_row, float* room) {
     const int lane = lane_id();
     const u8* weights[4];
     const float* inputs[FLOAT_TOKENS];
-    int row_of[4];
+    // Row `m` of the warp in the tile.
+    const auto place = [&](int m) {
+        return tile.pair ? warp_id() * 2 + (m & 1) + (m & 2) * 8 : warp_id() * 4 + m;
+    };
 #pragma unroll
     for (int m = 0; m < 4; m++) {
-        row_of[m] = tile.first_row +
-                    (tile.pair ? warp_id() * 2 + (m & 1) : warp_id() * 4 + m);
-        const int row = row_of[m] < tile.rows ? row_of[m] : tile.rows - 1;
-        const u8* matrix = tile.pair && m >= 2 ? tile.second : tile.first;
-        weights[m] = matrix + static_cast<u64>(row) * tile.cols * F::BYTES;
+        const int i = place(m);
+        const int row = tile.row(i) < tile.rows ? tile.row(i) : tile.rows - 1;
+        weights[m] = tile.matrix(i) + static_cast<u64>(row) * tile.cols * F::BYTES;
     }
 #pragma unroll
     for (int n = 0; n < FLOAT_TOKENS; n++) {
-        inputs[n] = x + static_cast<u64>(in_row[first_token + n]) * tile.cols;
+        inputs[n] = x + static_cast<u64>(in_row[n]) * tile.cols;
     }
     float sums[4][FLOAT_TOKENS][2] = {};
     for (int i = lane; i < tile.cols; i += 64) {
@@ -235,19 +236,10 @@ DEVICE void float_tokens(const Tile& tile, const Answer& answer, const float* x,
     }
 #pragma unroll
     for (int n = 0; n < FLOAT_TOKENS; n++) {
-        float sum[4];
-#pragma unroll
-        for (int m = 0; m < 4; m++) sum[m] = lane_tree_64(sums[m][n][0], sums[m][n][1]);
-        const int token = first_token + n;
-        if (lane != 0 || token >= tile.count) continue;
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-            if (row_of[m] >= tile.rows) continue;
-            if (tile.pair) {
-                if (m < 2) answer.store_pair(tile, token, row_of[m], sum[m], sum[(m + 2) & 3]);
-            } else {
-                answer.store(tile, token, row_of[m], sum[m]);
-            }
+            const float sum = lane_tree_64(sums[m][n][0], sums[m][n][1]);
+            if (lane == 0) room[n * sums_pitch(FLOAT_ROWS) + place(m)] = sum;
         }
     }
 }
@@ -256,6 +248,7 @@ template <class F>
 DEVICE void float_product(const Work& work, Answer answer, const float* x) {
     SHARED(int, in_row, TILE_TOKENS);
     SHARED(int, out_row, TILE_TOKENS);
+    SHARED(float, room, FLOAT_TOKENS * sums_pitch(FLOAT_ROWS));
     int position = 0;
     const Tile tile = tile_of(work, FLOAT_ROWS, static_cast<int>(blockIdx.x), &position);
     if (tile.count == 0) return;  // for all threads alike
@@ -265,14 +258,19 @@ DEVICE void float_product(const Work& work, Answer answer, const float* x) {
     answer.second_bias = bias_of(work.second_bias, tile);
     answer.out_row = out_row;
     for (int token = 0; token < tile.count; token += FLOAT_TOKENS) {
-        float_tokens<F>(tile, answer, x, in_row, token);
+        float_sums<F>(tile, x, in_row + token, room);
+        __syncthreads();
+        const int left = tile.count - token;
+        answer.store(tile, room, FLOAT_ROWS, sums_pitch(FLOAT_ROWS), 0, token,
+                     left < FLOAT_TOKENS ? left : FLOAT_TOKENS);
+        __syncthreads();
     }
 }
 
 // As GEMM, with the input x f32 [in rows, cols]. Moves the weights once and
 // the input per tile of 32 rows; weights come again from the L2 cache for
 // every 8 tokens. Grid: tiles of 64 tokens x tiles of 32 rows (16 with pairs);
-// 256 threads, 512 bytes of shared memory.
+// 256 threads, 1664 bytes of shared memory.
 #define FLOAT_GEMM(name, F)                                                                \
     extern "C" __global__ void __launch_bounds__(TILE_THREADS) gemm_##name(                \
         u64 first, u64 second, const u64* table, const i32* tiles, const i32* in_order,    \

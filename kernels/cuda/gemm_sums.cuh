@@ -14,27 +14,49 @@
 #pragma once
 #include "gemm_tile.cuh"
 
-// What happens to a row's sum before it is stored.
+// What happens to sums before they are stored.
 struct Answer {
     const float* first_bias;  // [rows] of this expert, or null
     const float* second_bias;
     int activation;  // of pairs, as in contract_gated
     float alpha;
     float limit;
-    float* out;  // [.., rows]
+    float* out;          // [.., rows]
     const int* out_row;  // [count], in shared memory
 
-    DEVICE void store(const Tile& tile, int token, int row, float sum) const {
-        if (first_bias) sum = sum + first_bias[row];
-        out[static_cast<u64>(out_row[token]) * tile.rows + row] = sum;
+    // Stores the tile's sums of `tokens` tokens from `first_token` on, which
+    // stand in shared memory: that of row `i` of the tile at `i + token *
+    // pitch`. With `lanes` a sum is that and what stands `lanes` behind it.
+    DEVICE void store(const Tile& tile, const float* sums, int tile_rows, int pitch, int lanes,
+                      int first_token, int tokens) const {
+        const int rows = tile.pair ? tile_rows / 2 : tile_rows;
+        for (int item = threadIdx.x; item < tokens * rows; item += TILE_THREADS) {
+            const int token = item / rows, r = item % rows, row = tile.first_row + r;
+            if (row >= tile.rows) continue;
+            const int i = tile.pair ? (r >> 4) * 32 + (r & 15) : r;
+            float value = sum_at(sums + i + token * pitch, lanes);
+            if (first_bias) value = value + first_bias[row];
+            if (tile.pair) {
+                float up = sum_at(sums + i + 16 + token * pitch, lanes);
+                if (second_bias) up = up + second_bias[row];
+                value = contract_gated(activation, alpha, limit, value, up);
+            }
+            out[static_cast<u64>(out_row[first_token + token]) * tile.rows + row] = value;
+        }
     }
-    DEVICE void store_pair(const Tile& tile, int token, int row, float gate, float up) const {
-        if (first_bias) gate = gate + first_bias[row];
-        if (second_bias) up = up + second_bias[row];
-        out[static_cast<u64>(out_row[token]) * tile.rows + row] =
-            contract_gated(activation, alpha, limit, gate, up);
+
+    DEVICE static float sum_at(const float* sum, int lanes) {
+        return lanes ? sum[0] + sum[lanes] : sum[0];
     }
 };
+
+// Rows of 64 or 128 sums and four more: what a warp's mma leaves in a register
+// lies in 32 different banks.
+DEVICE constexpr int sums_pitch(int rows) { return rows + 4; }
+
+// Where in shared sums this thread's element of an mma lies, before what its
+// tiles of rows and tokens add.
+DEVICE int own_element(int pitch) { return 2 * (lane_id() & 3) * pitch + (lane_id() >> 2); }
 
 // Where in a row of 256 bytes this thread finds its eight codes of group `j` of
 // 32 columns, or its four of sub-block `k` of 16. Rows are counted from a
@@ -61,9 +83,9 @@ DEVICE u32 codes_16(const u8* rows, int row, int column) {
 template <class F>
 struct Whole {
     typedef Layout<F> L;
-    static const int WARP_ROWS = L::ROWS / 32;
-    static const int WARP_COLS = 8 / WARP_ROWS;
-    static const int GROUPS = 8 / WARP_COLS;
+    static constexpr int WARP_ROWS = L::ROWS / 32;
+    static constexpr int WARP_COLS = 8 / WARP_ROWS;
+    static constexpr int GROUPS = 8 / WARP_COLS;
     float lane[2][GROUPS][4];
     float parked[3][2][GROUPS][4];
 
@@ -164,26 +186,33 @@ struct Whole {
         }
     }
 
+    // lane = from + lane
+    DEVICE void join(const float (&from)[2][GROUPS][4]) {
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < GROUPS; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) lane[m][n][e] = from[m][n][e] + lane[m][n][e];
+    }
+    DEVICE void park(float (&to)[2][GROUPS][4]) {
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < GROUPS; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) to[m][n][e] = lane[m][n][e], lane[m][n][e] = 0.0f;
+    }
+
     // After lane number `visit` of the tree's order: adds what is complete to
     // what is parked, as a counter carries.
     DEVICE void carry(int visit) {
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-#pragma unroll
-            for (int n = 0; n < GROUPS; n++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float v = lane[m][n][e];
-                    if (visit & 1) v = parked[0][m][n][e] + v;
-                    if ((visit & 3) == 3) v = parked[1][m][n][e] + v;
-                    if (visit == 7) v = parked[2][m][n][e] + v;
-                    if (!(visit & 1)) parked[0][m][n][e] = v;
-                    if ((visit & 3) == 1) parked[1][m][n][e] = v;
-                    if (visit == 3) parked[2][m][n][e] = v;
-                    lane[m][n][e] = visit == 7 ? v : 0.0f;
-                }
-            }
-        }
+        if (visit & 1) join(parked[0]);
+        if ((visit & 3) == 3) join(parked[1]);
+        if (visit == 7) join(parked[2]);
+        if (!(visit & 1)) park(parked[0]);
+        if ((visit & 3) == 1) park(parked[1]);
+        if (visit == 3) park(parked[2]);
     }
 
     // Lane number `visit` of the tree's order: the bits of `visit`, mirrored.
@@ -216,29 +245,20 @@ struct Whole {
         }
     }
 
-    DEVICE void store(const Tile& tile, const Answer& answer) const {
-        const int g = lane_id() >> 2, t = lane_id() & 3;
+    DEVICE void store(const Tile& tile, const Answer& answer, float* room) const {
+        constexpr int PITCH = sums_pitch(L::ROWS);
+        static_assert(TILE_TOKENS * PITCH * 4 <= L::ROW_AT, "sums fit before the lists of rows");
+        float* own = room + own_element(PITCH) + first_row();
 #pragma unroll
-        for (int n = 0; n < GROUPS; n++) {
+        for (int m = 0; m < 2; m++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int token = group(n) * 8 + 2 * t + (e & 1);
-                const int i = first_row() + (e >> 1) * 8 + g;
-                if (token >= tile.count) continue;
-                if (tile.pair) {
-                    const int row = tile.row(i);
-                    if (row < tile.rows) {
-                        answer.store_pair(tile, token, row, lane[0][n][e], lane[1][n][e]);
-                    }
-                } else {
+            for (int n = 0; n < GROUPS; n++)
 #pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        const int row = tile.row(i + m * 16);
-                        if (row < tile.rows) answer.store(tile, token, row, lane[m][n][e]);
-                    }
+                for (int e = 0; e < 4; e++) {
+                    own[(group(n) * 8 + (e & 1)) * PITCH + m * 16 + (e >> 1) * 8] = lane[m][n][e];
                 }
-            }
-        }
+        __syncthreads();
+        answer.store(tile, room, L::ROWS, PITCH, 0, 0, tile.count);
     }
 };
 
@@ -253,11 +273,12 @@ struct Whole {
 template <class F>
 struct Eighths {
     typedef Layout<F> L;
-    // Tokens that a round of the tree holds in shared memory, and the pitch of
-    // a token's rows there, which keeps stores in different banks.
-    static const int HALF = 32;
-    static const int PITCH = 68;
-    static_assert(4 * HALF * PITCH * 4 <= L::IN_ROW, "lanes fit before the lists of rows");
+    // Tokens that a round of the tree holds in shared memory; floats of a
+    // lane there.
+    static constexpr int HALF = 32;
+    static constexpr int PITCH = sums_pitch(64);
+    static constexpr int LANE = HALF * PITCH;
+    static_assert(4 * LANE * 4 <= L::ROW_AT, "lanes fit before the lists of rows");
     float lane[4][8][4];
 
     DEVICE void add(const Slabs<F>& slabs, int slab) {
@@ -324,23 +345,24 @@ struct Eighths {
         }
     }
 
-    // Where this thread's element stands in a half's lane.
-    DEVICE static int place(int m, int n, int e) {
-        const int g = lane_id() >> 2, t = lane_id() & 3;
-        return (n * 8 + 2 * t + (e & 1)) * PITCH + m * 16 + (e >> 1) * 8 + g;
+    // Element (m, n, e) of this thread, behind `own_element`.
+    DEVICE static constexpr int place(int m, int n, int e) {
+        return (n * 8 + (e & 1)) * PITCH + m * 16 + (e >> 1) * 8;
     }
 
     // The tree over the warps' lanes, then the answers, 32 tokens at a time.
     DEVICE void store(const Tile& tile, const Answer& answer, float* room) {
+        float* own = room + own_element(PITCH);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (half * HALF >= tile.count) return;  // for all threads alike
-#pragma unroll
+            // Lanes 4..8 are added to 0..4, then 2..4 to 0..2; lane 1 is added
+            // to lane 0 where the answers are stored.
+#pragma unroll 1
             for (int s = 4; s > 0; s /= 2) {
-                // Lanes s..2s leave their sums; at the end lane 0 does too.
                 const int from = s == 1 ? 0 : s;
                 if (warp_id() >= from && warp_id() < 2 * s) {
-                    float* mine = room + (warp_id() - from) * (HALF * PITCH);
+                    float* mine = own + (warp_id() - from) * LANE;
 #pragma unroll
                     for (int m = 0; m < 4; m++)
 #pragma unroll
@@ -351,7 +373,7 @@ struct Eighths {
                 }
                 __syncthreads();
                 if (s > 1 && warp_id() < s) {
-                    const float* other = room + warp_id() * (HALF * PITCH);
+                    const float* other = own + warp_id() * LANE;
 #pragma unroll
                     for (int m = 0; m < 4; m++)
 #pragma unroll
@@ -362,29 +384,9 @@ struct Eighths {
                 }
                 if (s > 1) __syncthreads();  // before the room is written again
             }
-            answer_half(tile, answer, room, half);
+            const int left = tile.count - half * HALF;
+            answer.store(tile, room, 64, PITCH, LANE, half * HALF, left < HALF ? left : HALF);
             __syncthreads();
-        }
-    }
-
-    DEVICE static void answer_half(const Tile& tile, const Answer& answer, const float* room,
-                                   int half) {
-        const int rows = tile.pair ? 32 : 64;
-        const int left = tile.count - half * HALF;
-        const int tokens = left < HALF ? left : HALF;
-        for (int item = threadIdx.x; item < tokens * rows; item += TILE_THREADS) {
-            const int token = item / rows, r = item % rows;
-            const int i = tile.pair ? (r >> 4) * 32 + (r & 15) : r;
-            const int row = tile.row(i);
-            if (row >= tile.rows) continue;
-            const float* low = room + token * PITCH + i;
-            const float* high = low + HALF * PITCH;
-            const float sum = low[0] + high[0];
-            if (tile.pair) {
-                answer.store_pair(tile, half * HALF + token, row, sum, low[16] + high[16]);
-            } else {
-                answer.store(tile, half * HALF + token, row, sum);
-            }
         }
     }
 };

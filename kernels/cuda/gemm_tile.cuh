@@ -61,36 +61,36 @@ DEVICE int chunk_at(int row, int chunk) { return row * SLAB + ((chunk ^ turn(row
 template <class F>
 struct Layout {
     // One block of 256, or eight of 32.
-    static const bool WHOLE = F::LEN == 256;
-    static const bool HAS_MIN = F::MINIMUM != NO_MINIMUM;
-    static const int BLOCKS = WHOLE ? 1 : 8;
-    static const int ROWS = WHOLE && TILE_AHEAD ? 128 : 64;
+    static constexpr bool WHOLE = F::LEN == 256;
+    static constexpr bool HAS_MIN = F::MINIMUM != NO_MINIMUM;
+    static constexpr int BLOCKS = WHOLE ? 1 : 8;
+    static constexpr int ROWS = WHOLE && TILE_AHEAD ? 128 : 64;
     // 16-byte chunks that cover a slab of one row wherever it starts.
-    static const int CHUNKS = (BLOCKS * F::BYTES + (16 - F::ALIGN) + 15) / 16;
-    static const int DIGITS = WHOLE && HAS_MIN ? 16 : 0;
+    static constexpr int CHUNKS = (BLOCKS * F::BYTES + (16 - F::ALIGN) + 15) / 16;
+    static constexpr int DIGITS = WHOLE && HAS_MIN ? 16 : 0;
 
-    static const int WEIGHTS = 0;                                      // i8 [ROWS, 256]
-    static const int X = WEIGHTS + ROWS * SLAB;                        // i8 [buffers, 64, 256]
-    static const int PACKED = X + (1 + TILE_AHEAD) * TILE_TOKENS * SLAB;  // [ROWS, CHUNKS * 16]
-    static const int D = PACKED + ROWS * CHUNKS * 16;                  // float [ROWS, BLOCKS]
-    static const int M = D + ROWS * BLOCKS * 4;                        // float [ROWS, BLOCKS]
-    static const int X_SCALE = M + (HAS_MIN ? ROWS * BLOCKS * 4 : 0);  // float [64, BLOCKS]
-    static const int X_SUM = X_SCALE + TILE_TOKENS * BLOCKS * 4;       // float [64, 8]
-    static const int X_LOW = X_SUM + (WHOLE || !HAS_MIN ? 0 : TILE_TOKENS * 8 * 4);
-    static const int X_HIGH = X_LOW + TILE_TOKENS * DIGITS;            // i8 [64, 16] both
-    static const int SUB_SCALES = X_HIGH + TILE_TOKENS * DIGITS;       // i8 [ROWS, 16]
-    static const int SUB_MINS = SUB_SCALES + (WHOLE ? ROWS * 16 : 0);  // i8 [ROWS, 16]
-    static const int ROW_AT = SUB_MINS + ROWS * DIGITS;                // u64 [ROWS]
-    static const int IN_ROW = ROW_AT + ROWS * 8;                       // int [64]
-    static const int OUT_ROW = IN_ROW + TILE_TOKENS * 4;               // int [64]
-    static const int SIZE = OUT_ROW + TILE_TOKENS * 4;
+    static constexpr int WEIGHTS = 0;                                      // i8 [ROWS, 256]
+    static constexpr int X = WEIGHTS + ROWS * SLAB;                        // i8 [buffers, 64, 256]
+    static constexpr int PACKED = X + (1 + TILE_AHEAD) * TILE_TOKENS * SLAB;  // [ROWS, CHUNKS * 16]
+    static constexpr int D = PACKED + ROWS * CHUNKS * 16;                  // float [ROWS, BLOCKS]
+    static constexpr int M = D + ROWS * BLOCKS * 4;                        // float [ROWS, BLOCKS]
+    static constexpr int X_SCALE = M + (HAS_MIN ? ROWS * BLOCKS * 4 : 0);  // float [64, BLOCKS]
+    static constexpr int X_SUM = X_SCALE + TILE_TOKENS * BLOCKS * 4;       // float [64, 8]
+    static constexpr int X_LOW = X_SUM + (WHOLE || !HAS_MIN ? 0 : TILE_TOKENS * 8 * 4);
+    static constexpr int X_HIGH = X_LOW + TILE_TOKENS * DIGITS;            // i8 [64, 16] both
+    static constexpr int SUB_SCALES = X_HIGH + TILE_TOKENS * DIGITS;       // i8 [ROWS, 16]
+    static constexpr int SUB_MINS = SUB_SCALES + (WHOLE ? ROWS * 16 : 0);  // i8 [ROWS, 16]
+    static constexpr int ROW_AT = SUB_MINS + ROWS * DIGITS;                // u64 [ROWS]
+    static constexpr int IN_ROW = ROW_AT + ROWS * 8;                       // int [64]
+    static constexpr int OUT_ROW = IN_ROW + TILE_TOKENS * 4;               // int [64]
+    static constexpr int SIZE = OUT_ROW + TILE_TOKENS * 4;
 };
 
 // Brings slab after slab into shared memory.
 template <class F>
 struct Slabs {
     typedef Layout<F> L;
-    static const bool HAS_MIN = L::HAS_MIN;
+    static constexpr bool HAS_MIN = L::HAS_MIN;
     const Tile& tile;
     Input input;
     u8* shared;
