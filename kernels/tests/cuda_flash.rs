@@ -37,7 +37,6 @@ struct Cache {
     cells: Vec<f16>,
     head_stride: usize,
     position_stride: usize,
-    width: usize,
 }
 
 impl Cache {
@@ -85,7 +84,7 @@ fn run(lab: &Lab, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
 
     let mut want = vec![0.0; tokens * heads * value_width];
     let options = CpuOptions { threads: Some(1), ..CpuOptions::default() };
-    Cpu::new(&options).unwrap().attention(AttentionCall {
+    Cpu::new(options).unwrap().attention(AttentionCall {
         q: &queries,
         tokens,
         heads,
