@@ -33,12 +33,17 @@
 // Moves q and out once, and keys and values of the visible positions once per
 // tile of queries. Grid: tiles x cache heads; 128 threads;
 //   shared = 2 (QUERIES + POSITIONS) (key width + 16) + 2 POSITIONS (value width + 8)
-// bytes: 36352 for heads of 128, two blocks on a multiprocessor with 100 KB,
-// three by registers (about 150). One buffer: blocks hide each other's loads.
-// Per mma of 2048 products 16-bit fragments of 32 + 8 / (POSITIONS / 8) words
-// are read, so shared memory is busy for 1.1 cycles a product row where the
-// tensor core of an AD10x takes 8: tensor cores bound it there, exponentials
-// (14 instructions each, one per 16 keys of a head of 128) do not.
+// bytes: 36352 for heads of 128. Blocks of a multiprocessor: by registers (103
+// to 165 a thread, 198 for heads of 256; ptxas, sm_80) two to four, by shared
+// memory of 100 KB two, so 8 warps of 48. One buffer: blocks hide each other's
+// loads.
+//
+// For heads of 128 and 32 positions a warp does 64 mma, whose fragments are
+// 40 KB of shared memory (320 cycles of a multiprocessor for 4 warps x 64 mma,
+// which take its tensor cores 2048 on AD10x and 512 on A100), and 16
+// exponentials a thread (about 16 x 14 instructions, 900 cycles of issue for
+// four warps on four schedulers are 230). So tensor cores bound it on consumer
+// cards; not measured.
 #include "common.cuh"
 
 #define FLASH_WARPS 4

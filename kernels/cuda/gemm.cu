@@ -13,21 +13,30 @@
 // Tiles. Blocks of 256: 128 rows x 64 tokens (Turing 64 x 64), 8 warps of
 // 32 x 32, slabs of 256 columns. Blocks of 32: 64 x 64, 8 warps of 64 x 64,
 // each an eighth of a slab. Two buffers of activations; packed weights of the
-// next slab come by cp.async while this one is computed; 1 block a
-// multiprocessor (8 warps, 12.5 % of 64; accumulators take 128 to 160 of its
-// registers a thread). Shared memory of a block, in bytes:
+// next slab come by cp.async while this one is computed. One block a
+// multiprocessor by registers (217 to 230 a thread, of which accumulators take
+// 128 to 160; ptxas, sm_80) and by shared memory: 8 warps, 17 % of 48, two for
+// each scheduler. Shared memory of a block, in bytes:
 //   Q2_K 86784  Q3_K 86272  Q4_K 92928  Q5_K 97024  Q6_K 98560  IQ4_XS 88320
 //   Q8_0 72704  Q4_0, IQ4_NL, MXFP4 64512  Q4_1 69632  Q5_0 66560  Q5_1 71680
 // (Turing 43520 to 56320; shared_bytes of kernels/src/cuda/gemm.rs).
 //
-// What bounds them, by arithmetic. An m16n8k32 is 4096 products and takes a
-// quarter multiprocessor 16 cycles on GA10x and AD10x, 8 on A100 and about 6.5
-// on H100 (mma.sync). Beside it are issued: blocks of 32: 4 x (subtraction,
-// product, fma) and about 4 for loads and unpacking: 17; blocks of 256: 4
-// multiply-adds of sub-block scales (at half rate), and for each eighth of a
-// block about 9. So consumer cards are bound by the tensor cores and the rest
-// hides behind them as far as two warps a scheduler hide it; H100 is bound by
-// issue: 6.5 / 13 = 50 % of its mma.sync rate for Q4_K, 38 % for blocks of 32.
+// What bounds them, by arithmetic; nothing here was measured. An m16n8k32 is
+// 4096 products and takes a scheduler's tensor core 16 cycles on GA10x and
+// AD10x, 8 on A100, and about 6.5 on H100 by mma.sync. Beside each one a
+// scheduler issues: for blocks of 32 three float operations for each of four
+// sums, and about 5 for fragments, scales, copies and unpacking: 17 cycles;
+// for blocks of 256 four multiply-adds by the sub-block's scale (at half rate:
+// 8 cycles of that pipe; twice that where sub-blocks are 16 long), and an
+// eighth of the floats of a block, of copies and of unpacking: 13 (21).
+//   share of the mma.sync rate   blocks of 32   of 256, subs of 32   subs of 16
+//   GA10x, AD10x                 16/17          16/16                16/21
+//   A100                          8/17           8/13                 8/21
+//   H100                        6.5/17         6.5/13               6.5/21
+// less what is not hidden: unpacking stands between two barriers, about 400
+// cycles a slab beside 1700 of computing (0.8). From the L2 cache come, for
+// each 1000 products: 24 (4 bits) to 33 bytes (Q8_0) for blocks of 32, 17
+// (Q4_K) to 21 (Q6_K) for 256.
 //
 // Float weights go by fma in the contract's 64 lanes, not by mma: mma would
 // round activations to 11 or 8 bits, an error above all others of a layer, and

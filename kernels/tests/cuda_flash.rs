@@ -8,6 +8,7 @@ use lab::Lab;
 use pregate_kernels::cuda::{CudaError, Flash, FlashCells, flash, has_flash};
 use pregate_kernels::testing::Random;
 use pregate_kernels::{AttentionCall, Backend, Cpu, CpuOptions, KvCells, KvView};
+use pregate_standin::testing;
 
 struct Case {
     widths: (usize, usize),
@@ -51,7 +52,7 @@ impl Cache {
                 cells[at..at + width].fill_with(|| f16::from_f32(random.normal()));
             }
         }
-        Self { cells, head_stride, position_stride, width }
+        Self { cells, head_stride, position_stride }
     }
 
     fn view(&self, width: usize) -> KvView<'_> {
@@ -191,6 +192,19 @@ fn queries_see_what_they_should() {
 }
 
 #[test]
+fn answers_do_not_depend_on_the_order_of_threads() {
+    let Some(lab) = Lab::open() else { return };
+    let Some(standin) = testing::standin() else { return };
+    let case = || Case { window: Some(40), first_position: 50, tokens: 40, ..PLAIN };
+    let (wanted, _, _) = run(&lab, &case());
+    for seed in [0, 2, 3, 5, 8, 13] {
+        standin.set_order(seed);
+        let (got, _, _) = run(&lab, &case());
+        assert!(got.iter().zip(&wanted).all(|(a, b)| a.to_bits() == b.to_bits()), "seed {seed}");
+    }
+}
+
+#[test]
 fn heads_that_share_a_cache_head_and_sinks() {
     let Some(lab) = Lab::open() else { return };
     for (heads, kv_heads) in [(3, 3), (8, 1), (10, 2), (16, 4)] {
@@ -212,12 +226,8 @@ fn queries_beyond_the_range_of_f16_are_scaled() {
 fn the_launcher_refuses_what_it_cannot_do() {
     let Some(lab) = Lab::open() else { return };
     let span = lab.bytes(&[0; 1 << 16]);
-    let cells = |width, stride| FlashCells {
-        span: &span,
-        head_stride: 0,
-        position_stride: stride,
-        width,
-    };
+    let cells =
+        |width, stride| FlashCells { span: &span, head_stride: 0, position_stride: stride, width };
     let launch = |width: usize, stride, tokens, heads| {
         let call = Flash {
             q: &span,

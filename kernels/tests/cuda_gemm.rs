@@ -11,9 +11,16 @@ use pregate_kernels::cuda::{
 };
 use pregate_kernels::testing::{Inputs, Random, Weights, inputs, weights};
 use pregate_kernels::{ActivationKind, ExpertWeights, Format, GatedActivation, Matrix, contract};
+use pregate_standin::testing;
 
 /// What a product of these rows and tokens must be: `[tokens, rows]`.
-fn expected(format: Format, bytes: &[u8], cols: usize, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+fn expected(
+    format: Format,
+    bytes: &[u8],
+    cols: usize,
+    x: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
     let row_bytes = format.row_bytes(cols).unwrap();
     let rows = bytes.len() / row_bytes;
     let tokens = x.len() / cols;
@@ -119,6 +126,19 @@ fn products_are_the_contracts_in_every_format_and_shape() {
     for format in Format::ALL {
         for (i, shape) in shapes(format).into_iter().enumerate() {
             check(&lab, format, (Weights::Usual, Inputs::Outliers), shape, i % 2 == 0);
+        }
+    }
+}
+
+#[test]
+fn products_do_not_depend_on_the_order_of_threads() {
+    let Some(lab) = Lab::open() else { return };
+    let Some(standin) = testing::standin() else { return };
+    for seed in [0, 2, 3, 5, 8, 13] {
+        standin.set_order(seed);
+        for format in [Format::Q5K, Format::Q6K, Format::Q4_1, Format::Mxfp4] {
+            let kinds = (Weights::Usual, Inputs::Normal);
+            check(&lab, format, kinds, (40, 10 * format.block_len(), 35), false);
         }
     }
 }

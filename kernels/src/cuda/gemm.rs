@@ -335,10 +335,8 @@ fn shared_bytes(format: Format, ahead: bool) -> u32 {
         return 0;
     }
     let whole = format.block_len() == 256;
-    let has_minimum = matches!(
-        format,
-        Format::Q4_1 | Format::Q5_1 | Format::Q2K | Format::Q4K | Format::Q5K
-    );
+    let has_minimum =
+        matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2K | Format::Q4K | Format::Q5K);
     let (rows, blocks) = (tile_rows(format, ahead), if whole { 1 } else { 8 });
     let slab = blocks * format.block_bytes();
     // Blocks start at multiples of the largest power of two that divides
