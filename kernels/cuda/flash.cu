@@ -38,12 +38,11 @@
 // memory of 100 KB two, so 8 warps of 48. One buffer: blocks hide each other's
 // loads.
 //
-// For heads of 128 and 32 positions a warp does 64 mma, whose fragments are
-// 40 KB of shared memory (320 cycles of a multiprocessor for 4 warps x 64 mma,
-// which take its tensor cores 2048 on AD10x and 512 on A100), and 16
-// exponentials a thread (about 16 x 14 instructions, 900 cycles of issue for
-// four warps on four schedulers are 230). So tensor cores bound it on consumer
-// cards; not measured.
+// By arithmetic, not measured, for heads of 128: in a step of 32 positions a
+// warp does 64 mma, which take a scheduler's tensor core 2048 cycles on AD10x
+// and 512 on A100; the fragments of four warps are 80 KB of shared memory, 640
+// cycles; a thread has 16 exponentials, 230 cycles of issue. So tensor cores
+// bound it on consumer cards, shared memory on A100 and H100.
 #include "common.cuh"
 
 #define FLASH_WARPS 4
