@@ -106,10 +106,7 @@ fn check(
 }
 
 fn shapes(format: Format) -> Vec<(usize, usize, usize)> {
-    let len = match format.block_len() {
-        1 => 1,
-        len => len,
-    };
+    let len = format.block_len();
     let shapes: &[(usize, usize, usize)] = match len {
         1 => &[(1, 1, 1), (33, 40, 7), (70, 64, 16), (5, 200, 33), (32, 65, 130)],
         // Rows above and below a tile of 128, columns of fewer and of more
