@@ -187,7 +187,7 @@ DEVICE void load_words(const u8* p, u32 (&out)[count]) {
 #pragma unroll
         for (int i = 0; i < count; i++) {
             // An aligned address must not read the word behind its last one.
-            const u32 high = i + 1 < count || bits != 0 ? words[i + 1] : 0;
+            const u32 high = words[i + 1 < count || bits != 0 ? i + 1 : i];
             out[i] = funnel_right(low, high, bits);
             low = high;
         }

@@ -8,6 +8,8 @@
 //   OFFSET   of the codes: element = code - OFFSET
 //   MINIMUM  what is done with the minimums
 //   head()   the scales of a block; scale(), min() those of sub-block j
+//   Reader   reads the codes of a block, run by run: the words that SHARE runs
+//            have in common are loaded once
 //   run()    codes of elements 32 r .. 32 r + 31, four to a word, in order
 //   code()   one code
 //   scale_at(), min_at() as scale() and min(), from the block
@@ -72,6 +74,23 @@ DEVICE void look_nibbles_up(const u32 (&qs)[4], u32 (&out)[8]) {
     }
 }
 
+// The reader of a format whose runs have no words in common.
+template <class F>
+struct RunReader {
+    const u8* block;
+    DEVICE explicit RunReader(const u8* block) : block(block) {}
+    DEVICE void load(int) {}
+    DEVICE void codes(int r, u32 (&out)[8]) const { F::run(block, r, out); }
+};
+
+// Run `r` by the reader of a format whose runs have.
+template <class F>
+DEVICE void run_by_reader(const u8* block, int r, u32 (&out)[8]) {
+    typename F::Reader reader(block);
+    reader.load(r);
+    reader.codes(r, out);
+}
+
 // ------------------------------------------------------------ blocks of 32
 
 // The head of a block without sub-blocks.
@@ -80,7 +99,7 @@ struct PlainHead {
 };
 
 struct PlainBlocks {
-    static constexpr int LEN = 32, SUB = 32;
+    static constexpr int LEN = 32, SUB = 32, SHARE = 1;
     typedef PlainHead Head;
     DEVICE static int scale(const Head&, int) { return 1; }
     DEVICE static int min(const Head&, int) { return 1; }
@@ -89,6 +108,7 @@ struct PlainBlocks {
 };
 
 struct Q8_0 : PlainBlocks {
+    typedef RunReader<Q8_0> Reader;
     static constexpr int BYTES = 34, ALIGN = 2, OFFSET = 0, MINIMUM = NO_MINIMUM;
     DEVICE static Head head(const u8* block) { return {f16_at(block), 0.0f}; }
     DEVICE static void run(const u8* block, int, u32 (&out)[8]) { load_words<2>(block + 2, out); }
@@ -96,6 +116,7 @@ struct Q8_0 : PlainBlocks {
 };
 
 struct Q4_0 : PlainBlocks {
+    typedef RunReader<Q4_0> Reader;
     static constexpr int BYTES = 18, ALIGN = 2, OFFSET = 8, MINIMUM = NO_MINIMUM;
     DEVICE static Head head(const u8* block) { return {f16_at(block), 0.0f}; }
     DEVICE static void run(const u8* block, int, u32 (&out)[8]) {
@@ -107,6 +128,7 @@ struct Q4_0 : PlainBlocks {
 };
 
 struct Q4_1 : PlainBlocks {
+    typedef RunReader<Q4_1> Reader;
     static constexpr int BYTES = 20, ALIGN = 4, OFFSET = 0, MINIMUM = MINIMUM_ADDED;
     DEVICE static Head head(const u8* block) { return {f16_at(block), f16_at(block + 2)}; }
     DEVICE static void run(const u8* block, int, u32 (&out)[8]) {
@@ -124,6 +146,7 @@ DEVICE void add_fifth_bits(u32 high, u32 (&out)[8]) {
 }
 
 struct Q5_0 : PlainBlocks {
+    typedef RunReader<Q5_0> Reader;
     static constexpr int BYTES = 22, ALIGN = 2, OFFSET = 16, MINIMUM = NO_MINIMUM;
     DEVICE static Head head(const u8* block) { return {f16_at(block), 0.0f}; }
     DEVICE static void run(const u8* block, int, u32 (&out)[8]) {
@@ -139,6 +162,7 @@ struct Q5_0 : PlainBlocks {
 };
 
 struct Q5_1 : PlainBlocks {
+    typedef RunReader<Q5_1> Reader;
     static constexpr int BYTES = 24, ALIGN = 8, OFFSET = 0, MINIMUM = MINIMUM_ADDED;
     DEVICE static Head head(const u8* block) { return {f16_at(block), f16_at(block + 2)}; }
     DEVICE static void run(const u8* block, int, u32 (&out)[8]) {
@@ -154,6 +178,7 @@ struct Q5_1 : PlainBlocks {
 };
 
 struct IQ4_NL : PlainBlocks {
+    typedef RunReader<IQ4_NL> Reader;
     static constexpr int BYTES = 18, ALIGN = 2, OFFSET = 0, MINIMUM = NO_MINIMUM;
     DEVICE static Head head(const u8* block) { return {f16_at(block), 0.0f}; }
     DEVICE static void run(const u8* block, int, u32 (&out)[8]) {
@@ -167,6 +192,7 @@ struct IQ4_NL : PlainBlocks {
 };
 
 struct MXFP4 : PlainBlocks {
+    typedef RunReader<MXFP4> Reader;
     static constexpr int BYTES = 17, ALIGN = 1, OFFSET = 0, MINIMUM = NO_MINIMUM;
     // 2^(e - 128): the table is doubled. Subnormal for e < 2.
     DEVICE static Head head(const u8* block) {
@@ -185,19 +211,17 @@ struct MXFP4 : PlainBlocks {
 
 // ----------------------------------------------------------- blocks of 256
 
-// Two low bits of elements 32 r .. from the 64 bytes at `qs` (Q2_K, Q3_K).
-template <int align>
-DEVICE void two_bits(const u8* qs, int r, u32 (&out)[8]) {
-    load_words<align>(qs + 32 * (r / 4), out);
+// Two low bits of a run from the 32 bytes that four runs share (Q2_K, Q3_K).
+DEVICE void two_bits(const u32 (&qs)[8], int r, u32 (&out)[8]) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) out[i] = out[i] >> 2 * (r & 3) & 0x03030303u;
+    for (int i = 0; i < 8; i++) out[i] = qs[i] >> 2 * (r & 3) & 0x03030303u;
 }
 DEVICE int two_bits_at(const u8* qs, int i) {
     return qs[i / 128 * 32 + (i & 31)] >> 2 * (i / 32 & 3) & 3;
 }
 
 struct Q2_K {
-    static constexpr int LEN = 256, BYTES = 84, ALIGN = 4, SUB = 16, OFFSET = 0;
+    static constexpr int LEN = 256, BYTES = 84, ALIGN = 4, SUB = 16, OFFSET = 0, SHARE = 4;
     static constexpr int MINIMUM = MINIMUM_SUBTRACTED;
     struct Head {
         float d, min;
@@ -212,14 +236,21 @@ struct Q2_K {
     DEVICE static int min(const Head& head, int j) { return byte_of(head.both[j / 4], j & 3) >> 4; }
     DEVICE static int scale_at(const u8* block, int j) { return block[j] & 15; }
     DEVICE static int min_at(const u8* block, int j) { return block[j] >> 4; }
+    struct Reader {
+        const u8* block;
+        u32 qs[8];
+        DEVICE explicit Reader(const u8* block) : block(block) {}
+        DEVICE void load(int r) { load_words<4>(block + 16 + 32 * (r / 4), qs); }
+        DEVICE void codes(int r, u32 (&out)[8]) const { two_bits(qs, r, out); }
+    };
     DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
-        two_bits<4>(block + 16, r, out);
+        run_by_reader<Q2_K>(block, r, out);
     }
     DEVICE static int code(const u8* block, int i) { return two_bits_at(block + 16, i); }
 };
 
 struct Q3_K {
-    static constexpr int LEN = 256, BYTES = 110, ALIGN = 2, SUB = 16, OFFSET = 4;
+    static constexpr int LEN = 256, BYTES = 110, ALIGN = 2, SUB = 16, OFFSET = 4, SHARE = 4;
     static constexpr int MINIMUM = NO_MINIMUM;
     struct Head {
         float d, min;
@@ -244,12 +275,19 @@ struct Q3_K {
         return (low | (block[104 + (j & 3)] >> j / 4 * 2 & 3) << 4) - 32;
     }
     DEVICE static int min_at(const u8*, int) { return 0; }
-    DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
-        u32 high[8];
-        two_bits<2>(block + 32, r, out);
-        load_words<2>(block, high);
+    struct Reader {
+        const u8* block;
+        u32 qs[8], high[8];
+        DEVICE explicit Reader(const u8* block) : block(block) { load_words<2>(block, high); }
+        DEVICE void load(int r) { load_words<2>(block + 32 + 32 * (r / 4), qs); }
+        DEVICE void codes(int r, u32 (&out)[8]) const {
+            two_bits(qs, r, out);
 #pragma unroll
-        for (int i = 0; i < 8; i++) out[i] |= (high[i] >> r & 0x01010101u) << 2;
+            for (int i = 0; i < 8; i++) out[i] |= (high[i] >> r & 0x01010101u) << 2;
+        }
+    };
+    DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
+        run_by_reader<Q3_K>(block, r, out);
     }
     DEVICE static int code(const u8* block, int i) {
         return two_bits_at(block + 32, i) | (block[i & 31] >> i / 32 & 1) << 2;
@@ -263,7 +301,7 @@ struct SixBitHead {
 };
 
 struct SixBitScales {
-    static constexpr int LEN = 256, ALIGN = 16, SUB = 32, OFFSET = 0;
+    static constexpr int LEN = 256, ALIGN = 16, SUB = 32, OFFSET = 0, SHARE = 2;
     static constexpr int MINIMUM = MINIMUM_SUBTRACTED;
     typedef SixBitHead Head;
     DEVICE static Head head(const u8* block) {
@@ -288,10 +326,18 @@ struct SixBitScales {
 
 struct Q4_K : SixBitScales {
     static constexpr int BYTES = 144;
-    DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
-        load_words<16>(block + 16 + 32 * (r / 2), out);
+    struct Reader {
+        const u8* block;
+        u32 qs[8];
+        DEVICE explicit Reader(const u8* block) : block(block) {}
+        DEVICE void load(int r) { load_words<16>(block + 16 + 32 * (r / 2), qs); }
+        DEVICE void codes(int r, u32 (&out)[8]) const {
 #pragma unroll
-        for (int i = 0; i < 8; i++) out[i] = out[i] >> 4 * (r & 1) & 0x0f0f0f0fu;
+            for (int i = 0; i < 8; i++) out[i] = qs[i] >> 4 * (r & 1) & 0x0f0f0f0fu;
+        }
+    };
+    DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
+        run_by_reader<Q4_K>(block, r, out);
     }
     DEVICE static int code(const u8* block, int i) {
         return block[16 + i / 64 * 32 + (i & 31)] >> 4 * (i / 32 & 1) & 15;
@@ -300,14 +346,20 @@ struct Q4_K : SixBitScales {
 
 struct Q5_K : SixBitScales {
     static constexpr int BYTES = 176;
-    DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
-        u32 high[8];
-        load_words<16>(block + 48 + 32 * (r / 2), out);
-        load_words<16>(block + 16, high);
+    struct Reader {
+        const u8* block;
+        u32 qs[8], high[8];
+        DEVICE explicit Reader(const u8* block) : block(block) { load_words<16>(block + 16, high); }
+        DEVICE void load(int r) { load_words<16>(block + 48 + 32 * (r / 2), qs); }
+        DEVICE void codes(int r, u32 (&out)[8]) const {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            out[i] = (out[i] >> 4 * (r & 1) & 0x0f0f0f0fu) | (high[i] >> r & 0x01010101u) << 4;
+            for (int i = 0; i < 8; i++) {
+                out[i] = (qs[i] >> 4 * (r & 1) & 0x0f0f0f0fu) | (high[i] >> r & 0x01010101u) << 4;
+            }
         }
+    };
+    DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
+        run_by_reader<Q5_K>(block, r, out);
     }
     DEVICE static int code(const u8* block, int i) {
         return (block[48 + i / 64 * 32 + (i & 31)] >> 4 * (i / 32 & 1) & 15) |
@@ -316,7 +368,7 @@ struct Q5_K : SixBitScales {
 };
 
 struct Q6_K {
-    static constexpr int LEN = 256, BYTES = 210, ALIGN = 2, SUB = 16, OFFSET = 32;
+    static constexpr int LEN = 256, BYTES = 210, ALIGN = 2, SUB = 16, OFFSET = 32, SHARE = 4;
     static constexpr int MINIMUM = NO_MINIMUM;
     struct Head {
         float d, min;
@@ -333,16 +385,26 @@ struct Q6_K {
     DEVICE static int min(const Head&, int) { return 0; }
     DEVICE static int scale_at(const u8* block, int j) { return static_cast<i8>(block[192 + j]); }
     DEVICE static int min_at(const u8*, int) { return 0; }
-    DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
-        const int half = r / 4, nibble = r / 2 & 1, part = r & 1;
-        u32 high[8];
-        load_words<2>(block + 64 * half + 32 * part, out);
-        load_words<2>(block + 128 + 32 * half, high);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            out[i] = (out[i] >> 4 * nibble & 0x0f0f0f0fu) |
-                     (high[i] >> 2 * (r & 3) & 0x03030303u) << 4;
+    struct Reader {
+        const u8* block;
+        u32 low[2][8], high[8];  // of runs 0, 2 and 1, 3 of four; of all four
+        DEVICE explicit Reader(const u8* block) : block(block) {}
+        DEVICE void load(int r) {
+            load_words<2>(block + 64 * (r / 4), low[0]);
+            load_words<2>(block + 64 * (r / 4) + 32, low[1]);
+            load_words<2>(block + 128 + 32 * (r / 4), high);
         }
+        DEVICE void codes(int r, u32 (&out)[8]) const {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const u32 qs = r & 1 ? low[1][i] : low[0][i];
+                out[i] = (qs >> 4 * (r / 2 & 1) & 0x0f0f0f0fu) |
+                         (high[i] >> 2 * (r & 3) & 0x03030303u) << 4;
+            }
+        }
+    };
+    DEVICE static void run(const u8* block, int r, u32 (&out)[8]) {
+        run_by_reader<Q6_K>(block, r, out);
     }
     DEVICE static int code(const u8* block, int i) {
         const int half = i / 128, nibble = i / 64 & 1, part = i / 32 & 1, l = i & 31;
@@ -352,7 +414,8 @@ struct Q6_K {
 };
 
 struct IQ4_XS {
-    static constexpr int LEN = 256, BYTES = 136, ALIGN = 8, SUB = 32, OFFSET = 0;
+    typedef RunReader<IQ4_XS> Reader;
+    static constexpr int LEN = 256, BYTES = 136, ALIGN = 8, SUB = 32, OFFSET = 0, SHARE = 1;
     static constexpr int MINIMUM = NO_MINIMUM;
     struct Head {
         float d, min;
@@ -466,10 +529,12 @@ DEVICE float accumulate(const u8* block, const u8* q, const int* starts, float s
         load_words<16>(reinterpret_cast<const u8*>(starts), start);
     }
     int s = 0, t = 0;
+    typename F::Reader reader(block);
 #pragma unroll
     for (int r = 0; r < F::LEN / 32; r++) {
         u32 w[8], x[8];
-        F::run(block, r, w);
+        if (r % F::SHARE == 0) reader.load(r);
+        reader.codes(r, w);
         load_words<16>(q + 32 * r, x);
         constexpr int WORDS = F::SUB / 4;
 #pragma unroll
