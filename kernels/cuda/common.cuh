@@ -119,6 +119,13 @@ DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 #endif
 }
 
+// Asks for the 128 bytes around `p` to come to the second-level cache.
+DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+#else
+
+DEVICE void prefetch_l2(const void*) {}
+
 #endif  // PREGATE_HOST
 
 // d += a b, m16n8k16, int8 in int32: the half of `mma_s8` with k below 16.

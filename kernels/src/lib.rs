@@ -1,6 +1,6 @@
 //! Everything that computes: tensor formats, the [`Backend`] trait, the f32
-//! [`reference`] oracle, the numerical [`contract`], and the CPU and CUDA
-//! kernels that reproduce it bit for bit.
+//! [`reference`] oracle, the numerical [`contract`], the [`routing`] rules, and
+//! the CPU and CUDA kernels that reproduce both bit for bit.
 //!
 //! This crate knows no model names, opens no files (but for the developer's
 //! option to compile CUDA kernels at run time) and has no policy.
@@ -15,6 +15,7 @@ pub mod format;
 pub mod matrix;
 pub mod ops;
 pub mod reference;
+pub mod routing;
 #[doc(hidden)]
 pub mod testing;
 
@@ -27,3 +28,4 @@ pub use dequant::dequantize_row;
 pub use format::{ActivationKind, Format};
 pub use matrix::{Matrix, ShapeError};
 pub use reference::Reference;
+pub use routing::RoutingRule;
