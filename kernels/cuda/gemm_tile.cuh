@@ -15,7 +15,7 @@
 
 // Whether the next slab is copied while one is computed: two buffers, and the
 // larger tiles that fit beside them. Turing has 64 KB and no asynchronous copy.
-#if defined(PREGATE_HOST) || __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800
 #define TILE_AHEAD 1
 #else
 #define TILE_AHEAD 0
