@@ -296,6 +296,7 @@ struct Slabs {
         if (!TILE_AHEAD) {
             __syncthreads();  // all have read the codes that are overwritten
             if (more) fetch(slab, 0);
+            cp_async_commit();
         }
         if (more) buffer ^= TILE_AHEAD;
         finish(slab, more);
