@@ -10,7 +10,7 @@
 //! terms, and roundings of mixed signs grow with the root of their number.
 //! With keys of length one and strengths in 0..=1 a step is a contraction, so
 //! errors do not grow from chunk to chunk. The tests allow a difference of
-//! `4 sqrt(n) 2^-24` of the largest answer (3e-6 for 128 keys) and find a third
+//! `4 sqrt(n) 2^-24` of the largest answer (3e-6 for 128 keys) and find a fifth
 //! of that.
 
 use super::args::Args;
