@@ -15,10 +15,15 @@
 //! gone; [`Driver::open`] is the only way to a `Driver`, and makes one only
 //! when the library is there and has every function.
 
-use super::error::{self, CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
-use super::functions::{self, Functions, Missing};
+mod kernels;
+mod opening;
+
+pub(super) use kernels::{FunctionAttributes, Launch};
+
+use super::error::{self, CudaError};
+use super::functions::Functions;
 use cudarc::driver::sys;
-use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::ffi::{c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -78,99 +83,7 @@ pub(super) enum EventKind {
     Timed,
 }
 
-/// Numbers of a device that never change.
-pub(super) struct Attributes {
-    pub name: String,
-    pub capability: (u32, u32),
-    pub version: Version,
-    pub memory_bytes: u64,
-    pub multiprocessors: u32,
-    pub shared_bytes_limit: u32,
-    pub copy_engines: u32,
-    pub integrated: bool,
-    /// Domain, bus, device.
-    pub pci: (u32, u32, u32),
-}
-
-/// One launch, checked by the caller against the kernel.
-pub(super) struct Launch<'a> {
-    pub function: FunctionHandle,
-    pub blocks: [u32; 3],
-    pub threads: [u32; 3],
-    pub shared_bytes: u32,
-    /// One cell per parameter, its bytes first in memory.
-    pub cells: &'a [u64],
-}
-
-/// What the driver says of a kernel.
-pub(super) struct FunctionAttributes {
-    pub threads_limit: u32,
-    pub registers: u32,
-    pub shared_bytes: u32,
-    pub local_bytes: u32,
-    /// Bytes of each parameter.
-    pub parameters: Vec<usize>,
-}
-
 impl Driver {
-    /// Loads the driver, checks what it is, and makes GPU `ordinal`'s context.
-    pub fn open(ordinal: usize) -> Result<(Self, Attributes), CudaError> {
-        let functions = Functions::load().map_err(|missing| match missing {
-            Missing::Library => CudaError::NoDriver,
-            Missing::Function(function) => match Version(functions::version()) {
-                found if found < LOWEST_VERSION => {
-                    CudaError::OldDriver { found, needed: LOWEST_VERSION }
-                }
-                _ => CudaError::IncompleteDriver { function },
-            },
-        })?;
-        let mut version: c_int = 0;
-        // SAFETY: the pointer is to a local.
-        let (found, started) =
-            unsafe { ((functions.cuDriverGetVersion)(&mut version), (functions.cuInit)(0)) };
-        let version = Version(u32::try_from(version).unwrap_or(0));
-        let opening = |call, code| match code {
-            0 => Ok(()),
-            code => Err(CudaError::of_opening(call, code, version)),
-        };
-        opening("cuInit", started)?;
-        opening("cuDriverGetVersion", found)?;
-        if version < LOWEST_VERSION {
-            return Err(CudaError::OldDriver { found: version, needed: LOWEST_VERSION });
-        }
-        let mut devices: c_int = 0;
-        // SAFETY: the driver is initialised; the pointer is to a local.
-        opening("cuDeviceGetCount", unsafe { (functions.cuDeviceGetCount)(&mut devices) })?;
-        let devices = usize::try_from(devices).unwrap_or(0);
-        if devices == 0 {
-            return Err(CudaError::NoDevice);
-        }
-        if ordinal >= devices {
-            return Err(CudaError::NoSuchDevice { ordinal, devices });
-        }
-        let mut device: sys::CUdevice = 0;
-        // SAFETY: as above; the ordinal is below the count.
-        opening("cuDeviceGet", unsafe { (functions.cuDeviceGet)(&mut device, ordinal as c_int) })?;
-        let attributes = attributes(&functions, device, version, &opening)?;
-        if attributes.capability < LOWEST_CAPABILITY {
-            let ((major, minor), (low, lower)) = (attributes.capability, LOWEST_CAPABILITY);
-            return Err(CudaError::unsupported(format!(
-                "{} has compute capability {major}.{minor}; {low}.{lower} (Turing: RTX 20, \
-                 GTX 16) or higher is needed",
-                attributes.name
-            )));
-        }
-        let mut context: sys::CUcontext = ptr::null_mut();
-        // SAFETY: the device is the driver's; the pointer is to a local.
-        let code = unsafe { (functions.cuDevicePrimaryCtxRetain)(&mut context, device) };
-        opening("cuDevicePrimaryCtxRetain", code)?;
-        let context = context as usize;
-        let (sticky, calls) = (OnceLock::new(), AtomicU64::new(0));
-        let driver = Self { functions, device, context, sticky, calls };
-        driver.bind()?;
-        Ok((driver, attributes))
-    }
-
     /// Makes a call of the driver, unless a sticky error came before.
     fn call(&self, name: &'static str, call: impl FnOnce() -> u32) -> Result<(), CudaError> {
         self.healthy()?;
@@ -432,163 +345,6 @@ impl Driver {
             (self.functions.cuMemsetD8Async)(to, byte, bytes, stream.raw())
         })
     }
-
-    /// Loads PTX. The error carries what the driver's compiler said.
-    pub fn load(&self, module: &str, image: &CStr) -> Result<ModuleHandle, CudaError> {
-        let mut log = vec![0u8; 8192];
-        let mut options = [
-            sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
-            sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
-        ];
-        // Option values travel in the pointer's place.
-        let mut values = [log.as_mut_ptr().cast::<c_void>(), log.len() as *mut c_void];
-        let mut handle: sys::CUmodule = ptr::null_mut();
-        let count = options.len() as c_uint;
-        // SAFETY: the image ends with a zero byte; as many options as values;
-        // the log's buffer and length are those of a live vector.
-        let result = self.with_context("cuModuleLoadDataEx", || unsafe {
-            (self.functions.cuModuleLoadDataEx)(
-                &mut handle,
-                image.as_ptr().cast(),
-                count,
-                options.as_mut_ptr(),
-                values.as_mut_ptr(),
-            )
-        });
-        match result {
-            Ok(()) => Ok(ModuleHandle(handle as usize)),
-            Err(CudaError::Api { code, name, .. }) if code != error::OUT_OF_MEMORY => {
-                let said = log.split(|byte| *byte == 0).next().unwrap_or_default();
-                let said = String::from_utf8_lossy(said);
-                let problem = format!("the driver does not load it ({code} {name}) {said}");
-                Err(CudaError::BadModule {
-                    module: module.to_string(),
-                    problem: problem.trim_end().to_string(),
-                })
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    pub fn unload(&self, module: ModuleHandle) {
-        // SAFETY: made by `load`, gone after this; kernels hold their module.
-        let _ = self.with_context("cuModuleUnload", || unsafe {
-            (self.functions.cuModuleUnload)(module.0 as sys::CUmodule)
-        });
-    }
-
-    pub fn function(
-        &self,
-        module: &ModuleHandle,
-        name: &CStr,
-    ) -> Result<FunctionHandle, CudaError> {
-        let mut function: sys::CUfunction = ptr::null_mut();
-        // SAFETY: a live module, a name that ends with a zero byte, pointer
-        // to a local.
-        self.with_context("cuModuleGetFunction", || unsafe {
-            (self.functions.cuModuleGetFunction)(
-                &mut function,
-                module.0 as sys::CUmodule,
-                name.as_ptr(),
-            )
-        })?;
-        Ok(FunctionHandle(function as usize))
-    }
-
-    pub fn function_attributes(
-        &self,
-        function: FunctionHandle,
-    ) -> Result<FunctionAttributes, CudaError> {
-        use sys::CUfunction_attribute as Attribute;
-        let get = |which| {
-            let mut value: c_int = 0;
-            // SAFETY: a function of a module that the caller holds, pointer
-            // to a local.
-            self.with_context("cuFuncGetAttribute", || unsafe {
-                (self.functions.cuFuncGetAttribute)(
-                    &mut value,
-                    which,
-                    function.0 as sys::CUfunction,
-                )
-            })?;
-            Ok::<_, CudaError>(u32::try_from(value).unwrap_or(0))
-        };
-        Ok(FunctionAttributes {
-            threads_limit: get(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
-            registers: get(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?,
-            shared_bytes: get(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
-            local_bytes: get(Attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
-            parameters: self.parameters(function)?,
-        })
-    }
-
-    /// Bytes of each parameter of a kernel, so that a launch never reads
-    /// arguments that were not given.
-    fn parameters(&self, function: FunctionHandle) -> Result<Vec<usize>, CudaError> {
-        let mut sizes = Vec::new();
-        // The end of the list has the code of any wrong value: it is asked
-        // for twice.
-        let mut ends = 0;
-        while ends < 2 && sizes.len() <= super::args::MOST {
-            match self.parameter(function, sizes.len()) {
-                Ok(bytes) => sizes.push(bytes),
-                Err(CudaError::Api { code: error::INVALID_VALUE, .. }) => ends += 1,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(sizes)
-    }
-
-    fn parameter(&self, function: FunctionHandle, index: usize) -> Result<usize, CudaError> {
-        let (mut offset, mut bytes) = (0usize, 0usize);
-        let function = function.0 as sys::CUfunction;
-        // SAFETY: as in `function_attributes`; pointers to locals.
-        self.with_context("cuFuncGetParamInfo", || unsafe {
-            (self.functions.cuFuncGetParamInfo)(function, index, &mut offset, &mut bytes)
-        })?;
-        Ok(bytes)
-    }
-
-    /// Allows launches of this function with so much dynamic shared memory.
-    pub fn allow_shared(&self, function: FunctionHandle, bytes: u32) -> Result<(), CudaError> {
-        let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: a function of a module that the caller holds.
-        self.with_context("cuFuncSetAttribute", || unsafe {
-            (self.functions.cuFuncSetAttribute)(
-                function.0 as sys::CUfunction,
-                which,
-                bytes as c_int,
-            )
-        })
-    }
-
-    pub fn launch(&self, launch: &Launch<'_>, stream: &StreamHandle) -> Result<(), CudaError> {
-        let mut pointers: [*mut c_void; super::args::MOST] = [ptr::null_mut(); super::args::MOST];
-        for (pointer, cell) in pointers.iter_mut().zip(launch.cells) {
-            *pointer = ptr::from_ref(cell).cast_mut().cast();
-        }
-        let ([x, y, z], [a, b, c]) = (launch.blocks, launch.threads);
-        // SAFETY: a live function and stream; `Stream::launch` has compared
-        // number and sizes of the cells with the kernel's parameters; the
-        // driver copies them before it returns. What the kernel does with
-        // device memory is its own matter: it cannot reach memory that Rust
-        // manages.
-        self.with_context("cuLaunchKernel", || unsafe {
-            (self.functions.cuLaunchKernel)(
-                launch.function.0 as sys::CUfunction,
-                x,
-                y,
-                z,
-                a,
-                b,
-                c,
-                launch.shared_bytes,
-                stream.raw(),
-                pointers.as_mut_ptr(),
-                ptr::null_mut(),
-            )
-        })
-    }
 }
 
 impl Drop for Driver {
@@ -599,49 +355,4 @@ impl Drop for Driver {
             (self.functions.cuDevicePrimaryCtxRelease_v2)(self.device)
         });
     }
-}
-
-fn attributes(
-    functions: &Functions,
-    device: sys::CUdevice,
-    version: Version,
-    opening: &impl Fn(&'static str, u32) -> Result<(), CudaError>,
-) -> Result<Attributes, CudaError> {
-    use sys::CUdevice_attribute as Attribute;
-    let get = |which| {
-        let mut value: c_int = 0;
-        // SAFETY: a device of this driver, pointer to a local.
-        let code = unsafe { (functions.cuDeviceGetAttribute)(&mut value, which, device) };
-        opening("cuDeviceGetAttribute", code)?;
-        Ok::<_, CudaError>(u32::try_from(value).unwrap_or(0))
-    };
-    let mut name = [0u8; 256];
-    // SAFETY: writes a zero-terminated name of at most that many bytes.
-    let code = unsafe {
-        (functions.cuDeviceGetName)(name.as_mut_ptr().cast(), name.len() as c_int, device)
-    };
-    opening("cuDeviceGetName", code)?;
-    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
-    let mut memory_bytes = 0usize;
-    // SAFETY: a device of this driver, pointer to a local.
-    let code = unsafe { (functions.cuDeviceTotalMem_v2)(&mut memory_bytes, device) };
-    opening("cuDeviceTotalMem", code)?;
-    Ok(Attributes {
-        name: String::from_utf8_lossy(name).into_owned(),
-        capability: (
-            get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        ),
-        version,
-        memory_bytes: memory_bytes as u64,
-        multiprocessors: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        shared_bytes_limit: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        copy_engines: get(Attribute::CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT)?,
-        integrated: get(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0,
-        pci: (
-            get(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
-            get(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
-            get(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?,
-        ),
-    })
 }
