@@ -6,13 +6,13 @@
 //! until the machine is reset.
 
 use cudarc::driver::{DriverError, result, sys};
-use pregate_standin::{Exclusive, Standin};
+use pregate_standin::{Exclusive, testing};
 use std::ffi::{CString, c_void};
 
 /// The stand-in for one test, with its context current, or `None`.
 pub fn machine() -> Option<Machine> {
-    let Some(standin) = Standin::load() else {
-        println!("not run: no C++ compiler");
+    let Some(standin) = testing::standin() else {
+        println!("not run: needs the stand-in driver");
         return None;
     };
     let standin = standin.exclusive();
