@@ -172,6 +172,10 @@ void Machine::start_copy(void* to, const void* from) {
   if (at >= SHARED_BYTES) fail(thread_name(now->number) + " calls cp_async_16 with a target outside shared memory");
   access(from, 16, Access::read, pc);
   access(to, 16, Access::write, pc);
+  if (PREGATE_STANDIN_ARCH < 80) {  // Turing copies through registers, at once
+    memcpy(to, from, 16);
+    return;
+  }
   shadow.set_in_flight(at, 16, true);
   now->copies.push_back({target, static_cast<const unsigned char*>(from), now->group});
 }

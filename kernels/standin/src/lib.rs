@@ -107,6 +107,11 @@ impl Standin {
         option_env!("PREGATE_STANDIN_VARIANT").is_some_and(|name| name.starts_with("address"))
     }
 
+    /// Whether the sources are compiled for compute_75: no asynchronous copies.
+    pub fn is_turing() -> bool {
+        option_env!("PREGATE_STANDIN_VARIANT").is_some_and(|name| name.ends_with("_75"))
+    }
+
     /// The stand-in for the caller alone, among those who call this.
     pub fn exclusive(&self) -> Exclusive<'_> {
         let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
