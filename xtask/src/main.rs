@@ -1,6 +1,8 @@
 //! Developer commands: `cargo xtask <command>`.
 
 mod golden;
+mod gpu_check;
+mod kernels;
 mod mutants;
 mod ptx;
 
@@ -12,6 +14,13 @@ cargo xtask <command>
 
 commands:
   golden SHARED   copy the golden models that the tests need from SHARED/golden to tests/data
+  gpu-check [--dev]
+                  pack target/gpu-check: tests and measurements of the kernels for a machine with a
+                  GPU, which needs neither Rust nor a network
+                  --dev             hardly optimised, to try the script
+  kernels [--check]
+                  write docs/kernels.md: what every kernel moves, takes, and should reach
+                  --check           compare with the page instead
   mutants [--only TEXT] [--list] [--keep] [--scratch FOLDER]
                   run every seeded bug of tools/mutants; fails unless the tests find all
                   --only TEXT       bugs with TEXT in their name, file or list (`disk.toml`)
@@ -31,6 +40,8 @@ fn main() -> ExitCode {
             Some(shared) => golden(&shared),
             None => return help(),
         },
+        "gpu-check" => only(arguments, &["--dev"]).and_then(|dev| gpu_check::run(root, dev)),
+        "kernels" => only(arguments, &["--check"]).and_then(|check| kernels::run(root, check)),
         "mutants" => {
             mutants::Options::parse(arguments).and_then(|options| mutants::run(root, options))
         }

@@ -9,7 +9,8 @@ mod ptxas;
 mod table;
 mod tools;
 
-pub use table::Table;
+pub use table::{Kernel, TARGETS, Table};
+pub use tools::target_folder;
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +20,6 @@ use std::{
     sync::Mutex,
     thread,
 };
-use table::TARGETS;
 use tools::Tools;
 
 /// Where the sources, and what is made of them, lie.
@@ -43,16 +43,26 @@ const OPTIONS: &str = "kernels/cuda/options.txt";
 /// Errors, in words: a tool is missing or fails, a file cannot be read or
 /// written.
 pub fn run(root: &Path, check: bool) -> Result<bool, String> {
-    let sources = sources(&root.join(SOURCES))?;
+    let sources = files(&root.join(SOURCES), "cu")?;
     let tools = Tools::get(root)?;
     let work = tools.work_folder("ptx")?;
     let options = read(&root.join(OPTIONS))?;
-    let options: Vec<&str> = options.split_whitespace().collect();
+    let headers = files(&root.join(SOURCES), "cuh")?;
+    let headers: String = headers.iter().map(|path| read(path)).collect::<Result<_, _>>()?;
     let jobs = sources.iter().flat_map(|source| VIRTUAL.map(|arch| (source.clone(), arch)));
     let ptx = in_parallel(jobs.collect(), |(source, arch)| {
-        let made = work.join(ptx_name(&source, arch));
-        nvrtc(&tools, root, &source, arch, &options, &made)?;
-        Ok((ptx_name(&source, arch), read(&made)?))
+        let name = ptx_name(&source, arch);
+        let made = work.join(&name);
+        let arch = format!("--gpu-architecture=compute_{arch}");
+        let mut key = vec![name.as_str(), &arch, &options, &headers];
+        let text = read(&source)?;
+        key.push(&text);
+        let ptx = tools.kept(&key, || {
+            nvrtc(&tools, root, &source, &arch, &options, &made)?;
+            read(&made)
+        })?;
+        fs::write(&made, &ptx).map_err(|error| format!("{}: {error}", made.display()))?;
+        Ok((name.clone(), ptx))
     })?;
     let ptx: BTreeMap<String, String> = ptx.into_iter().collect();
     let jobs = sources.iter().flat_map(|source| TARGETS.map(|target| (source.clone(), target)));
@@ -100,16 +110,16 @@ pub fn run(root: &Path, check: bool) -> Result<bool, String> {
     Ok(complaints.is_empty())
 }
 
-/// Every `.cu` file of `folder`, by name.
-fn sources(folder: &Path) -> Result<Vec<PathBuf>, String> {
+/// Every file of `folder` that ends so, by name.
+fn files(folder: &Path, ending: &str) -> Result<Vec<PathBuf>, String> {
     let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
     let entries = fs::read_dir(folder).map_err(failed)?;
     let paths = entries.map(|entry| entry.map(|entry| entry.path()));
     let mut paths: Vec<PathBuf> = paths.collect::<Result<_, _>>().map_err(failed)?;
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    paths.retain(|path| path.extension().is_some_and(|found| found == ending));
     paths.sort();
     match paths.is_empty() {
-        true => Err(format!("{} has no .cu files", folder.display())),
+        true => Err(format!("{} has no .{ending} files", folder.display())),
         false => Ok(paths),
     }
 }
@@ -154,15 +164,15 @@ fn nvrtc(
     tools: &Tools,
     root: &Path,
     source: &Path,
-    arch: u32,
-    options: &[&str],
+    arch: &str,
+    options: &str,
     made: &Path,
 ) -> Result<(), String> {
     let output = Command::new(tools::PYTHON)
         .arg(root.join("tools/ptx/nvrtc.py"))
         .args([&tools.nvrtc(), source, made])
-        .arg(format!("--gpu-architecture=compute_{arch}"))
-        .args(options)
+        .arg(arch)
+        .args(options.split_whitespace())
         .output()
         .map_err(|error| format!("{}: {error}", tools::PYTHON))?;
     let words = String::from_utf8_lossy(&output.stderr);

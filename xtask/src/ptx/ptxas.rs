@@ -1,7 +1,7 @@
 //! ptxas, and what it says of kernels with `-v`.
 
 use super::{table::Target, tools::Tools};
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 /// What a kernel takes on one architecture.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,18 +22,22 @@ pub struct Report {
 /// Errors, in words: ptxas refuses the file.
 pub fn run(tools: &Tools, ptx: &Path, target: Target) -> Result<Vec<Report>, String> {
     let failed = |what: String| format!("{} for {}: {what}", ptx.display(), target.name());
-    let output = Command::new(tools.ptxas())
-        .arg("-v")
-        .arg(format!("-arch={}", target.name()))
-        .arg(ptx)
-        .arg("-o")
-        .arg(ptx.with_extension(format!("{}.cubin", target.name())))
-        .output()
-        .map_err(|error| failed(error.to_string()))?;
-    let words = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        return Err(failed(words.trim_end().to_string()));
-    }
+    let text = fs::read_to_string(ptx).map_err(|error| failed(error.to_string()))?;
+    let words = tools.kept(&[&target.name(), &text], || {
+        let output = Command::new(tools.ptxas())
+            .arg("-v")
+            .arg(format!("-arch={}", target.name()))
+            .arg(ptx)
+            .arg("-o")
+            .arg(ptx.with_extension(format!("{}.cubin", target.name())))
+            .output()
+            .map_err(|error| failed(error.to_string()))?;
+        let words = String::from_utf8_lossy(&output.stderr);
+        match output.status.success() {
+            true => Ok(words.into_owned()),
+            false => Err(failed(words.trim_end().to_string())),
+        }
+    })?;
     words.lines().filter(|line| line.contains("warning")).for_each(|line| eprintln!("{line}"));
     parse(&words).map_err(failed)
 }

@@ -83,6 +83,32 @@ impl Tools {
         self.folder.join("nvidia/cuda_nvcc/bin/ptxas")
     }
 
+    /// What `make` answers, kept under everything that it depends on beside
+    /// the tools themselves.
+    ///
+    /// Errors, in words: those of `make`.
+    pub fn kept(
+        &self,
+        key: &[&str],
+        make: impl FnOnce() -> Result<String, String>,
+    ) -> Result<String, String> {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        let place = self.folder.join("kept").join(format!("{:016x}", hasher.finish()));
+        if let Ok(text) = fs::read_to_string(&place) {
+            return Ok(text);
+        }
+        let text = make()?;
+        // All or nothing; without it the next run only takes longer.
+        let partial = place.with_extension(process::id().to_string());
+        if fs::create_dir_all(self.folder.join("kept")).is_ok()
+            && fs::write(&partial, &text).is_ok()
+        {
+            let _ = fs::rename(&partial, &place);
+        }
+        Ok(text)
+    }
+
     /// An empty folder of this process's.
     pub fn work_folder(&self, name: &str) -> Result<WorkFolder, String> {
         let folder = self.target.join(format!("{name}-{}", process::id()));
