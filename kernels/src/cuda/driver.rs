@@ -267,9 +267,8 @@ impl Driver {
 
     pub fn is_complete(&self, event: &EventHandle) -> Result<bool, CudaError> {
         // SAFETY: a live event.
-        match self
-            .with_context("cuEventQuery", || unsafe { (self.functions.cuEventQuery)(event.raw()) })
-        {
+        let query = || unsafe { (self.functions.cuEventQuery)(event.raw()) };
+        match self.with_context("cuEventQuery", query) {
             Ok(()) => Ok(true),
             Err(CudaError::Api { code: error::NOT_READY, .. }) => Ok(false),
             Err(error) => Err(error),
@@ -326,7 +325,8 @@ impl Driver {
         bytes: usize,
         stream: &StreamHandle,
     ) -> Result<(), CudaError> {
-        // SAFETY: both ranges lie in spans of live arenas (`Stream::copy`).
+        // SAFETY: both ranges lie in spans of live arenas: the only caller,
+        // `Stream::copy`, takes them from there.
         self.with_context("cuMemcpyDtoDAsync", || unsafe {
             (self.functions.cuMemcpyDtoDAsync_v2)(to, from, bytes, stream.raw())
         })
@@ -340,7 +340,8 @@ impl Driver {
         bytes: usize,
         stream: &StreamHandle,
     ) -> Result<(), CudaError> {
-        // SAFETY: the range lies in a span of a live arena (`Stream::fill`).
+        // SAFETY: the range lies in a span of a live arena: the only caller,
+        // `Stream::fill`, takes it from there.
         self.with_context("cuMemsetD8Async", || unsafe {
             (self.functions.cuMemsetD8Async)(to, byte, bytes, stream.raw())
         })

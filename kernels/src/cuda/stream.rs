@@ -69,7 +69,10 @@ impl Stream {
         self.0.handle.as_ref().ok_or_else(gone)
     }
 
-    /// Launches a kernel; returns before it runs.
+    /// Launches a kernel; returns before it runs. For launchers: number and
+    /// sizes of the arguments are checked, but not where they point. A kernel
+    /// that is told a wrong address or length writes there, into page-locked
+    /// host memory too.
     ///
     /// # Errors
     /// [`CudaError::Shape`] when the arguments are not the kernel's or the

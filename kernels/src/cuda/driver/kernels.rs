@@ -177,9 +177,11 @@ impl Driver {
         let ([x, y, z], [a, b, c]) = (launch.blocks, launch.threads);
         // SAFETY: a live function and stream; `Stream::launch` has compared
         // number and sizes of the cells with the kernel's parameters; the
-        // driver copies them before it returns. What the kernel does with
-        // device memory is its own matter: it cannot reach memory that Rust
-        // manages.
+        // driver copies them before it returns. A kernel can write wherever
+        // its arguments point, page-locked memory of the host included (one
+        // address space): relied on are the launchers of this crate, which
+        // compare every size with the spans that they pass, and the kernels,
+        // each of whose accesses the stand-in checks in the tests.
         self.with_context("cuLaunchKernel", || unsafe {
             (self.functions.cuLaunchKernel)(
                 launch.function.0 as sys::CUfunction,
