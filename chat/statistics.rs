@@ -3,20 +3,21 @@
 use crate::output::bytes;
 use pregate_runtime::{
     StreamStats,
-    statistics::{LayerStats, Phase, Time},
+    statistics::{LayerStats, LinkStats, Phase, Time},
 };
 
 /// Lines about the passes that were made: where their time went, where their
-/// experts came from. Empty without passes.
+/// experts came from, what the disk did. Empty without passes.
 pub fn lines(stats: &StreamStats) -> Vec<String> {
     let phases = [("prompt", &stats.prefill), ("decode", &stats.decode)];
     phases.into_iter().filter(|(_, phase)| phase.passes > 0).flat_map(phase_lines).collect()
 }
 
-fn phase_lines((name, phase): (&str, &Phase)) -> [String; 2] {
+fn phase_lines((name, phase): (&str, &Phase)) -> [String; 3] {
     [
         format!("{name}: {}", time(&phase.time, phase.tokens)),
         format!("{name}: {}", experts(&phase.total(), phase.tokens)),
+        format!("{name}: {}", disk(&phase.link, &phase.time, phase.tokens)),
     ]
 }
 
@@ -53,6 +54,16 @@ fn experts(total: &LayerStats, tokens: u64) -> String {
     )
 }
 
+/// "disk busy 2.00 ms a token (20 % of the time), 1.9 GB/s while busy"
+fn disk(link: &LinkStats, time: &Time, tokens: u64) -> String {
+    let each = link.busy_ns as f64 / tokens.max(1) as f64 / 1e6;
+    let share = link.busy_ns as f64 / time.total_ns.max(1) as f64 * 100.0;
+    let speed = link.bytes_per_s().map_or(String::new(), |bytes_per_s| {
+        format!(", {}/s while busy", bytes(bytes_per_s as u64))
+    });
+    format!("disk busy {each:.2} ms a token ({share:.0} % of the time){speed}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,6 +82,7 @@ mod tests {
             overhead_ns: 400_000,
             total_ns: 40_000_000,
         };
+        stats.decode.link = LinkStats { bytes: 16_000_000, busy_ns: 8_000_000 };
         for layer in &mut stats.decode.layers {
             layer.hits = 5;
             layer.in_flight = 2;
@@ -79,7 +91,7 @@ mod tests {
             layer.bytes_prefetch = 2_000_000;
             layer.bytes_wasted = 1_000_000;
         }
-        let [time, experts] = lines(&stats).try_into().expect("two lines");
+        let [time, experts, disk] = lines(&stats).try_into().expect("three lines");
         assert_eq!(
             time,
             "decode: 4 tokens, 10.00 ms each: compute 1.00, experts 2.00, waiting for the disk \
@@ -89,6 +101,10 @@ mod tests {
             experts,
             "decode: experts 50.0 % in slots, 20.0 % on their way, 30.0 % missed; from disk 4.0 MB \
              a token, 1.0 MB of it ahead (500.0 kB never used)"
+        );
+        assert_eq!(
+            disk,
+            "decode: disk busy 2.00 ms a token (20 % of the time), 2.0 GB/s while busy"
         );
     }
 }

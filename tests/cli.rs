@@ -318,6 +318,8 @@ fn statistics_have_two_forms() {
     assert_eq!(asked.sum::<u64>(), 3 * 6 * 4, "3 tokens, 6 layers, 4 experts: {decode}");
     let total = decode["time"]["total_ns"].as_u64().unwrap();
     assert!(decode["time"]["wait_disk_ns"].as_u64().unwrap() < total, "{decode}");
+    let [bytes, busy] = ["bytes", "busy_ns"].map(|name| decode["link"][name].as_u64().unwrap());
+    assert!(bytes > 0 && (1..2 * total).contains(&busy), "{decode}");
     let held = stats["held_bytes"].as_u64().unwrap();
     assert!(held <= ram.parse::<u64>().unwrap() + (64 << 20), "{held} bytes held, budget {ram}");
 }

@@ -75,6 +75,22 @@ impl LayerStats {
     }
 }
 
+/// What the reads of experts did while passes ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct LinkStats {
+    /// Read, alignment and what was given up included.
+    pub bytes: u64,
+    /// At least one read was under way.
+    pub busy_ns: u64,
+}
+
+impl LinkStats {
+    /// Bytes per second while busy; `None` if it never was.
+    pub fn bytes_per_s(&self) -> Option<f64> {
+        (self.busy_ns > 0).then(|| self.bytes as f64 / self.busy_ns as f64 * 1e9)
+    }
+}
+
 /// All passes of one kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Phase {
@@ -83,6 +99,7 @@ pub struct Phase {
     /// Tokens in them.
     pub tokens: u64,
     pub time: Time,
+    pub link: LinkStats,
     /// One per layer of the model, zero for dense layers.
     pub layers: Vec<LayerStats>,
 }
@@ -102,6 +119,7 @@ impl Phase {
             passes: self.passes.saturating_sub(earlier.passes),
             tokens: self.tokens.saturating_sub(earlier.tokens),
             time: self.time - earlier.time,
+            link: self.link - earlier.link,
             layers: self.layers.iter().enumerate().map(|(i, now)| *now - before(i)).collect(),
         }
     }
@@ -156,6 +174,7 @@ macro_rules! add_and_subtract {
 }
 
 add_and_subtract!(Time: compute_ns, experts_ns, wait_disk_ns, copy_ns, overhead_ns, total_ns);
+add_and_subtract!(LinkStats: bytes, busy_ns);
 add_and_subtract!(
     LayerStats: hits, in_flight, misses, bytes_demand, bytes_prefetch, bytes_wasted,
     prefetch_useful, prefetch_wasted, stall_ns
@@ -192,7 +211,8 @@ mod tests {
         assert_eq!(time.unattributed_ns(), 6);
         let mut stats = StreamStats::new(2);
         let decode = stats.phase_mut(1);
-        (decode.passes, decode.tokens, decode.time) = (1, 1, time);
+        let link = LinkStats { bytes: 3000, busy_ns: 1500 };
+        (decode.passes, decode.tokens, decode.time, decode.link) = (1, 1, time, link);
         decode.layers[1] += layer(10);
         let before = stats.clone();
 
@@ -200,13 +220,22 @@ mod tests {
         decode.passes += 1;
         decode.tokens += 1;
         decode.time += time;
+        decode.link += link;
         decode.layers[1] += layer(100);
         stats.phase_mut(7).tokens += 7;
         let added = stats.since(&before);
         assert_eq!(
             added.decode,
-            Phase { layers: vec![layer(0) - layer(0), layer(100)], passes: 1, tokens: 1, time }
+            Phase {
+                layers: vec![layer(0) - layer(0), layer(100)],
+                passes: 1,
+                tokens: 1,
+                time,
+                link
+            }
         );
+        assert_eq!(added.decode.link.bytes_per_s(), Some(2e9));
+        assert_eq!(added.prefill.link.bytes_per_s(), None);
         assert_eq!(added.prefill.tokens, 7);
         assert_eq!(added.decode.total(), layer(100));
         assert_eq!(added.decode.total().requests(), 303);

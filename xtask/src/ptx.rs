@@ -245,17 +245,6 @@ mod tests {
         assert_eq!(error, Err("29".to_string()));
     }
 
-    /// What a developer compiles at run time has the bits of the PTX.
-    #[test]
-    fn the_device_layer_compiles_with_the_same_options() {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let theirs = read(&root.join("kernels/src/cuda/compile.rs")).unwrap();
-        let theirs = theirs.split("const OPTIONS").nth(1).unwrap().split("];").next().unwrap();
-        let theirs: Vec<&str> = theirs.split('"').skip(1).step_by(2).collect();
-        let ours = read(&root.join(OPTIONS)).unwrap();
-        assert_eq!(theirs, ours.split_whitespace().collect::<Vec<_>>());
-    }
-
     #[test]
     fn stale_missing_and_changed_files_are_named() {
         let folder = std::env::temp_dir().join(format!("pregate-ptx-{}", std::process::id()));

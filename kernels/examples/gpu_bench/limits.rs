@@ -1,7 +1,9 @@
 //! What this device reaches at best: copies, reads, matrix products.
 
 use crate::{Scale, report::Report, timing};
-use pregate_kernels::cuda::{Args, CudaError, Device, Grid, Span};
+use pregate_kernels::cuda::{
+    CudaError, Device, ProbeProduct, probe_copy, probe_products, probe_read,
+};
 
 /// Measured rates.
 #[derive(Clone, Copy, Debug)]
@@ -16,10 +18,6 @@ pub struct Limits {
 
 /// More than any device's caches hold.
 const BYTES: usize = 512 << 20;
-/// Products under way in a warp, and operations of one: `probe.cu`.
-const CHAINS: f64 = 8.0;
-const INT8_OPERATIONS: f64 = 2.0 * 16.0 * 8.0 * 32.0;
-const F16_OPERATIONS: f64 = 2.0 * 16.0 * 8.0 * 16.0;
 
 pub fn measure(device: &Device, scale: Scale, report: &mut Report) -> Result<Limits, CudaError> {
     report.heading("at best");
@@ -36,30 +34,27 @@ pub fn measure(device: &Device, scale: Scale, report: &mut Report) -> Result<Lim
     let giga = |rate: f64| format!("{:.0} GB/s", rate / 1e9);
 
     let driver = timing::seconds(device, scale, &mut |_| stream.copy(&from, &to))?;
-    let launch = |name: &str, args: &dyn Fn() -> Args| {
-        let kernel = device.kernel("probe", name)?;
-        timing::seconds(device, scale, &mut |_| {
-            stream.launch(&kernel, Grid::new(blocks, 256), args())
-        })
-    };
-    let words = (bytes / 16) as u64;
-    let ours = launch("probe_copy", &|| Args::new().span(&to).span(&from).u64(words))?;
+    let ours =
+        timing::seconds(device, scale, &mut |_| probe_copy(device, stream, blocks, &from, &to))?;
     let moved = 2.0 * bytes as f64;
     let copy = (moved / driver).max(moved / ours);
     let names =
         format!("{} by the driver, {} by probe_copy", giga(moved / driver), giga(moved / ours));
     report.row("copy, bytes read and written", names);
-    let read = launch("probe_read", &|| Args::new().span(&out).span(&from).u64(words))?;
+    let read =
+        timing::seconds(device, scale, &mut |_| probe_read(device, stream, blocks, &from, &out))?;
     report.row("read", giga(bytes as f64 / read));
 
     let rounds = if full { 4096 } else { 1 };
-    let products = CHAINS * f64::from(rounds) * f64::from(blocks) * 8.0;
-    let matrix = |name: &str, operations: f64, out: &Span| {
-        let seconds = launch(name, &|| Args::new().span(out).i32(rounds))?;
-        Ok::<_, CudaError>(products * operations / seconds)
+    let warps = 8.0 * f64::from(blocks);
+    let matrix = |product: ProbeProduct| {
+        let seconds = timing::seconds(device, scale, &mut |_| {
+            probe_products(device, stream, blocks, product, rounds, &out)
+        })?;
+        let products = f64::from(ProbeProduct::IN_ROUND) * rounds as f64 * warps;
+        Ok::<_, CudaError>(products * f64::from(product.operations()) / seconds)
     };
-    let int8 = matrix("probe_mma_s8", INT8_OPERATIONS, &out)?;
-    let f16 = matrix("probe_mma_f16", F16_OPERATIONS, &out)?;
+    let (int8, f16) = (matrix(ProbeProduct::Int8)?, matrix(ProbeProduct::F16)?);
     report.row("matrix products, int8", format!("{:.0} TOP/s", int8 / 1e12));
     report.row("matrix products, f16 in f32", format!("{:.0} TFLOP/s", f16 / 1e12));
     Ok(Limits { copy, int8, f16 })

@@ -2,7 +2,7 @@
 //! asking the host.
 
 use crate::{Scale, raw, report::Report, timing};
-use pregate_kernels::cuda::{Args, CudaError, Device, Grid};
+use pregate_kernels::cuda::{CudaError, Device, probe_empty};
 
 /// Launches that follow each other.
 const IN_ROW: usize = 1000;
@@ -14,8 +14,7 @@ pub fn measure(device: &Device, scale: Scale, report: &mut Report) -> Result<(),
     let count = if scale == Scale::Full { IN_ROW } else { 2 };
     let repetitions = if scale == Scale::Full { 50 } else { 1 };
     let stream = device.compute();
-    let kernel = device.kernel("probe", "probe_empty")?;
-    let launch = || stream.launch(&kernel, Grid::new(1, 32), Args::new().i32(0));
+    let launch = || probe_empty(device, stream);
     let micro = |seconds: f64| format!("{:.2} us", seconds * 1e6);
 
     let host = timing::host_seconds(5, || (0..count).try_for_each(|_| launch()))?;

@@ -8,7 +8,7 @@ pub(super) const MOST: usize = 40;
 /// A kernel's arguments in the order of its parameters. Holds the spans that
 /// it names.
 #[derive(Default)]
-pub struct Args {
+pub(super) struct Args {
     /// One cell per argument, its bytes first in memory.
     cells: Vec<u64>,
     /// Bytes of each argument.
@@ -38,10 +38,6 @@ impl Args {
     }
 
     pub fn i32(self, value: i32) -> Self {
-        self.push(first_in_memory(value.to_ne_bytes()), 4)
-    }
-
-    pub fn u32(self, value: u32) -> Self {
         self.push(first_in_memory(value.to_ne_bytes()), 4)
     }
 

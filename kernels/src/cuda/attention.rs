@@ -3,10 +3,11 @@
 //! those of [`Backend::attention`](crate::Backend::attention) on the CPU.
 
 use super::args::Args;
-use super::cells::{CellFormat, DeviceCells, blocks, check_floats, int, optional};
+use super::cells::{CellFormat, DeviceCells};
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::Span;
+use super::shape::{blocks, holds_floats, int, optional};
 use super::stream::{Grid, Stream};
 
 /// Positions of a chunk, at absolute multiples.
@@ -167,12 +168,12 @@ impl Attend<'_> {
         }
         let chunks = self.chunks().1;
         let rows = tokens.saturating_mul(heads);
-        check_floats(CALL, "q", self.q, &[rows, keys.width], 4)?;
-        check_floats(CALL, "out", self.out, &[rows, values.width], 16)?;
-        check_floats(CALL, "scratch", self.scratch, &[rows, chunks, values.width + 2], 16)?;
-        check_floats(CALL, "counters", self.counters, &[rows], 4)?;
+        holds_floats(CALL, "q", self.q, &[rows, keys.width], 4)?;
+        holds_floats(CALL, "out", self.out, &[rows, values.width], 16)?;
+        holds_floats(CALL, "scratch", self.scratch, &[rows, chunks, values.width + 2], 16)?;
+        holds_floats(CALL, "counters", self.counters, &[rows], 4)?;
         if let Some(sinks) = self.sinks {
-            check_floats(CALL, "sinks", sinks, &[heads], 4)?;
+            holds_floats(CALL, "sinks", sinks, &[heads], 4)?;
         }
         if let Some(gate) = self.gate {
             if gate.stride % 4 != 0 || gate.stride < values.width {
@@ -180,7 +181,7 @@ impl Attend<'_> {
             }
             // The last head's gate ends with its width.
             let before = rows.saturating_sub(1).saturating_mul(gate.stride);
-            check_floats(CALL, "gate", gate.span, &[before.saturating_add(values.width)], 16)?;
+            holds_floats(CALL, "gate", gate.span, &[before.saturating_add(values.width)], 16)?;
         }
         if let Some(AttendPlan { tile, .. }) = self.plan
             && !tiles(keys.format).contains(&tile)
@@ -213,27 +214,27 @@ pub fn attend(device: &Device, stream: &Stream, call: Attend<'_>) -> Result<(), 
     // Parts `[rows, chunks, width]`, then maxima and sums `[rows, chunks, 2]`.
     let stats = call.scratch.address() + (4 * rows * chunks * values.width) as u64;
     let window = call.window.map_or(0, |window| window.max(1).min(i32::MAX as usize / 2));
-    let gate_stride = int(CALL, call.gate.map_or(0, |gate| gate.stride))?;
+    let gate_stride = int(CALL, "gate stride", call.gate.map_or(0, |gate| gate.stride))?;
     let gate = call.gate.map(|gate| gate.span);
     let counters = if plan.merges_apart { None } else { Some(call.counters) };
     let args = Args::new().span(call.q).span(&keys.span).span(&values.span);
     let args =
         optional(optional(args, call.sinks), gate).span(call.scratch).address(stats).span(call.out);
     let args = optional(args, counters)
-        .i32(int(CALL, tokens)?)
-        .i32(int(CALL, heads)?)
-        .i32(int(CALL, kv_heads)?)
-        .i32(int(CALL, keys.width)?)
-        .i32(int(CALL, values.width)?)
-        .i32(int(CALL, call.first_position)?)
-        .i32(int(CALL, first_chunk)?)
-        .i32(int(CALL, chunks)?)
-        .i32(int(CALL, window)?)
+        .i32(int(CALL, "tokens", tokens)?)
+        .i32(int(CALL, "heads", heads)?)
+        .i32(int(CALL, "kv heads", kv_heads)?)
+        .i32(int(CALL, "keys width", keys.width)?)
+        .i32(int(CALL, "values width", values.width)?)
+        .i32(int(CALL, "first position", call.first_position)?)
+        .i32(int(CALL, "first chunk", first_chunk)?)
+        .i32(int(CALL, "chunks", chunks)?)
+        .i32(int(CALL, "window", window)?)
         .f32(call.scale)
-        .i32(int(CALL, keys.head_stride)?)
-        .i32(int(CALL, keys.position_stride)?)
-        .i32(int(CALL, values.head_stride)?)
-        .i32(int(CALL, values.position_stride)?)
+        .i32(int(CALL, "keys head stride", keys.head_stride)?)
+        .i32(int(CALL, "keys position stride", keys.position_stride)?)
+        .i32(int(CALL, "values head stride", values.head_stride)?)
+        .i32(int(CALL, "values position stride", values.position_stride)?)
         .i32(gate_stride);
     let tiles = (tokens * (heads / kv_heads)).div_ceil(plan.tile);
     let grid = Grid {
@@ -250,13 +251,13 @@ pub fn attend(device: &Device, stream: &Stream, call: Attend<'_>) -> Result<(), 
         .span(call.scratch)
         .address(stats)
         .span(call.out)
-        .i32(int(CALL, tokens)?)
-        .i32(int(CALL, heads)?)
-        .i32(int(CALL, values.width)?)
-        .i32(int(CALL, call.first_position)?)
-        .i32(int(CALL, first_chunk)?)
-        .i32(int(CALL, chunks)?)
-        .i32(int(CALL, window)?)
+        .i32(int(CALL, "tokens", tokens)?)
+        .i32(int(CALL, "heads", heads)?)
+        .i32(int(CALL, "values width", values.width)?)
+        .i32(int(CALL, "first position", call.first_position)?)
+        .i32(int(CALL, "first chunk", first_chunk)?)
+        .i32(int(CALL, "chunks", chunks)?)
+        .i32(int(CALL, "window", window)?)
         .i32(gate_stride);
     let jobs = rows * values.width.div_ceil(128);
     let grid = Grid::new(blocks(CALL, jobs.div_ceil(WARPS))?, 128);

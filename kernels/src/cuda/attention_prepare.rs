@@ -4,10 +4,11 @@
 
 use super::args::Args;
 use super::attention::{MODULE, WARPS};
-use super::cells::{DeviceCells, blocks, check_floats, int, optional};
+use super::cells::DeviceCells;
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::Span;
+use super::shape::{blocks, holds_floats, int, optional};
 use super::stream::{Grid, Stream};
 
 /// Pairs of elements that a rotation turns.
@@ -82,15 +83,15 @@ impl PrepareHeads<'_> {
         const CALL: &str = "prepare_heads";
         let Self { tokens, heads, kv_heads, width, .. } = *self;
         let q_width = if self.is_gated { 2 * width } else { width };
-        check_floats(CALL, "q_raw", self.q_raw, &[tokens, heads, q_width], 4)?;
-        check_floats(CALL, "k_raw", self.k_raw, &[tokens, kv_heads, width], 4)?;
-        check_floats(CALL, "v_raw", self.v_raw, &[tokens, kv_heads, width], 4)?;
-        check_floats(CALL, "q", self.q, &[tokens, heads, width], 4)?;
+        holds_floats(CALL, "q_raw", self.q_raw, &[tokens, heads, q_width], 4)?;
+        holds_floats(CALL, "k_raw", self.k_raw, &[tokens, kv_heads, width], 4)?;
+        holds_floats(CALL, "v_raw", self.v_raw, &[tokens, kv_heads, width], 4)?;
+        holds_floats(CALL, "q", self.q, &[tokens, heads, width], 4)?;
         check_rotation(CALL, &self.rotation, tokens, width)?;
         if let Some(norms) = self.norms {
             let (q, k) = if norms.is_whole { (heads, kv_heads) } else { (1, 1) };
-            check_floats(CALL, "q norm", norms.q, &[q, width], 4)?;
-            check_floats(CALL, "k norm", norms.k, &[k, width], 4)?;
+            holds_floats(CALL, "q norm", norms.q, &[q, width], 4)?;
+            holds_floats(CALL, "k norm", norms.k, &[k, width], 4)?;
             if norms.is_whole && self.is_gated {
                 return Err(CudaError::unsupported("a norm over all heads of gated queries"));
             }
@@ -134,21 +135,21 @@ pub fn prepare_heads(
         .span(call.q)
         .span(&call.keys.span)
         .span(&call.values.span)
-        .i32(int(CALL, tokens)?)
-        .i32(int(CALL, heads)?)
-        .i32(int(CALL, kv_heads)?)
-        .i32(int(CALL, width)?)
-        .i32(int(CALL, if call.is_gated { 2 * width } else { width })?)
+        .i32(int(CALL, "tokens", tokens)?)
+        .i32(int(CALL, "heads", heads)?)
+        .i32(int(CALL, "kv heads", kv_heads)?)
+        .i32(int(CALL, "width", width)?)
+        .i32(int(CALL, "width", if call.is_gated { 2 * width } else { width })?)
         .i32(norm)
         .f32(call.norms.map_or(0.0, |norms| norms.epsilon))
         .f32(call.limit.unwrap_or(f32::INFINITY))
-        .i32(int(CALL, call.rotation.half)?)
+        .i32(int(CALL, "half", call.rotation.half)?)
         .i32(i32::from(call.rotation.pairs == Pairs::Neighbours))
-        .i32(int(CALL, call.first_position)?)
-        .i32(int(CALL, call.keys.head_stride)?)
-        .i32(int(CALL, call.keys.position_stride)?)
-        .i32(int(CALL, call.values.head_stride)?)
-        .i32(int(CALL, call.values.position_stride)?);
+        .i32(int(CALL, "first position", call.first_position)?)
+        .i32(int(CALL, "keys head stride", call.keys.head_stride)?)
+        .i32(int(CALL, "keys position stride", call.keys.position_stride)?)
+        .i32(int(CALL, "values head stride", call.values.head_stride)?)
+        .i32(int(CALL, "values position stride", call.values.position_stride)?);
     let jobs = tokens * (heads + 2 * kv_heads);
     stream.launch(&kernel, Grid::new(blocks(CALL, jobs.div_ceil(WARPS))?, 128), args)
 }
@@ -159,7 +160,7 @@ fn check_rotation(
     tokens: usize,
     width: usize,
 ) -> Result<(), CudaError> {
-    check_floats(call, "table", rotation.table, &[tokens, rotation.half, 2], 8)?;
+    holds_floats(call, "table", rotation.table, &[tokens, rotation.half, 2], 8)?;
     if 2 * rotation.half > width {
         let problem = format!("{} pairs turned in heads of {width}", rotation.half);
         return Err(CudaError::shape(call, problem));
@@ -202,10 +203,10 @@ impl PrepareLatent<'_> {
     fn check(&self) -> Result<(), CudaError> {
         const CALL: &str = "prepare_latent";
         let Self { tokens, heads, nope, rope, rank, .. } = *self;
-        check_floats(CALL, "q_raw", self.q_raw, &[tokens, heads, nope + rope], 4)?;
-        check_floats(CALL, "kv_raw", self.kv_raw, &[tokens, rank + rope], 4)?;
-        check_floats(CALL, "kv_norm", self.kv_norm, &[rank], 4)?;
-        check_floats(CALL, "absorbed", self.absorbed, &[tokens, heads, rank + rope], 4)?;
+        holds_floats(CALL, "q_raw", self.q_raw, &[tokens, heads, nope + rope], 4)?;
+        holds_floats(CALL, "kv_raw", self.kv_raw, &[tokens, rank + rope], 4)?;
+        holds_floats(CALL, "kv_norm", self.kv_norm, &[rank], 4)?;
+        holds_floats(CALL, "absorbed", self.absorbed, &[tokens, heads, rank + rope], 4)?;
         check_rotation(CALL, &self.rotation, tokens, rope)?;
         self.cells.check(CALL, 1, self.first_position.saturating_add(tokens))?;
         if self.cells.width != rank + rope {
@@ -240,16 +241,16 @@ pub fn prepare_latent(
         .span(call.rotation.table)
         .span(call.absorbed)
         .span(&call.cells.span)
-        .i32(int(CALL, tokens)?)
-        .i32(int(CALL, heads)?)
-        .i32(int(CALL, call.nope)?)
-        .i32(int(CALL, call.rope)?)
-        .i32(int(CALL, call.rank)?)
+        .i32(int(CALL, "tokens", tokens)?)
+        .i32(int(CALL, "heads", heads)?)
+        .i32(int(CALL, "nope", call.nope)?)
+        .i32(int(CALL, "rope", call.rope)?)
+        .i32(int(CALL, "rank", call.rank)?)
         .f32(call.epsilon)
-        .i32(int(CALL, call.rotation.half)?)
+        .i32(int(CALL, "half", call.rotation.half)?)
         .i32(i32::from(call.rotation.pairs == Pairs::Neighbours))
-        .i32(int(CALL, call.first_position)?)
-        .i32(int(CALL, call.cells.position_stride)?);
+        .i32(int(CALL, "first position", call.first_position)?)
+        .i32(int(CALL, "cells position stride", call.cells.position_stride)?);
     let jobs = tokens * (heads + 1);
     stream.launch(&kernel, Grid::new(blocks(CALL, jobs.div_ceil(WARPS))?, 128), args)
 }

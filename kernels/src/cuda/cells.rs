@@ -1,6 +1,5 @@
-//! A KV cache's cells on the device, and checks that launchers share.
+//! A KV cache's cells on the device.
 
-use super::args::Args;
 use super::error::CudaError;
 use super::memory::Span;
 
@@ -79,42 +78,3 @@ impl DeviceCells {
 }
 
 const MOST: usize = i32::MAX as usize;
-
-/// Refuses a span that is shorter than the `shape` of f32 numbers, or does
-/// not start at a multiple of `align` bytes.
-pub(super) fn check_floats(
-    call: &'static str,
-    name: &str,
-    span: &Span,
-    shape: &[usize],
-    align: u64,
-) -> Result<(), CudaError> {
-    let bytes = shape.iter().try_fold(4usize, |product, n| product.checked_mul(*n));
-    if bytes.is_none_or(|bytes| bytes > span.bytes()) {
-        let problem = format!("{name} {shape:?} of f32 in {} bytes", span.bytes());
-        return Err(CudaError::shape(call, problem));
-    }
-    if !span.address().is_multiple_of(align) {
-        let problem = format!("{name} starts at {:#x}, no multiple of {align}", span.address());
-        return Err(CudaError::shape(call, problem));
-    }
-    Ok(())
-}
-
-/// A size as kernels take it.
-pub(super) fn int(call: &'static str, value: usize) -> Result<i32, CudaError> {
-    i32::try_from(value).map_err(|_| CudaError::shape(call, format!("{value} is too large")))
-}
-
-/// A number of blocks.
-pub(super) fn blocks(call: &'static str, count: usize) -> Result<u32, CudaError> {
-    Ok(int(call, count)? as u32)
-}
-
-/// A pointer that may be null.
-pub(super) fn optional(args: Args, span: Option<&Span>) -> Args {
-    match span {
-        Some(span) => args.span(span),
-        None => args.address(0),
-    }
-}

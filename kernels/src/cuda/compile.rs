@@ -13,14 +13,7 @@ use std::ptr;
 
 /// As `cargo xtask ptx` compiles, but for the target and the headers' place.
 /// Nothing may be fused or approximated that the source does not fuse.
-const OPTIONS: [&str; 6] = [
-    "-std=c++17",
-    "-default-device",
-    "--fmad=false",
-    "--prec-div=true",
-    "--prec-sqrt=true",
-    "--ftz=false",
-];
+const OPTIONS: &str = include_str!("../../cuda/options.txt");
 
 /// The PTX of `<sources>/<module>.cu` for a compute capability (times ten).
 pub(super) fn ptx(
@@ -39,7 +32,7 @@ pub(super) fn ptx(
     let (mut major, mut minor): (c_int, c_int) = (0, 0);
     // SAFETY: the library is there; pointers to locals.
     check("nvrtcVersion", unsafe { sys::nvrtcVersion(&mut major, &mut minor) }).map_err(bad)?;
-    let mut options: Vec<String> = OPTIONS.iter().map(ToString::to_string).collect();
+    let mut options: Vec<String> = OPTIONS.split_whitespace().map(str::to_string).collect();
     options.push(format!("--gpu-architecture=compute_{target}"));
     let key = key(module, sources, &options, &format!("{major}.{minor}")).map_err(bad)?;
     let place = cache.map(|folder| folder.join(file_name(module, target, &key)));

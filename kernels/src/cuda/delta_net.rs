@@ -14,10 +14,10 @@
 //! of that.
 
 use super::args::Args;
-use super::cells::{blocks, check_floats, int};
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::Span;
+use super::shape::{blocks, holds_floats, int};
 use super::stream::{Grid, Stream};
 
 /// Tokens of a chunk of [`delta_prefill`].
@@ -80,10 +80,10 @@ impl DeltaShape {
 
     fn args(&self, call: &'static str, args: Args) -> Result<Args, CudaError> {
         Ok(args
-            .i32(int(call, self.key_heads)?)
-            .i32(int(call, self.value_heads)?)
-            .i32(int(call, self.key_dim)?)
-            .i32(int(call, self.value_dim)?))
+            .i32(int(call, "key heads", self.key_heads)?)
+            .i32(int(call, "value heads", self.value_heads)?)
+            .i32(int(call, "key dim", self.key_dim)?)
+            .i32(int(call, "value dim", self.value_dim)?))
     }
 
     fn slices(&self) -> usize {
@@ -133,10 +133,10 @@ pub fn delta_conv(device: &Device, stream: &Stream, call: DeltaConv<'_>) -> Resu
         return Err(CudaError::shape(CALL, format!("a convolution of {kernel} taps")));
     }
     let channels = shape.channels();
-    check_floats(CALL, "raw", call.raw, &[tokens, channels], 4)?;
-    check_floats(CALL, "mixed", call.mixed, &[tokens, channels], 4)?;
-    check_floats(CALL, "taps", call.taps, &[channels, kernel], 4)?;
-    check_floats(CALL, "past", call.past, &[kernel - 1, channels], 4)?;
+    holds_floats(CALL, "raw", call.raw, &[tokens, channels], 4)?;
+    holds_floats(CALL, "mixed", call.mixed, &[tokens, channels], 4)?;
+    holds_floats(CALL, "taps", call.taps, &[channels, kernel], 4)?;
+    holds_floats(CALL, "past", call.past, &[kernel - 1, channels], 4)?;
     if tokens == 0 {
         return Ok(());
     }
@@ -146,10 +146,10 @@ pub fn delta_conv(device: &Device, stream: &Stream, call: DeltaConv<'_>) -> Resu
         .span(call.taps)
         .span(call.past)
         .span(call.mixed)
-        .i32(int(CALL, tokens)?)
-        .i32(int(CALL, tile)?);
+        .i32(int(CALL, "tokens", tokens)?)
+        .i32(int(CALL, "tile", tile)?);
     let args = shape.args(CALL, args)?;
-    let args = args.i32(int(CALL, kernel)?).f32(call.epsilon).f32(call.query_scale);
+    let args = args.i32(int(CALL, "kernel", kernel)?).f32(call.epsilon).f32(call.query_scale);
     let heads = 2 * shape.key_heads + shape.value_heads;
     let rows = tokens.div_ceil(tile);
     let grid = Grid {
@@ -164,9 +164,9 @@ pub fn delta_conv(device: &Device, stream: &Stream, call: DeltaConv<'_>) -> Resu
     let args = Args::new()
         .span(call.raw)
         .span(call.past)
-        .i32(int(CALL, tokens)?)
-        .i32(int(CALL, channels)?)
-        .i32(int(CALL, kernel)?);
+        .i32(int(CALL, "tokens", tokens)?)
+        .i32(int(CALL, "channels", channels)?)
+        .i32(int(CALL, "kernel", kernel)?);
     let grid = Grid::new(blocks(CALL, channels.div_ceil(128))?, 128);
     stream.launch(&device.kernel(MODULE, "delta_conv_keep")?, grid, args)
 }
@@ -202,15 +202,15 @@ impl DeltaInputs<'_> {
         let Self { shape, tokens, .. } = *self;
         shape.check(call)?;
         let (heads, values) = (shape.value_heads, shape.values());
-        check_floats(call, "mixed", self.mixed, &[tokens, shape.channels()], 16)?;
-        check_floats(call, "alpha", self.alpha, &[tokens, heads], 4)?;
-        check_floats(call, "beta", self.beta, &[tokens, heads], 4)?;
-        check_floats(call, "decay", self.decay, &[heads], 4)?;
-        check_floats(call, "decay_bias", self.decay_bias, &[heads], 4)?;
-        check_floats(call, "norm", self.norm, &[shape.value_dim], 4)?;
-        check_floats(call, "gate", self.gate, &[tokens, values], 4)?;
-        check_floats(call, "memory", self.memory, &[shape.memory()], 16)?;
-        check_floats(call, "answers", self.answers, &[tokens, values], 16)
+        holds_floats(call, "mixed", self.mixed, &[tokens, shape.channels()], 16)?;
+        holds_floats(call, "alpha", self.alpha, &[tokens, heads], 4)?;
+        holds_floats(call, "beta", self.beta, &[tokens, heads], 4)?;
+        holds_floats(call, "decay", self.decay, &[heads], 4)?;
+        holds_floats(call, "decay_bias", self.decay_bias, &[heads], 4)?;
+        holds_floats(call, "norm", self.norm, &[shape.value_dim], 4)?;
+        holds_floats(call, "gate", self.gate, &[tokens, values], 4)?;
+        holds_floats(call, "memory", self.memory, &[shape.memory()], 16)?;
+        holds_floats(call, "answers", self.answers, &[tokens, values], 16)
     }
 
     /// Inputs and answers once, the memory twice.
@@ -249,7 +249,7 @@ pub fn delta_decode(
     let DeltaDecode { inputs, counters } = call;
     let DeltaInputs { shape, tokens, .. } = inputs;
     inputs.check(CALL)?;
-    check_floats(CALL, "counters", counters, &[shape.value_heads], 4)?;
+    holds_floats(CALL, "counters", counters, &[shape.value_heads], 4)?;
     if tokens == 0 {
         return Ok(());
     }
@@ -264,7 +264,7 @@ pub fn delta_decode(
         .span(inputs.memory)
         .span(inputs.answers)
         .span(counters)
-        .i32(int(CALL, tokens)?);
+        .i32(int(CALL, "tokens", tokens)?);
     let args = shape.args(CALL, args)?.i32(i32::from(shape.is_tiled)).f32(inputs.norm_epsilon);
     let grid = Grid {
         blocks: [blocks(CALL, shape.value_heads)?, blocks(CALL, shape.slices())?, 1],
@@ -311,7 +311,7 @@ pub fn delta_prefill(
     let DeltaInputs { shape, tokens, .. } = inputs;
     inputs.check(CALL)?;
     let chunks = tokens.div_ceil(DELTA_CHUNK);
-    check_floats(CALL, "scratch", scratch, &[chunks, shape.value_heads, CHUNK_WORK], 16)?;
+    holds_floats(CALL, "scratch", scratch, &[chunks, shape.value_heads, CHUNK_WORK], 16)?;
     if tokens == 0 {
         return Ok(());
     }
@@ -324,7 +324,7 @@ pub fn delta_prefill(
         .span(inputs.decay)
         .span(inputs.decay_bias)
         .span(scratch)
-        .i32(int(CALL, tokens)?);
+        .i32(int(CALL, "tokens", tokens)?);
     let args = shape.args(CALL, args)?.i32(i32::from(shape.is_tiled));
     let grid = Grid { blocks: [blocks(CALL, chunks)?, heads, 1], threads, shared_bytes: 0 };
     stream.launch(&device.kernel(MODULE, "delta_chunk_scores")?, grid, args)?;
@@ -334,7 +334,7 @@ pub fn delta_prefill(
         .span(scratch)
         .span(inputs.memory)
         .span(inputs.answers)
-        .i32(int(CALL, tokens)?);
+        .i32(int(CALL, "tokens", tokens)?);
     let args = shape.args(CALL, args)?.i32(i32::from(shape.is_tiled));
     let shared_bytes = (4 * shape.key_dim * COLUMNS + TILES_BYTES) as u32;
     let grid = Grid { blocks: [heads, blocks(CALL, shape.slices())?, 1], threads, shared_bytes };
@@ -344,9 +344,9 @@ pub fn delta_prefill(
         .span(inputs.norm)
         .span(inputs.gate)
         .span(inputs.answers)
-        .i32(int(CALL, tokens)?)
-        .i32(int(CALL, shape.value_heads)?)
-        .i32(int(CALL, shape.value_dim)?)
+        .i32(int(CALL, "tokens", tokens)?)
+        .i32(int(CALL, "value heads", shape.value_heads)?)
+        .i32(int(CALL, "value dim", shape.value_dim)?)
         .f32(inputs.norm_epsilon);
     let rows = tokens * shape.value_heads;
     let grid = Grid::new(blocks(CALL, rows.div_ceil(WARPS))?, 128);

@@ -2,9 +2,11 @@
 //! matrices with a few tokens, embedding rows. Every result has the bits of
 //! [`crate::contract`], [`crate::ops`] and the CPU backend.
 
+use super::args::Args;
 use super::rows::{Input, MOST_TOKENS, QuantisedSpans, Rows, activation_bytes, suffix};
 use super::shape::{holds, holds_words, int, may_hold, optional, product};
-use super::{Args, CudaError, Device, DeviceMatrix, Grid, Span, Stream};
+use super::stream::Grid;
+use super::{CudaError, Device, DeviceMatrix, Span, Stream};
 
 const MODULE: &str = "dense";
 const THREADS: u32 = 256;

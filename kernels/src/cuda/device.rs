@@ -136,7 +136,7 @@ impl Device {
     /// # Errors
     /// [`CudaError::BadModule`] when there is no such module or kernel, or the
     /// driver does not take it.
-    pub fn kernel(&self, module: &str, name: &str) -> Result<Kernel, CudaError> {
+    pub(super) fn kernel(&self, module: &str, name: &str) -> Result<Kernel, CudaError> {
         self.0.modules.kernel(&self.0.driver, module, name)
     }
 

@@ -3,9 +3,11 @@
 //! block is a table of one expert. Every result has the bits of
 //! [`crate::contract::expert`] and [`crate::contract::combine`].
 
+use super::args::Args;
 use super::rows::{Input, Rows, activation_bytes, suffix};
 use super::shape::{holds, holds_words, int, may_hold, optional, product};
-use super::{Args, CudaError, Device, Grid, Span, Stream};
+use super::stream::Grid;
+use super::{CudaError, Device, Span, Stream};
 use crate::backend::GatedActivation;
 use crate::format::Format;
 

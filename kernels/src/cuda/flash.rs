@@ -1,8 +1,10 @@
 //! Attention of a chunk of queries: prefill. Kernels: `kernels/cuda/flash.cu`,
 //! whose head states how far answers may be from those of the CPU.
 
+use super::args::Args;
 use super::shape::{holds, may_hold, optional, product};
-use super::{Args, CudaError, Device, Grid, Span, Stream};
+use super::stream::Grid;
+use super::{CudaError, Device, Span, Stream};
 
 const THREADS: u32 = 128;
 

@@ -3,10 +3,12 @@
 //! Answers are the contract's in every bit, so they are those of decoding and
 //! of the CPU.
 
+use super::args::Args;
 use super::experts::ExpertMatrix;
 use super::rows::{Input, activation_bytes, suffix};
 use super::shape::{holds, holds_words, int, may_hold, optional, product};
-use super::{Args, CudaError, Device, DeviceMatrix, Grid, Span, Stream};
+use super::stream::Grid;
+use super::{CudaError, Device, DeviceMatrix, Span, Stream};
 use crate::backend::GatedActivation;
 use crate::format::{ActivationKind, Format};
 

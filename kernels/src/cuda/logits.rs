@@ -1,7 +1,9 @@
 //! Launchers of `kernels/cuda/logits.cu`: the best logits, on the device.
 
-use super::router::cells;
-use super::{Arena, Args, CudaError, Device, Grid, Span, Stream};
+use super::args::Args;
+use super::shape::fills;
+use super::stream::Grid;
+use super::{Arena, CudaError, Device, Span, Stream};
 
 /// Logits of a row.
 pub const MOST_VOCABULARY: usize = 1 << 18;
@@ -85,10 +87,10 @@ impl BestLogits<'_> {
         if !self.logits.address().is_multiple_of(16) {
             return fail("the logits do not start at a multiple of 16 bytes".to_string());
         }
-        cells(call, "the logits", self.logits, rows * vocabulary)?;
-        cells(call, "the ids", self.ids, rows * wanted)?;
-        cells(call, "the best", self.best, rows * wanted)?;
-        cells(call, "the rows with NaN", self.has_nan, rows)
+        fills(call, "the logits", self.logits, rows * vocabulary)?;
+        fills(call, "the ids", self.ids, rows * wanted)?;
+        fills(call, "the best", self.best, rows * wanted)?;
+        fills(call, "the rows with NaN", self.has_nan, rows)
     }
 }
 

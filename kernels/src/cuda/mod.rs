@@ -27,6 +27,7 @@ mod link_state;
 pub mod logits;
 mod memory;
 mod module;
+mod probe;
 pub mod router;
 pub mod router_chunk;
 mod rows;
@@ -35,7 +36,6 @@ mod stream;
 mod ticket;
 mod workspace;
 
-pub use args::Args;
 pub use attention::{Attend, AttendPlan, OutputGate, attend};
 pub use attention_prepare::{
     HeadNorms, Pairs, PrepareHeads, PrepareLatent, Rotation, prepare_heads, prepare_latent,
@@ -59,9 +59,10 @@ pub use flash::{Flash, FlashCells, flash, has_flash};
 pub use gemm::{Gemm, GroupGemm, Groups, Up, gemm, group_gemm, group_tiles};
 pub use link::{Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency};
 pub use memory::{Arena, HostMemory, PADDING_BYTES, Pinned, PinnedPart, Span};
-pub use module::{Kernel, Modules, built_in_modules};
+pub use module::{Modules, built_in_modules};
+pub use probe::{ProbeProduct, probe_copy, probe_empty, probe_products, probe_read};
 pub use rows::{Input, MOST_TOKENS, QuantisedSpans};
-pub use stream::{Event, Grid, Stream};
+pub use stream::{Event, Stream};
 pub use ticket::{Refused, Ticket};
 
 use crate::format::Format;

@@ -67,9 +67,9 @@ impl Drop for Module {
     }
 }
 
-/// A function that a device can run, as [`super::Device::kernel`] finds it.
+/// A function that a device can run, as `Device::kernel` finds it.
 #[derive(Clone)]
-pub struct Kernel(Arc<Entry>);
+pub(super) struct Kernel(Arc<Entry>);
 
 struct Entry {
     module: Arc<Module>,
@@ -176,31 +176,6 @@ impl fmt::Debug for Kernel {
 }
 
 impl Kernel {
-    pub fn name(&self) -> &str {
-        &self.0.name
-    }
-
-    /// Registers of a thread.
-    pub fn registers(&self) -> u32 {
-        self.0.attributes.registers
-    }
-
-    /// Local memory of a thread in bytes: more than none means spills, or
-    /// arrays that are indexed at run time.
-    pub fn local_bytes(&self) -> u32 {
-        self.0.attributes.local_bytes
-    }
-
-    /// Static shared memory of a block in bytes.
-    pub fn shared_bytes(&self) -> u32 {
-        self.0.attributes.shared_bytes
-    }
-
-    /// Threads that a block may have.
-    pub fn threads_limit(&self) -> u32 {
-        self.0.attributes.threads_limit
-    }
-
     pub(super) fn function(&self) -> FunctionHandle {
         self.0.function
     }
@@ -212,27 +187,12 @@ impl Kernel {
         grid: Grid,
         args: &Args,
     ) -> Result<(), CudaError> {
-        let fail = |problem: String| Err(CudaError::shape("launch", problem));
-        let Entry { name, attributes, .. } = &*self.0;
-        if !Arc::ptr_eq(driver, &self.0.module.driver) {
-            return fail(format!("{name} is of another device"));
+        let Entry { name, attributes, module, .. } = &*self.0;
+        if !Arc::ptr_eq(driver, &module.driver) {
+            return Err(CudaError::shape("launch", format!("{name} is of another device")));
         }
-        if !args.sizes().eq(attributes.parameters.iter().copied()) {
-            let given: Vec<usize> = args.sizes().collect();
-            let wanted = &attributes.parameters;
-            return fail(format!("{name} takes parameters of {wanted:?} bytes, not {given:?}"));
-        }
-        let Grid { blocks, threads, shared_bytes } = grid;
-        let count = threads.iter().try_fold(1u32, |product, n| product.checked_mul(*n));
-        if !count.is_some_and(|count| (1..=attributes.threads_limit).contains(&count)) {
-            let limit = attributes.threads_limit;
-            return fail(format!("{name} in blocks of {threads:?} threads; 1 to {limit} allowed"));
-        }
-        let [x, y, z] = blocks;
-        if x == 0 || x > i32::MAX as u32 || [y, z].iter().any(|n| !(1..=0xffff).contains(n)) {
-            return fail(format!("{name} in a grid of {blocks:?} blocks"));
-        }
-        self.allow_shared(driver, shared_bytes)
+        fits(name, attributes, grid, args)?;
+        self.allow_shared(driver, grid.shared_bytes)
     }
 
     /// Asks for more dynamic shared memory than every launch may have.
@@ -252,5 +212,80 @@ impl Kernel {
             self.0.shared_bytes_allowed.fetch_max(bytes, Ordering::Relaxed);
         }
         Ok(())
+    }
+}
+
+/// Refuses arguments that are not those of a kernel, and a grid that it cannot
+/// be launched with on any device.
+fn fits(
+    name: &str,
+    attributes: &FunctionAttributes,
+    grid: Grid,
+    args: &Args,
+) -> Result<(), CudaError> {
+    let fail = |problem: String| Err(CudaError::shape("launch", problem));
+    let FunctionAttributes { parameters, threads_limit: limit, .. } = attributes;
+    if !args.sizes().eq(parameters.iter().copied()) {
+        let given: Vec<usize> = args.sizes().collect();
+        return fail(format!("{name} takes parameters of {parameters:?} bytes, not {given:?}"));
+    }
+    let Grid { blocks, threads, .. } = grid;
+    let count = threads.iter().try_fold(1u32, |product, n| product.checked_mul(*n));
+    if !count.is_some_and(|count| (1..=*limit).contains(&count)) {
+        return fail(format!("{name} in blocks of {threads:?} threads; 1 to {limit} allowed"));
+    }
+    let [x, y, z] = blocks;
+    if x == 0 || x > i32::MAX as u32 || [y, z].iter().any(|n| !(1..=0xffff).contains(n)) {
+        return fail(format!("{name} in a grid of {blocks:?} blocks"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel of two pointers, a u64 and an i32.
+    fn kernel() -> FunctionAttributes {
+        let parameters = vec![8, 8, 8, 4];
+        FunctionAttributes { threads_limit: 256, shared_bytes: 0, parameters }
+    }
+
+    fn args() -> Args {
+        Args::new().address(16).address(32).u64(1).i32(2)
+    }
+
+    #[test]
+    fn arguments_of_other_number_or_size_are_refused() {
+        let grid = Grid::new(1, 256);
+        assert!(fits("k", &kernel(), grid, &args()).is_ok());
+        let short = Args::new().address(16).address(32).u64(1);
+        let narrow = Args::new().address(16).address(32).i32(1).i32(2);
+        let wide = Args::new().address(16).address(32).u64(1).u64(2);
+        for wrong in [Args::new(), short, narrow, wide, args().f32(0.0)] {
+            let error = fits("k", &kernel(), grid, &wrong).unwrap_err();
+            assert!(matches!(error, CudaError::Shape { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn grids_that_no_device_takes_are_refused() {
+        let grid = |blocks, threads| Grid { blocks, threads, shared_bytes: 0 };
+        for right in [grid([1, 1, 1], [16, 16, 1]), grid([i32::MAX as u32, 0xffff, 1], [1, 1, 1])] {
+            assert!(fits("k", &kernel(), right, &args()).is_ok(), "{right:?}");
+        }
+        for wrong in [
+            grid([0, 1, 1], [256, 1, 1]),
+            grid([1, 0x10000, 1], [256, 1, 1]),
+            grid([1, 1, 0], [256, 1, 1]),
+            grid([1, 1, 1], [0, 1, 1]),
+            grid([1, 1, 1], [257, 1, 1]),
+            grid([1, 1, 1], [128, 3, 1]),
+            grid([1, 1, 1], [0x10000, 0x10000, 1]),
+            grid([u32::MAX, 1, 1], [1, 1, 1]),
+        ] {
+            let error = fits("k", &kernel(), wrong, &args()).unwrap_err();
+            assert!(matches!(error, CudaError::Shape { .. }), "{error}");
+        }
     }
 }

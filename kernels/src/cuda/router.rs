@@ -1,7 +1,10 @@
 //! Launchers of `kernels/cuda/router.cu`: one token's choice in a layer and
 //! the forecasts for the next ones, from the same state.
 
-use super::{Arena, Args, CudaError, Device, DeviceMatrix, Grid, Span, Stream};
+use super::args::Args;
+use super::shape::fills;
+use super::stream::Grid;
+use super::{Arena, CudaError, Device, DeviceMatrix, Span, Stream};
 use crate::format::{ActivationKind, Format};
 use crate::routing::{RoutingRule, Scores};
 
@@ -87,21 +90,21 @@ impl RouterLayer {
         if !self.weight.address().is_multiple_of(16) {
             return fail("the router does not start at a multiple of 16 bytes".to_string());
         }
-        cells(CALL, "the norm's weight", &self.norm.weight, hidden)?;
+        fills(CALL, "the norm's weight", &self.norm.weight, hidden)?;
         if let Some(bias) = &self.norm.bias {
             if self.norm.kind == RouterNormKind::Rms {
                 return fail("an RMS norm has no bias".to_string());
             }
-            cells(CALL, "the norm's bias", bias, hidden)?;
+            fills(CALL, "the norm's bias", bias, hidden)?;
         }
         if let Some(bias) = &self.bias {
-            cells(CALL, "the bias", bias, experts)?;
+            fills(CALL, "the bias", bias, experts)?;
         }
         if let Some(bias) = &self.selection_bias {
             if !matches!(self.rule, RoutingRule::Scored { .. }) {
                 return fail("this rule has no bias of the choice".to_string());
             }
-            cells(CALL, "the bias of the choice", bias, experts)?;
+            fills(CALL, "the bias of the choice", bias, experts)?;
         }
         self.check_rule()
     }
@@ -321,15 +324,15 @@ impl RouterStep<'_> {
 
     fn check(&self) -> Result<(), CudaError> {
         let call = "router_step";
-        cells(call, "the state", self.state, self.table.hidden)?;
+        fills(call, "the state", self.state, self.table.hidden)?;
         if !self.state.address().is_multiple_of(16) {
             let problem = "the state does not start at a multiple of 16 bytes";
             return Err(CudaError::shape(call, problem));
         }
         if let Some(chosen) = &self.chosen {
             let top_k = self.table.layer(call, chosen.layer)?.rule.top_k();
-            cells(call, "the ids", chosen.ids, top_k)?;
-            cells(call, "the weights", chosen.weights, top_k)?;
+            fills(call, "the ids", chosen.ids, top_k)?;
+            fills(call, "the weights", chosen.weights, top_k)?;
         }
         if let Some(ahead) = &self.ahead {
             let layers = ahead.layers.len();
@@ -342,8 +345,8 @@ impl RouterStep<'_> {
                 self.table.layer(call, layer)?;
             }
             let count = layers * ahead.experts;
-            cells(call, "the forecasts' ids", ahead.ids, count)?;
-            cells(call, "the forecasts' scores", ahead.scores, count)?;
+            fills(call, "the forecasts' ids", ahead.ids, count)?;
+            fills(call, "the forecasts' scores", ahead.scores, count)?;
         }
         Ok(())
     }
@@ -391,18 +394,4 @@ pub fn router_step(
     let blocks = [experts.div_ceil(ROWS_PER_BLOCK) as u32, targets.len() as u32, 1];
     let grid = Grid { blocks, threads: [THREADS, 1, 1], shared_bytes: 0 };
     stream.launch(&device.kernel("router", "router_step")?, grid, args)
-}
-
-/// Refuses a span of other than `count` 4-byte cells, or at an odd address.
-pub(super) fn cells(
-    call: &'static str,
-    what: &str,
-    span: &Span,
-    count: usize,
-) -> Result<(), CudaError> {
-    if Some(span.bytes()) != count.checked_mul(4) || !span.address().is_multiple_of(4) {
-        let problem = format!("{what}: {} bytes for {count} of 4 bytes", span.bytes());
-        return Err(CudaError::shape(call, problem));
-    }
-    Ok(())
 }

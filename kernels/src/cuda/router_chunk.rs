@@ -1,7 +1,10 @@
 //! Launchers of `kernels/cuda/router_chunk.cu`: routing of a prompt's chunk.
 
-use super::router::{MOST_EXPERTS, RouterTable, THREADS, cells};
-use super::{Args, CudaError, Device, Grid, Span, Stream};
+use super::args::Args;
+use super::router::{MOST_EXPERTS, RouterTable, THREADS};
+use super::shape::fills;
+use super::stream::Grid;
+use super::{CudaError, Device, Span, Stream};
 
 /// Rows and tokens of a block of `chunk_logits`.
 const ROWS_PER_BLOCK: usize = 8;
@@ -54,8 +57,8 @@ pub fn chunk_logits(
         let format = router.weight.format;
         return Err(CudaError::unsupported(format!("chunk_logits of a {format} router")));
     }
-    cells("chunk_logits", "the input", x, tokens * table.hidden())?;
-    cells("chunk_logits", "the logits", logits, tokens * router.experts())?;
+    fills("chunk_logits", "the input", x, tokens * table.hidden())?;
+    fills("chunk_logits", "the logits", logits, tokens * router.experts())?;
     let args = Args::new()
         .span(&table.record(layer))
         .span(x)
@@ -100,9 +103,9 @@ pub fn chunk_choose(
     check_tokens("chunk_choose", tokens)?;
     let router = table.layer("chunk_choose", layer)?;
     let top_k = router.rule.top_k();
-    cells("chunk_choose", "the logits", logits, tokens * router.experts())?;
-    cells("chunk_choose", "the ids", ids, tokens * top_k)?;
-    cells("chunk_choose", "the weights", weights, tokens * top_k)?;
+    fills("chunk_choose", "the logits", logits, tokens * router.experts())?;
+    fills("chunk_choose", "the ids", ids, tokens * top_k)?;
+    fills("chunk_choose", "the weights", weights, tokens * top_k)?;
     let args = Args::new().span(&table.record(layer)).span(logits).span(ids).span(weights);
     let grid = Grid::new(tokens as u32, THREADS);
     stream.launch(&device.kernel("router_chunk", "chunk_choose")?, grid, args)
@@ -142,9 +145,9 @@ pub fn chunk_rank(device: &Device, stream: &Stream, call: ChunkRank<'_>) -> Resu
         let problem = format!("{experts} experts of a row, at most {MOST_EXPERTS}");
         return Err(CudaError::shape("chunk_rank", problem));
     }
-    cells("chunk_rank", "the logits", logits, rows * router.experts())?;
-    cells("chunk_rank", "the ids", ids, rows * experts)?;
-    cells("chunk_rank", "the scores", scores, rows * experts)?;
+    fills("chunk_rank", "the logits", logits, rows * router.experts())?;
+    fills("chunk_rank", "the ids", ids, rows * experts)?;
+    fills("chunk_rank", "the scores", scores, rows * experts)?;
     let record = table.record(layer);
     let args = Args::new().span(&record).span(logits).i32(experts as i32).span(ids).span(scores);
     let grid = Grid::new(rows as u32, THREADS);
@@ -194,11 +197,11 @@ pub fn chunk_gather(
         return Err(CudaError::shape(name, problem));
     }
     let choices = tokens * per_token;
-    cells(name, "the ids", ids, choices)?;
-    cells(name, "the starts", starts, experts + 1)?;
-    cells(name, "the tokens of the rows", token_of, choices)?;
-    cells(name, "the choices of the rows", choice_of, choices)?;
-    cells(name, "the rows of the choices", row_of, choices)?;
+    fills(name, "the ids", ids, choices)?;
+    fills(name, "the starts", starts, experts + 1)?;
+    fills(name, "the tokens of the rows", token_of, choices)?;
+    fills(name, "the choices of the rows", choice_of, choices)?;
+    fills(name, "the rows of the choices", row_of, choices)?;
     let args = Args::new()
         .span(ids)
         .i32(choices as i32)

@@ -2,7 +2,8 @@
 //! `kernels/cuda/rows.cuh`, and what a product's input is.
 
 use super::shape::{holds, product};
-use super::{Arena, CudaError, Device, Grid, Span};
+use super::stream::Grid;
+use super::{Arena, CudaError, Device, Span};
 use crate::format::{ActivationKind, Format};
 
 /// Tokens of one pass over the weights.

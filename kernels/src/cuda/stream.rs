@@ -34,7 +34,7 @@ impl Drop for Inner {
 
 /// How a launch is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grid {
+pub(super) struct Grid {
     pub blocks: [u32; 3],
     /// Of a block.
     pub threads: [u32; 3],
@@ -69,15 +69,15 @@ impl Stream {
         self.0.handle.as_ref().ok_or_else(gone)
     }
 
-    /// Launches a kernel; returns before it runs. For launchers: number and
-    /// sizes of the arguments are checked, but not where they point. A kernel
-    /// that is told a wrong address or length writes there, into page-locked
-    /// host memory too.
+    /// Launches a kernel; returns before it runs. For launchers alone: number
+    /// and sizes of the arguments are checked, but not where they point. A
+    /// kernel that is told a wrong address or length writes there, into
+    /// page-locked host memory too.
     ///
     /// # Errors
     /// [`CudaError::Shape`] when the arguments are not the kernel's or the
     /// grid is not one that it can have; the driver's.
-    pub fn launch(&self, kernel: &Kernel, grid: Grid, args: Args) -> Result<(), CudaError> {
+    pub(super) fn launch(&self, kernel: &Kernel, grid: Grid, args: Args) -> Result<(), CudaError> {
         kernel.check(self.driver(), grid, &args)?;
         if args.spans().iter().any(|span| !span.is_of(self.driver())) {
             return Err(CudaError::shape("launch", "a span is of another device"));

@@ -4,8 +4,8 @@
 
 use crate::world::{Drain, Fault, Settings, World, drains, pattern, standin};
 use pregate_kernels::cuda::{
-    Args, CudaError, Device, Grid, Landed, Link, LinkError, LinkOptions, Part, Pinned, Span,
-    Transfer, Urgency,
+    CudaError, Device, Landed, Link, LinkError, LinkOptions, Part, Pinned, Span, Transfer, Urgency,
+    probe_copy, probe_empty,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -27,9 +27,7 @@ fn everything(device: &Device) -> Result<Vec<u8>, CudaError> {
     if let Some(event) = ticket.event() {
         compute.wait(event)?;
     }
-    let kernel = device.kernel("probe", "probe_copy")?;
-    let args = Args::new().span(b).span(a).u64(BYTES as u64 / 16);
-    compute.launch(&kernel, Grid::new(2, 256), args)?;
+    probe_copy(device, compute, 2, a, b)?;
     let block = ticket.wait()?;
     compute.copy(b, c)?;
     copy.wait(&compute.record()?)?;
@@ -206,7 +204,7 @@ fn a_failed_device_answers_everything_with_its_error_and_keeps_memory_in_use() {
     same(device.compute().synchronize());
     same(device.arena(1).map(drop));
     same(device.pinned(1).map(drop));
-    same(device.kernel("probe", "probe_copy").map(drop));
+    same(probe_empty(&device, device.compute()));
     same(device.compute().record().map(drop));
     same(device.memory().map(drop));
     same(device.compute().upload(&span, &[0; 100]));
@@ -251,44 +249,28 @@ fn a_panic_between_copies_frees_everything() {
 }
 
 #[test]
-fn launches_that_do_not_fit_their_kernel_are_refused_before_the_driver_sees_them() {
+fn launches_that_do_not_fit_are_refused_before_the_driver_sees_them() {
     let Some(world) = standin(Settings::default()) else { return };
     let device = world.open().unwrap();
-    let span = device.arena(64).unwrap().take(64, 16).unwrap();
-    let kernel = device.kernel("probe", "probe_copy").unwrap();
-    let args = || Args::new().span(&span).span(&span).u64(0);
+    let arena = device.arena(4096).unwrap();
+    let (from, to) = (arena.take(64, 16).unwrap(), arena.take(64, 16).unwrap());
     let stream = device.compute();
-    stream.launch(&kernel, Grid::new(1, 256), args()).unwrap();
+    probe_copy(&device, stream, 1, &from, &to).unwrap();
     let calls = world.calls_of("cuLaunchKernel");
-    let short = Args::new().span(&span).span(&span);
-    let narrow = Args::new().span(&span).span(&span).i32(0);
-    let long = args().f32(0.0);
-    for wrong in [Args::new(), short, narrow, long] {
-        let error = stream.launch(&kernel, Grid::new(1, 256), wrong).unwrap_err();
-        assert!(matches!(error, CudaError::Shape { .. }), "{error}");
-    }
-    let grid = |blocks, threads, shared_bytes| Grid { blocks, threads, shared_bytes };
-    for wrong in [
-        grid([0, 1, 1], [256, 1, 1], 0),
-        grid([1, 0x10000, 1], [256, 1, 1], 0),
-        grid([1, 1, 1], [0, 1, 1], 0),
-        grid([1, 1, 1], [u32::MAX, 2, 1], 0),
-        grid([1, 1, 1], [1024, 2, 1], 0),
-        grid([u32::MAX, 1, 1], [1, 1, 1], 0),
+    let other = world.open().unwrap();
+    for refused in [
+        probe_copy(&device, stream, 0, &from, &to),
+        probe_copy(&device, stream, u32::MAX, &from, &to),
+        probe_copy(&device, stream, 1, &from, &to.part(0..63)),
+        probe_copy(&device, stream, 1, &from.part(0..60), &to),
+        probe_copy(&device, stream, 1, &from.part(8..24), &to),
+        probe_copy(&other, stream, 1, &from, &to),
+        probe_copy(&other, other.compute(), 1, &from, &to),
     ] {
-        let error = stream.launch(&kernel, wrong, args()).unwrap_err();
+        let error = refused.unwrap_err();
         assert!(matches!(error, CudaError::Shape { .. }), "{error}");
     }
-    let much = grid([1, 1, 1], [32, 1, 1], 1 << 20);
-    let error = stream.launch(&kernel, much, args()).unwrap_err();
-    assert!(matches!(error, CudaError::Unsupported { .. }), "{error}");
     assert_eq!(world.calls_of("cuLaunchKernel"), calls);
-
-    for (module, name) in [("probe", "no_such_kernel"), ("no_such_module", "x"), ("probe", "a\0b")]
-    {
-        let error = device.kernel(module, name).err().unwrap();
-        assert!(matches!(error, CudaError::BadModule { .. }), "{error}");
-    }
 }
 
 #[test]

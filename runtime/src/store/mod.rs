@@ -23,7 +23,7 @@ pub use event::{Arrived, Event};
 use crate::error::{Error, Result};
 use crate::model::weights::GatedBlock;
 use crate::session::Cancel;
-use crate::statistics::{LayerStats, StreamStats, Time};
+use crate::statistics::{LayerStats, LinkStats, StreamStats, Time};
 use disk::DiskReport;
 use frames::{ClassSpec, Frames};
 use layout::ModelLayout;
@@ -196,11 +196,13 @@ impl ExpertStore {
     /// A pass ended; `time` says what its thread did.
     pub fn end_pass(&self, time: Time) {
         let mut inner = self.lock();
+        let link = between(&inner.link.0, &inner.mover.counters());
         let tokens = inner.tokens;
         let phase = inner.stats.phase_mut(tokens);
         phase.passes += 1;
         phase.tokens += tokens as u64;
         phase.time += time;
+        phase.link += link;
     }
 
     /// Asks for `experts`, distinct, of MoE layer `layer`, in the order in
@@ -299,6 +301,11 @@ impl ExpertStore {
         // everything consistent.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What the link did from `before` to `now`.
+fn between(before: &Counters, now: &Counters) -> LinkStats {
+    LinkStats { bytes: now.bytes - before.bytes, busy_ns: now.busy_ns - before.busy_ns }
 }
 
 impl Inner {
@@ -441,13 +448,12 @@ impl Inner {
         self.ahead = ids;
     }
 
-    /// Tells the planner what the link did since the last pass.
+    /// Tells the planner what the link did since the last pass began.
     fn meter_link(&mut self) {
         let (counters, now) = (self.mover.counters(), self.mover.now_ns());
         let (before, then) = self.link;
-        let busy_ns = counters.busy_ns - before.busy_ns;
-        let idle_ns = (now - then).saturating_sub(busy_ns);
-        self.planner.link(counters.bytes - before.bytes, busy_ns, idle_ns);
+        let LinkStats { bytes, busy_ns } = between(&before, &counters);
+        self.planner.link(bytes, busy_ns, (now - then).saturating_sub(busy_ns));
         self.link = (counters, now);
     }
 

@@ -20,9 +20,7 @@ pub(in crate::cuda) struct Launch<'a> {
 /// What the driver says of a kernel.
 pub(in crate::cuda) struct FunctionAttributes {
     pub threads_limit: u32,
-    pub registers: u32,
     pub shared_bytes: u32,
-    pub local_bytes: u32,
     /// Bytes of each parameter.
     pub parameters: Vec<usize>,
 }
@@ -114,9 +112,7 @@ impl Driver {
         };
         Ok(FunctionAttributes {
             threads_limit: get(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
-            registers: get(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?,
             shared_bytes: get(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
-            local_bytes: get(Attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
             parameters: self.parameters(function)?,
         })
     }
