@@ -140,6 +140,17 @@ impl Device {
         self.0.modules.kernel(&self.0.driver, module, name)
     }
 
+    /// Loads `kernels/cuda/<module>.cu` now: a driver that has not seen its PTX
+    /// compiles it first, which takes seconds. [`super::built_in_modules`]
+    /// lists all.
+    ///
+    /// # Errors
+    /// [`CudaError::BadModule`] when there is no such module, or the driver
+    /// does not take it.
+    pub fn load_module(&self, module: &str) -> Result<(), CudaError> {
+        self.0.modules.load(&self.0.driver, module)
+    }
+
     /// Free and total device memory in bytes, as the driver sees them now.
     pub fn memory(&self) -> Result<(u64, u64), CudaError> {
         self.0.driver.memory()

@@ -6,9 +6,11 @@ use super::device::DeviceInfo;
 use super::driver::{Driver, FunctionAttributes, FunctionHandle, ModuleHandle};
 use super::error::CudaError;
 use super::stream::Grid;
+use flate2::read::ZlibDecoder;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fmt;
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,8 +39,8 @@ pub enum Modules {
 /// The compute capabilities, times ten, that PTX is made for.
 const TARGETS: [u32; 2] = [80, 75];
 
-/// Module, target and text of every file of `kernels/ptx`.
-static BUILT_IN: &[(&str, u32, &str)] = include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
+/// Module, target and text (zlib, RFC 1950) of every file of `kernels/ptx`.
+static BUILT_IN: &[(&str, u32, &[u8])] = include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
 /// All modules that a device has loaded.
 pub(super) struct ModuleCache {
@@ -105,15 +107,9 @@ impl ModuleCache {
         module: &str,
         name: &str,
     ) -> Result<Kernel, CudaError> {
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        if !modules.contains_key(module) {
-            let handle = driver.load(module, &self.image(module)?)?;
-            let handle = Module { driver: driver.clone(), handle: Some(handle) };
-            let loaded = Loaded { module: Arc::new(handle), kernels: HashMap::new() };
-            modules.insert(module.to_string(), loaded);
-        }
         let bad = |problem: String| CudaError::BadModule { module: module.to_string(), problem };
-        let loaded = modules.get_mut(module).ok_or_else(|| bad("is not loaded".to_string()))?;
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = self.loaded(&mut modules, driver, module)?;
         if let Some(kernel) = loaded.kernels.get(name) {
             return Ok(kernel.clone());
         }
@@ -136,15 +132,33 @@ impl ModuleCache {
         Ok(kernel)
     }
 
+    /// Loads a module if it is not.
+    pub fn load(&self, driver: &Arc<Driver>, module: &str) -> Result<(), CudaError> {
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        self.loaded(&mut modules, driver, module).map(drop)
+    }
+
+    fn loaded<'a>(
+        &self,
+        modules: &'a mut HashMap<String, Loaded>,
+        driver: &Arc<Driver>,
+        module: &str,
+    ) -> Result<&'a mut Loaded, CudaError> {
+        if !modules.contains_key(module) {
+            let handle = driver.load(module, &self.image(module)?)?;
+            let handle = Module { driver: driver.clone(), handle: Some(handle) };
+            let loaded = Loaded { module: Arc::new(handle), kernels: HashMap::new() };
+            modules.insert(module.to_string(), loaded);
+        }
+        let (module, problem) = (module.to_string(), "is not loaded".to_string());
+        modules.get_mut(&module).ok_or(CudaError::BadModule { module, problem })
+    }
+
     /// What the driver is given to load.
     fn image(&self, module: &str) -> Result<CString, CudaError> {
         let bad = |problem: String| CudaError::BadModule { module: module.to_string(), problem };
         let text = match &self.source {
-            Modules::BuiltIn => built_in(module, self.target)
-                .ok_or_else(|| {
-                    bad(format!("no PTX for compute_{} is in this program", self.target))
-                })?
-                .to_string(),
+            Modules::BuiltIn => built_in(module, self.target).map_err(bad)?,
             Modules::Compile { sources, cache } => {
                 compile::ptx(module, self.target, sources, cache.as_deref())?
             }
@@ -156,9 +170,16 @@ impl ModuleCache {
 
 const NOT_FOUND: u32 = 500;
 
-fn built_in(module: &str, target: u32) -> Option<&'static str> {
-    let wanted = |(name, of, _): &&(&str, u32, &str)| *name == module && *of == target;
-    BUILT_IN.iter().find(wanted).map(|(_, _, text)| *text)
+/// The PTX of a module for a target.
+fn built_in(module: &str, target: u32) -> Result<String, String> {
+    let wanted = |(name, of, _): &&(&str, u32, &[u8])| *name == module && *of == target;
+    let found = BUILT_IN.iter().find(wanted);
+    let (_, _, packed) =
+        found.ok_or_else(|| format!("no PTX for compute_{target} is in this program"))?;
+    let mut text = String::new();
+    let read = ZlibDecoder::new(*packed).read_to_string(&mut text);
+    read.map_err(|error| format!("its PTX cannot be unpacked: {error}"))?;
+    Ok(text)
 }
 
 /// Names of the modules whose PTX is part of the program.

@@ -1,7 +1,9 @@
 //! Opening a device: each way to have none says so in its own words.
 
 use crate::world::{Settings, standin};
-use pregate_kernels::cuda::{CudaError, Device, DeviceOptions, Modules, Version};
+use pregate_kernels::cuda::{
+    CudaError, Device, DeviceOptions, Modules, Version, built_in_modules, probe_empty,
+};
 
 fn open(ordinal: usize) -> Result<Device, CudaError> {
     Device::open(ordinal, &DeviceOptions { modules: Modules::Named })
@@ -79,4 +81,26 @@ fn devices_may_be_opened_again_and_at_the_same_time() {
         first.compute().upload(&span, &[0; 64]).unwrap();
     }
     world.assert_nothing_alive();
+}
+
+/// The PTX in the program: for every device, with the parameters of the
+/// sources, and taken by the oldest driver.
+#[test]
+fn devices_take_the_kernels_of_the_program() {
+    for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)] {
+        let oldest = Settings { capability, driver_version: 12_040, ..Settings::default() };
+        let Some(world) = standin(oldest) else { return };
+        let device = Device::open(0, &DeviceOptions { modules: Modules::BuiltIn }).unwrap();
+        let modules = built_in_modules();
+        assert!(modules.contains(&"experts") && modules.contains(&"probe"), "{modules:?}");
+        for module in &modules {
+            device.load_module(module).unwrap();
+        }
+        let loads = world.calls_of("cuModuleLoadDataEx");
+        assert_eq!(loads, modules.len() as u64, "{capability:?}");
+        probe_empty(&device, device.compute()).unwrap();
+        assert_eq!(world.calls_of("cuModuleLoadDataEx"), loads);
+        let error = device.load_module("nothing").unwrap_err();
+        assert!(error.to_string().contains("nothing"), "{error}");
+    }
 }
