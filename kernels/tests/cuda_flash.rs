@@ -5,7 +5,7 @@ mod lab;
 
 use half::f16;
 use lab::Lab;
-use pregate_kernels::cuda::{CudaError, Flash, FlashCells, flash, has_flash};
+use pregate_kernels::cuda::{CellFormat, CudaError, DeviceCells, Flash, flash, has_flash};
 use pregate_kernels::testing::Random;
 use pregate_kernels::{AttentionCall, Backend, Cpu, CpuOptions, KvCells, KvView};
 use pregate_standin::testing;
@@ -102,13 +102,15 @@ fn run(lab: &Lab, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let put = |cache: &Cache| {
         lab.bytes(&cache.cells.iter().flat_map(|c| c.to_le_bytes()).collect::<Vec<_>>())
     };
-    let (q, key_span, value_span) = (lab.floats(&queries), put(&keys), put(values));
-    let cells = |span, cache: &Cache, width| FlashCells {
-        span,
+    let cells = |cache: &Cache, width| DeviceCells {
+        format: CellFormat::F16,
+        span: put(cache),
         head_stride: cache.head_stride,
         position_stride: cache.position_stride,
         width,
     };
+    let (q, key_cells, value_cells) =
+        (lab.floats(&queries), cells(&keys, key_width), cells(values, value_width));
     let sink_span = sinks.as_ref().map(|sinks| lab.floats(sinks));
     let out = lab.floats(&vec![7.5; want.len()]);
     let call = Flash {
@@ -116,8 +118,8 @@ fn run(lab: &Lab, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         tokens,
         heads,
         kv_heads,
-        keys: cells(&key_span, &keys, key_width),
-        values: cells(&value_span, values, value_width),
+        keys: &key_cells,
+        values: &value_cells,
         first_position,
         scale,
         window,
@@ -226,26 +228,30 @@ fn queries_beyond_the_range_of_f16_are_scaled() {
 fn the_launcher_refuses_what_it_cannot_do() {
     let Some(lab) = Lab::open() else { return };
     let span = lab.bytes(&[0; 1 << 16]);
-    let cells =
-        |width, stride| FlashCells { span: &span, head_stride: 0, position_stride: stride, width };
-    let launch = |width: usize, stride, tokens, heads| {
+    let launch_as = |format, width: usize, stride, tokens, heads| {
+        let span = span.clone();
+        let cells = DeviceCells { format, span, head_stride: 0, position_stride: stride, width };
         let call = Flash {
-            q: &span,
+            q: &cells.span,
             tokens,
             heads,
             kv_heads: 1,
-            keys: cells(width, stride),
-            values: cells(width, stride),
+            keys: &cells,
+            values: &cells,
             first_position: 0,
             scale: 1.0,
             window: None,
             sinks: None,
-            out: &span,
+            out: &cells.span,
         };
         flash(&lab.device, lab.device.compute(), &call)
     };
+    let launch =
+        |width, stride, tokens, heads| launch_as(CellFormat::F16, width, stride, tokens, heads);
     assert!(launch(64, 64, 4, 2).is_ok());
     assert!(matches!(launch(72, 72, 4, 2), Err(CudaError::Unsupported { .. })));
+    let floats = launch_as(CellFormat::F32, 64, 64, 4, 2);
+    assert!(matches!(floats, Err(CudaError::Shape { .. })), "format");
     assert!(matches!(launch(64, 65, 4, 2), Err(CudaError::Shape { .. })), "stride");
     assert!(matches!(launch(64, 64, 400, 2), Err(CudaError::Shape { .. })), "too many");
     assert!(matches!(launch(64, 64, 4, 0), Err(CudaError::Shape { .. })), "no head");

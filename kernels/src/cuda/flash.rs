@@ -2,23 +2,12 @@
 //! whose head states how far answers may be from those of the CPU.
 
 use super::args::Args;
+use super::cells::{CellFormat, DeviceCells};
 use super::shape::{holds, may_hold, optional, product};
 use super::stream::Grid;
 use super::{CudaError, Device, Span, Stream};
 
 const THREADS: u32 = 128;
-
-/// Keys or values of all positions so far: head `h` of position `p` is the
-/// `width` f16 cells from cell `h * head_stride + p * position_stride`.
-#[derive(Clone, Copy)]
-pub struct FlashCells<'a> {
-    /// At a multiple of 16 bytes.
-    pub span: &'a Span,
-    /// Multiples of 8 cells.
-    pub head_stride: usize,
-    pub position_stride: usize,
-    pub width: usize,
-}
 
 /// Causal attention of queries at positions
 /// `first_position .. first_position + tokens` over a cache that already
@@ -29,8 +18,9 @@ pub struct Flash<'a> {
     pub tokens: usize,
     pub heads: usize,
     pub kv_heads: usize,
-    pub keys: FlashCells<'a>,
-    pub values: FlashCells<'a>,
+    /// F16 cells; each row is whole 16-byte words.
+    pub keys: &'a DeviceCells,
+    pub values: &'a DeviceCells,
     pub first_position: usize,
     pub scale: f32,
     /// A query sees this many positions, itself included; `None`: all.
@@ -106,8 +96,12 @@ pub fn flash(device: &Device, stream: &Stream, call: &Flash<'_>) -> Result<(), C
     let Some(positions) = positions else {
         return fail(format!("{tokens} tokens from position {first_position}"));
     };
-    keys.check("keys", kv_heads, positions)?;
-    values.check("values", kv_heads, positions)?;
+    for cells in [keys, values] {
+        cells.check("flash", kv_heads, positions)?;
+        if cells.format != CellFormat::F16 || !cells.is_vectored() {
+            return fail("it wants f16 cells in rows of whole 16-byte words".to_string());
+        }
+    }
     holds("flash", "q", q, product("flash", &[tokens, heads, keys.width])?, 4, 4)?;
     holds("flash", "out", call.out, product("flash", &[tokens, heads, values.width])?, 4, 8)?;
     may_hold("flash", "sinks", call.sinks, heads)?;
@@ -117,7 +111,7 @@ pub fn flash(device: &Device, stream: &Stream, call: &Flash<'_>) -> Result<(), C
     };
     // A window that covers the context is none.
     let window = call.window.map_or(0, |window| window.max(1).min(positions));
-    let args = values.push(keys.push(Args::new().span(q)));
+    let args = push(push(Args::new().span(q), keys), values);
     let args = optional(args, call.sinks)
         .span(call.out)
         .i32(tokens as i32)
@@ -153,31 +147,6 @@ impl Flash<'_> {
     }
 }
 
-impl FlashCells<'_> {
-    fn check(&self, name: &str, kv_heads: usize, positions: usize) -> Result<(), CudaError> {
-        let Self { span, head_stride, position_stride, width } = *self;
-        let last = (kv_heads - 1)
-            .checked_mul(head_stride)
-            .and_then(|at| at.checked_add((positions - 1).checked_mul(position_stride)?))
-            .and_then(|at| at.checked_add(width)?.checked_mul(2));
-        let aligned = head_stride.is_multiple_of(8)
-            && position_stride.is_multiple_of(8)
-            && span.address().is_multiple_of(16);
-        if aligned && last.is_some_and(|last| last <= span.bytes()) {
-            return Ok(());
-        }
-        let problem = format!(
-            "{name} of {kv_heads} heads (stride {head_stride}) and {positions} positions (stride \
-             {position_stride}) of {width} cells in a span of {} bytes at {:#x}; strides are \
-             multiples of 8 cells",
-            span.bytes(),
-            span.address()
-        );
-        Err(CudaError::shape("flash", problem))
-    }
-
-    fn push(&self, args: Args) -> Args {
-        let args = args.span(self.span);
-        args.address(self.head_stride as u64).address(self.position_stride as u64)
-    }
+fn push(args: Args, cells: &DeviceCells) -> Args {
+    args.span(&cells.span).u64(cells.head_stride as u64).u64(cells.position_stride as u64)
 }

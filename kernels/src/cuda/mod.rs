@@ -55,7 +55,7 @@ pub use error::{CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
 pub use experts::{
     Choices, Combine, Down, ExpertMatrix, GateUp, SharedAnswer, combine, down, gate_up,
 };
-pub use flash::{Flash, FlashCells, flash, has_flash};
+pub use flash::{Flash, flash, has_flash};
 pub use gemm::{Gemm, GroupGemm, Groups, Up, gemm, group_gemm, group_tiles};
 pub use link::{Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency};
 pub use memory::{Arena, HostMemory, PADDING_BYTES, Pinned, PinnedPart, Span};

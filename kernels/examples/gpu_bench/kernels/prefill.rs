@@ -4,8 +4,8 @@ use super::{Bench, Cost, Pool, matrix_bytes};
 use pregate_kernels::{
     Format, GatedActivation,
     cuda::{
-        Arena, CudaError, ExpertMatrix, Flash, FlashCells, Gemm, GroupGemm, Groups, Input,
-        Quantise, QuantisedSpans, Span, Up, flash, gemm, group_gemm, group_tiles, quantise,
+        Arena, CellFormat, CudaError, DeviceCells, ExpertMatrix, Flash, Gemm, GroupGemm, Groups,
+        Input, Quantise, QuantisedSpans, Span, Up, flash, gemm, group_gemm, group_tiles, quantise,
     },
 };
 
@@ -144,15 +144,21 @@ fn attention(
     let q = bench.floats(&arena, tokens * heads * width, 11)?;
     let (keys, values) = (bench.zeros(&arena, cells)?, bench.zeros(&arena, cells)?);
     let out = bench.zeros(&arena, 4 * tokens * heads * width)?;
-    let of =
-        |span| FlashCells { span, head_stride: width, position_stride: kv_heads * width, width };
+    let of = |span| DeviceCells {
+        format: CellFormat::F16,
+        span,
+        head_stride: width,
+        position_stride: kv_heads * width,
+        width,
+    };
+    let (keys, values) = (of(keys), of(values));
     let call = Flash {
         q: &q,
         tokens,
         heads,
         kv_heads,
-        keys: of(&keys),
-        values: of(&values),
+        keys: &keys,
+        values: &values,
         first_position: before,
         scale: 0.1,
         window: None,
