@@ -1,11 +1,11 @@
 //! Attention kernels against the CPU backend and the operations of the
 //! forward pass, in bits.
 
-mod attention_support;
+mod lab;
 
-use attention_support::{Gpu, assert_same_bits, numbers};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use lab::{Lab, assert_same_bits, numbers};
 use pregate_kernels::cuda::{
     Attend, AttendPlan, CellFormat, CudaError, DeviceCells, HeadNorms, OutputGate, Pairs,
     PrepareHeads, PrepareLatent, Rotation, Span, attend, prepare_heads, prepare_latent,
@@ -96,7 +96,7 @@ struct Heads {
 
 #[test]
 fn heads_are_prepared_with_the_bits_of_the_forward_pass() {
-    let Some(gpu) = Gpu::open(8 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     use Norm::{Head, Whole};
     use Pairs::{Halves, Neighbours};
     let case = |tokens, heads, kv_heads, width, half, pairs, norm| Heads {
@@ -124,12 +124,12 @@ fn heads_are_prepared_with_the_bits_of_the_forward_pass() {
     let mut rng = Random::new(11);
     for (n, case) in cases.into_iter().enumerate() {
         for format in FORMATS {
-            prepare_case(&gpu, case, format, n * 7, &mut rng);
+            prepare_case(&lab, case, format, n * 7, &mut rng);
         }
     }
 }
 
-fn prepare_case(gpu: &Gpu, case: Heads, format: CellFormat, first: usize, rng: &mut Random) {
+fn prepare_case(lab: &Lab, case: Heads, format: CellFormat, first: usize, rng: &mut Random) {
     let Heads { tokens, heads, kv_heads, width, half, pairs, norm, is_gated, limit } = case;
     let q_each = if is_gated { 2 * width } else { width };
     let mut q_raw = numbers(tokens * heads * q_each, rng);
@@ -173,19 +173,19 @@ fn prepare_case(gpu: &Gpu, case: Heads, format: CellFormat, first: usize, rng: &
     let capacity = first + tokens + 2;
     let cells = |is_key: bool| DeviceCells {
         format,
-        span: gpu.space(kv_heads * capacity * (width + 3) * format.bytes()),
+        span: lab.space(kv_heads * capacity * (width + 3) * format.bytes()),
         head_stride: if is_key { capacity * (width + 3) } else { width + 3 },
         position_stride: if is_key { width + 3 } else { kv_heads * (width + 3) },
         width,
     };
     let (keys, values) = (cells(true), cells(false));
-    let q_out = gpu.space(4 * tokens * heads * width);
-    let (q_norm, k_norm) = (gpu.floats(&weights.0), gpu.floats(&weights.1));
+    let q_out = lab.space(4 * tokens * heads * width);
+    let (q_norm, k_norm) = (lab.floats(&weights.0), lab.floats(&weights.1));
     let call = PrepareHeads {
-        q_raw: &gpu.floats(&q_raw),
+        q_raw: &lab.floats(&q_raw),
         is_gated,
-        k_raw: &gpu.floats(&k_raw),
-        v_raw: &gpu.floats(&v_raw),
+        k_raw: &lab.floats(&k_raw),
+        v_raw: &lab.floats(&v_raw),
         norms: (norm != Norm::None).then_some(HeadNorms {
             q: &q_norm,
             k: &k_norm,
@@ -193,7 +193,7 @@ fn prepare_case(gpu: &Gpu, case: Heads, format: CellFormat, first: usize, rng: &
             epsilon,
         }),
         limit,
-        rotation: Rotation { table: &gpu.floats(&table), half, pairs },
+        rotation: Rotation { table: &lab.floats(&table), half, pairs },
         q: &q_out,
         keys: &keys,
         values: &values,
@@ -206,10 +206,10 @@ fn prepare_case(gpu: &Gpu, case: Heads, format: CellFormat, first: usize, rng: &
     let heads_bytes = 4 * tokens * width * 2 * (heads + kv_heads) + 8 * tokens * half;
     let cell_count = 2 * tokens * kv_heads * width;
     assert_eq!(call.bytes(), (heads_bytes + cell_count * format.bytes()) as u64);
-    prepare_heads(&gpu.device, gpu.device.compute(), call).unwrap();
+    prepare_heads(&lab.device, lab.device.compute(), call).unwrap();
 
     let what = format!("{case:?}, {format:?}");
-    assert_same_bits(&gpu.read(&q_out), &q, &what);
+    assert_same_bits(&lab.read_floats(&q_out), &q, &what);
     for (cells, rows) in [(&keys, &k), (&values, &v)] {
         // The whole cache: what lies between is left alone.
         let mut want = vec![0xffu8; cells.span.bytes()];
@@ -219,14 +219,14 @@ fn prepare_case(gpu: &Gpu, case: Heads, format: CellFormat, first: usize, rng: &
             let bytes = cell_bytes(format, row);
             want[at * format.bytes()..][..bytes.len()].copy_from_slice(&bytes);
         }
-        let got = gpu.read_bytes(&cells.span);
+        let got = lab.read(&cells.span);
         assert_same_bits(&cell_values(format, &got), &cell_values(format, &want), &what);
     }
 }
 
 #[test]
 fn rounding_to_half_cells_is_to_nearest_even() {
-    let Some(gpu) = Gpu::open(1 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     // Ties, overflow to infinity, subnormal halves, zeros of both signs.
     let mut values: Vec<f32> = vec![
         1.0 + 1.0 / 2048.0,
@@ -247,16 +247,16 @@ fn rounding_to_half_cells_is_to_nearest_even() {
     let width = values.len();
     let cells = || DeviceCells {
         format: CellFormat::F16,
-        span: gpu.space(2 * width),
+        span: lab.space(2 * width),
         head_stride: 0,
         position_stride: width,
         width,
     };
     let (keys, cells) = (cells(), cells());
-    let raw = gpu.floats(&values);
+    let raw = lab.floats(&values);
     prepare_heads(
-        &gpu.device,
-        gpu.device.compute(),
+        &lab.device,
+        lab.device.compute(),
         PrepareHeads {
             q_raw: &raw,
             is_gated: false,
@@ -264,8 +264,8 @@ fn rounding_to_half_cells_is_to_nearest_even() {
             v_raw: &raw,
             norms: None,
             limit: None,
-            rotation: Rotation { table: &gpu.zeros(16), half: 0, pairs: Pairs::Halves },
-            q: &gpu.space(4 * width),
+            rotation: Rotation { table: &lab.zeros(16), half: 0, pairs: Pairs::Halves },
+            q: &lab.space(4 * width),
             keys: &keys,
             values: &cells,
             tokens: 1,
@@ -279,14 +279,14 @@ fn rounding_to_half_cells_is_to_nearest_even() {
     let want: Vec<f32> = values.iter().map(|x| f16::from_f32(*x).to_f32()).collect();
     assert_eq!(want[..3], [1.0, 1.0 + 1.0 / 512.0, -1.0]);
     for span in [&keys.span, &cells.span] {
-        let got = cell_values(CellFormat::F16, &gpu.read_bytes(span));
-        assert_same_bits(&got, &want, "rounding");
+        let got = cell_values(CellFormat::F16, &lab.read(span));
+        assert_same_bits(&got, &want, &"rounding");
     }
 }
 
 #[test]
 fn latent_rows_are_prepared_with_the_bits_of_the_forward_pass() {
-    let Some(gpu) = Gpu::open(8 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut rng = Random::new(12);
     // tokens, heads, nope, rope, rank, half, pairs
     let cases = [
@@ -318,20 +318,20 @@ fn latent_rows_are_prepared_with_the_bits_of_the_forward_pass() {
                 turn(token, &mut row[rank..]);
             }
 
-            let absorbed = gpu.space(4 * tokens * heads * row);
+            let absorbed = lab.space(4 * tokens * heads * row);
             let cells = DeviceCells {
                 format,
-                span: gpu.space((first + tokens) * row * format.bytes()),
+                span: lab.space((first + tokens) * row * format.bytes()),
                 head_stride: 0,
                 position_stride: row,
                 width: row,
             };
             let call = PrepareLatent {
-                q_raw: &gpu.floats(&q_raw),
-                kv_raw: &gpu.floats(&kv_raw),
-                kv_norm: &gpu.floats(&weight),
+                q_raw: &lab.floats(&q_raw),
+                kv_raw: &lab.floats(&kv_raw),
+                kv_norm: &lab.floats(&weight),
                 epsilon,
-                rotation: Rotation { table: &gpu.floats(&table), half, pairs },
+                rotation: Rotation { table: &lab.floats(&table), half, pairs },
                 absorbed: &absorbed,
                 cells: &cells,
                 tokens,
@@ -341,11 +341,11 @@ fn latent_rows_are_prepared_with_the_bits_of_the_forward_pass() {
                 rank,
                 first_position: first,
             };
-            prepare_latent(&gpu.device, gpu.device.compute(), call).unwrap();
+            prepare_latent(&lab.device, lab.device.compute(), call).unwrap();
             let what = format!("{heads} heads of {nope} + {rope}, rank {rank}, {format:?}");
-            let got = gpu.read(&absorbed);
+            let got = lab.read_floats(&absorbed);
             assert_same_bits(&got, &want_q, &what);
-            let got = cell_values(format, &gpu.read_bytes(&cells.span));
+            let got = cell_values(format, &lab.read(&cells.span));
             let want = cell_values(format, &cell_bytes(format, &want_rows));
             assert_same_bits(&got[first * row..], &want, &what);
             assert!(got[..first * row].iter().all(|x| x.is_nan()), "{what}: earlier rows");
@@ -433,17 +433,17 @@ impl Context {
         out
     }
 
-    fn gpu(&self, gpu: &Gpu, plan: Option<AttendPlan>) -> Vec<f32> {
-        let buffers = self.upload(gpu);
-        let out = buffers.run(gpu, &self.shape, plan, None);
-        let counters = gpu.read_bytes(&buffers.counters);
+    fn on_device(&self, lab: &Lab, plan: Option<AttendPlan>) -> Vec<f32> {
+        let buffers = self.upload(lab);
+        let out = buffers.run(lab, &self.shape, plan, None);
+        let counters = lab.read(&buffers.counters);
         assert!(counters.iter().all(|byte| *byte == 0), "{:?}: counters", self.shape);
         out
     }
 
-    fn upload(&self, gpu: &Gpu) -> Buffers {
+    fn upload(&self, lab: &Lab) -> Buffers {
         let Shape { format, heads, kv_heads: _, key, value, first, tokens, .. } = self.shape;
-        let span = gpu.bytes(&self.cells);
+        let span = lab.bytes(&self.cells);
         let cells = |offset: usize, width: usize| DeviceCells {
             format,
             span: span.part(offset * format.bytes()..span.bytes()),
@@ -452,13 +452,13 @@ impl Context {
             width,
         };
         Buffers {
-            q: gpu.floats(&self.q),
+            q: lab.floats(&self.q),
             keys: cells(0, key),
             values: cells(self.value_offset(), value),
-            sinks: gpu.floats(&self.sinks),
-            out: gpu.space(4 * tokens * heads * value),
-            scratch: gpu.space(Attend::scratch_bytes(tokens, heads, value, first + tokens)),
-            counters: gpu.zeros(4 * tokens * heads),
+            sinks: lab.floats(&self.sinks),
+            out: lab.space(4 * tokens * heads * value),
+            scratch: lab.space(Attend::scratch_bytes(tokens, heads, value, first + tokens)),
+            counters: lab.zeros(4 * tokens * heads),
         }
     }
 }
@@ -496,14 +496,14 @@ impl Buffers {
 
     fn run(
         &self,
-        gpu: &Gpu,
+        lab: &Lab,
         shape: &Shape,
         plan: Option<AttendPlan>,
         gate: Option<OutputGate<'_>>,
     ) -> Vec<f32> {
         let call = Attend { plan, gate, ..self.call(shape) };
-        attend(&gpu.device, gpu.device.compute(), call).unwrap();
-        gpu.read(&self.out)
+        attend(&lab.device, lab.device.compute(), call).unwrap();
+        lab.read_floats(&self.out)
     }
 }
 
@@ -525,7 +525,7 @@ const fn shape(heads: usize, kv_heads: usize, key: usize, value: usize, first: u
 /// chunks and stages; groups of 1, 2, 4, 8 and 16 queries.
 #[test]
 fn attention_has_the_bits_of_the_cpu() {
-    let Some(gpu) = Gpu::open(64 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let sinks = |shape| Shape { has_sinks: true, ..shape };
     let tokens = |tokens, shape| Shape { tokens, ..shape };
     let window = |window, shape| Shape { window: Some(window), ..shape };
@@ -553,35 +553,35 @@ fn attention_has_the_bits_of_the_cpu() {
         for format in FORMATS {
             let context = Context::new(Shape { format, ..case }, &mut rng);
             let what = format!("{:?}", context.shape);
-            assert_same_bits(&context.gpu(&gpu, None), &context.cpu(&cpu), &what);
+            assert_same_bits(&context.on_device(&lab, None), &context.cpu(&cpu), &what);
         }
     }
 }
 
 #[test]
 fn a_long_context_is_merged_in_index_order() {
-    let Some(gpu) = Gpu::open(32 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let context = Context::new(shape(2, 1, 64, 64, 4999), &mut Random::new(22));
     let want = context.cpu(&scalar());
     for merges_apart in [false, true] {
         let plan = AttendPlan { tile: 4, merges_apart };
-        assert_same_bits(&context.gpu(&gpu, Some(plan)), &want, &format!("{plan:?}"));
+        assert_same_bits(&context.on_device(&lab, Some(plan)), &want, &format!("{plan:?}"));
     }
 }
 
 #[test]
 fn tiles_and_merges_do_not_reach_the_bits() {
-    let Some(gpu) = Gpu::open(32 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let case = Shape { tokens: 3, window: Some(200), has_sinks: true, ..shape(5, 1, 64, 72, 255) };
     for format in FORMATS {
         let context = Context::new(Shape { format, ..case }, &mut Random::new(23));
         let want = context.cpu(&scalar());
-        let buffers = context.upload(&gpu);
+        let buffers = context.upload(&lab);
         for tile in tiles(format) {
             for merges_apart in [false, true] {
                 let plan = AttendPlan { tile, merges_apart };
                 // The same scratch memory and counters, over and over.
-                let got = buffers.run(&gpu, &context.shape, Some(plan), None);
+                let got = buffers.run(&lab, &context.shape, Some(plan), None);
                 assert_same_bits(&got, &want, &format!("{format:?}, {plan:?}"));
             }
         }
@@ -590,7 +590,7 @@ fn tiles_and_merges_do_not_reach_the_bits() {
 
 #[test]
 fn cells_out_of_sight_do_not_matter_and_seen_nans_do() {
-    let Some(gpu) = Gpu::open(32 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let cpu = scalar();
     // Three queries to a cache head: a warp's pairs are of different tokens.
     let case = Shape { tokens: 4, window: Some(60), ..shape(6, 2, 64, 64, 290) };
@@ -604,7 +604,7 @@ fn cells_out_of_sight_do_not_matter_and_seen_nans_do() {
             context.overwrite(position, 0, f32::NAN);
             context.overwrite(position, 1, f32::INFINITY);
         }
-        assert_same_bits(&context.gpu(&gpu, None), &want, "before the window");
+        assert_same_bits(&context.on_device(&lab, None), &want, &"before the window");
         // Seen by some of the tokens only: by 0, by 0 to 2, by 3.
         for (position, value) in [(231, f32::NAN), (233, f32::INFINITY), (293, f32::NAN)] {
             let mut context = Context::new(Shape { format, ..case }, &mut Random::new(24));
@@ -615,7 +615,7 @@ fn cells_out_of_sight_do_not_matter_and_seen_nans_do() {
             let what = format!("{format:?}, {value} at {position}");
             for tile in tiles(format) {
                 let plan = AttendPlan { tile, merges_apart: false };
-                assert_same_bits(&context.gpu(&gpu, Some(plan)), &want, &what);
+                assert_same_bits(&context.on_device(&lab, Some(plan)), &want, &what);
             }
         }
     }
@@ -623,7 +623,7 @@ fn cells_out_of_sight_do_not_matter_and_seen_nans_do() {
 
 #[test]
 fn logits_that_are_all_minus_infinity_give_what_the_cpu_gives() {
-    let Some(gpu) = Gpu::open(8 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let cpu = scalar();
     for has_sinks in [false, true] {
         let case = Shape { format: CellFormat::F32, has_sinks, ..shape(2, 1, 64, 64, 300) };
@@ -632,13 +632,13 @@ fn logits_that_are_all_minus_infinity_give_what_the_cpu_gives() {
         for position in 0..=300 {
             context.overwrite(position, 0, if position < 256 { f32::NEG_INFINITY } else { 0.5 });
         }
-        assert_same_bits(&context.gpu(&gpu, None), &context.cpu(&cpu), "minus infinity");
+        assert_same_bits(&context.on_device(&lab, None), &context.cpu(&cpu), &"minus infinity");
     }
 }
 
 #[test]
 fn output_gates_are_sigmoids_of_the_second_half_of_the_projection() {
-    let Some(gpu) = Gpu::open(8 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let context =
         Context::new(Shape { tokens: 2, ..shape(4, 2, 64, 64, 258) }, &mut Random::new(26));
     let mut rng = Random::new(27);
@@ -647,23 +647,23 @@ fn output_gates_are_sigmoids_of_the_second_half_of_the_projection() {
     for (i, value) in want.iter_mut().enumerate() {
         *value *= contract::sigmoid(raw[i / 64 * 128 + 64 + i % 64]);
     }
-    let buffers = context.upload(&gpu);
-    let raw = gpu.floats(&raw);
+    let buffers = context.upload(&lab);
+    let raw = lab.floats(&raw);
     let gates = raw.part(4 * 64..raw.bytes());
     for merges_apart in [false, true] {
         let plan = Some(AttendPlan { tile: 4, merges_apart });
         let gate = Some(OutputGate { span: &gates, stride: 128 });
-        let got = buffers.run(&gpu, &context.shape, plan, gate);
-        assert_same_bits(&got, &want, "gated");
+        let got = buffers.run(&lab, &context.shape, plan, gate);
+        assert_same_bits(&got, &want, &"gated");
     }
 }
 
 #[test]
 fn plans_fill_the_device_and_fit_shared_memory() {
-    let Some(gpu) = Gpu::open(8 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let plan = |shape: Shape, multiprocessors: usize| {
         let context = Context::new(Shape { tokens: 1, first: 0, ..shape }, &mut Random::new(1));
-        let buffers = context.upload(&gpu);
+        let buffers = context.upload(&lab);
         let call = buffers.call(&context.shape);
         let call = Attend { tokens: shape.tokens, first_position: shape.first, ..call };
         call.choose_plan(multiprocessors).unwrap()
@@ -682,21 +682,21 @@ fn plans_fill_the_device_and_fit_shared_memory() {
 
 #[test]
 fn calls_whose_sizes_do_not_fit_are_errors() {
-    let Some(gpu) = Gpu::open(8 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let context = Context::new(shape(4, 2, 64, 64, 300), &mut Random::new(28));
-    let buffers = context.upload(&gpu);
+    let buffers = context.upload(&lab);
     let call = || buffers.call(&context.shape);
-    let run = |call: Attend<'_>| attend(&gpu.device, gpu.device.compute(), call);
+    let run = |call: Attend<'_>| attend(&lab.device, lab.device.compute(), call);
     let is_shape = |result| matches!(result, Err(CudaError::Shape { .. }));
     run(call()).unwrap();
-    let small = gpu.space(64);
+    let small = lab.space(64);
     assert!(is_shape(run(Attend { kv_heads: 3, ..call() })));
     assert!(is_shape(run(Attend { kv_heads: 0, ..call() })));
     assert!(is_shape(run(Attend { q: &small, ..call() })));
     assert!(is_shape(run(Attend { out: &small, ..call() })));
     assert!(is_shape(run(Attend { scratch: &small, ..call() })));
-    assert!(is_shape(run(Attend { counters: &gpu.space(8), ..call() })));
-    assert!(is_shape(run(Attend { sinks: Some(&gpu.space(8)), ..call() })));
+    assert!(is_shape(run(Attend { counters: &lab.space(8), ..call() })));
+    assert!(is_shape(run(Attend { sinks: Some(&lab.space(8)), ..call() })));
     // One position more than there are cells.
     assert!(is_shape(run(Attend { first_position: 301, ..call() })));
     assert!(is_shape(run(Attend { first_position: usize::MAX, ..call() })));
@@ -715,9 +715,9 @@ fn calls_whose_sizes_do_not_fit_are_errors() {
 
 #[test]
 fn bytes_count_what_a_window_shows() {
-    let Some(gpu) = Gpu::open(8 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let context = Context::new(shape(4, 2, 64, 64, 300), &mut Random::new(29));
-    let buffers = context.upload(&gpu);
+    let buffers = context.upload(&lab);
     let all = buffers.call(&context.shape).bytes();
     // 301 positions of two heads; queries and answers; two chunks' parts.
     assert_eq!(all, 2 * 301 * 2 * 64 * 2 + 4 * 4 * (128 + 2 * 2 * 66));

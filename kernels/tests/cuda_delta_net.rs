@@ -2,9 +2,9 @@
 //! (`runtime/src/forward/delta_net.rs`): convolution and decoding in bits,
 //! prompts in chunks with the tolerance that `cuda/delta_net.rs` states.
 
-mod attention_support;
+mod lab;
 
-use attention_support::{Gpu, assert_same_bits, numbers};
+use lab::{Lab, assert_same_bits, numbers};
 use pregate_kernels::contract::{self, sigmoid, softplus};
 use pregate_kernels::cuda::{
     CudaError, DeltaConv, DeltaDecode, DeltaInputs, DeltaPrefill, DeltaShape, Span, delta_conv,
@@ -57,7 +57,7 @@ fn convolve(
 
 #[test]
 fn convolution_has_the_bits_of_the_forward_pass() {
-    let Some(gpu) = Gpu::open(32 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut rng = Random::new(31);
     let cases = [
         // Qwen3.5: four taps, heads of 128.
@@ -71,17 +71,17 @@ fn convolution_has_the_bits_of_the_forward_pass() {
         let channels = shape.channels();
         let taps = numbers(channels * kernel, &mut rng);
         let mut past = numbers((kernel - 1) * channels, &mut rng);
-        let device_taps = gpu.floats(&taps);
-        let device_past = gpu.floats(&past);
+        let device_taps = lab.floats(&taps);
+        let device_past = lab.floats(&past);
         let scale = (shape.key_dim as f32).powf(-0.5);
         for tokens in chunks {
             let raw = numbers(tokens * channels, &mut rng);
             let want = convolve(&shape, kernel, &raw, &taps, &mut past, scale);
-            let mixed = gpu.space(4 * tokens * channels);
+            let mixed = lab.space(4 * tokens * channels);
             let call = DeltaConv {
                 shape,
                 kernel,
-                raw: &gpu.floats(&raw),
+                raw: &lab.floats(&raw),
                 taps: &device_taps,
                 past: &device_past,
                 mixed: &mixed,
@@ -89,10 +89,10 @@ fn convolution_has_the_bits_of_the_forward_pass() {
                 epsilon: EPSILON,
                 query_scale: scale,
             };
-            delta_conv(&gpu.device, gpu.device.compute(), call).unwrap();
+            delta_conv(&lab.device, lab.device.compute(), call).unwrap();
             let what = format!("{shape:?}, {kernel} taps, {tokens} tokens");
-            assert_same_bits(&gpu.read(&mixed), &want, &what);
-            assert_same_bits(&gpu.read(&device_past), &past, &format!("{what}: past"));
+            assert_same_bits(&lab.read_floats(&mixed), &want, &what);
+            assert_same_bits(&lab.read_floats(&device_past), &past, &format!("{what}: past"));
         }
     }
 }
@@ -215,49 +215,49 @@ struct DeviceLayer {
 }
 
 impl DeviceLayer {
-    fn new(gpu: &Gpu, layer: &Layer) -> Self {
+    fn new(lab: &Lab, layer: &Layer) -> Self {
         Self {
             shape: layer.shape,
-            decay: gpu.floats(&layer.decay),
-            decay_bias: gpu.floats(&layer.decay_bias),
-            norm: gpu.floats(&layer.norm),
-            memory: gpu.floats(&layer.memory),
-            counters: gpu.zeros(4 * layer.shape.value_heads),
+            decay: lab.floats(&layer.decay),
+            decay_bias: lab.floats(&layer.decay_bias),
+            norm: lab.floats(&layer.norm),
+            memory: lab.floats(&layer.memory),
+            counters: lab.zeros(4 * layer.shape.value_heads),
         }
     }
 
-    fn run(&self, gpu: &Gpu, chunk: &Chunk, is_prefill: bool) -> Vec<f32> {
-        let answers = gpu.space(4 * chunk.tokens * self.shape.values());
+    fn run(&self, lab: &Lab, chunk: &Chunk, is_prefill: bool) -> Vec<f32> {
+        let answers = lab.space(4 * chunk.tokens * self.shape.values());
         let inputs = DeltaInputs {
             shape: self.shape,
             tokens: chunk.tokens,
-            mixed: &gpu.floats(&chunk.mixed),
-            alpha: &gpu.floats(&chunk.alpha),
-            beta: &gpu.floats(&chunk.beta),
+            mixed: &lab.floats(&chunk.mixed),
+            alpha: &lab.floats(&chunk.alpha),
+            beta: &lab.floats(&chunk.beta),
             decay: &self.decay,
             decay_bias: &self.decay_bias,
             norm: &self.norm,
             norm_epsilon: EPSILON,
-            gate: &gpu.floats(&chunk.gate),
+            gate: &lab.floats(&chunk.gate),
             memory: &self.memory,
             answers: &answers,
         };
-        let stream = gpu.device.compute();
+        let stream = lab.device.compute();
         if is_prefill {
-            let scratch = gpu.space(DeltaPrefill::scratch_bytes(&self.shape, chunk.tokens));
-            delta_prefill(&gpu.device, stream, DeltaPrefill { inputs, scratch: &scratch }).unwrap();
+            let scratch = lab.space(DeltaPrefill::scratch_bytes(&self.shape, chunk.tokens));
+            delta_prefill(&lab.device, stream, DeltaPrefill { inputs, scratch: &scratch }).unwrap();
         } else {
             let call = DeltaDecode { inputs, counters: &self.counters };
-            delta_decode(&gpu.device, stream, call).unwrap();
-            assert!(gpu.read_bytes(&self.counters).iter().all(|byte| *byte == 0), "counters");
+            delta_decode(&lab.device, stream, call).unwrap();
+            assert!(lab.read(&self.counters).iter().all(|byte| *byte == 0), "counters");
         }
-        gpu.read(&answers)
+        lab.read_floats(&answers)
     }
 }
 
 #[test]
 fn decoding_has_the_bits_of_the_forward_pass() {
-    let Some(gpu) = Gpu::open(32 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut rng = Random::new(32);
     let shapes = [
         shape(2, 4, 128, 128, false),
@@ -268,7 +268,7 @@ fn decoding_has_the_bits_of_the_forward_pass() {
     ];
     for shape in shapes {
         let mut layer = Layer::new(shape, &mut rng);
-        let device = DeviceLayer::new(&gpu, &layer);
+        let device = DeviceLayer::new(&lab, &layer);
         // State goes on from call to call.
         for tokens in [1, 3, 1, 8] {
             let mut chunk = layer.chunk(tokens, &mut rng);
@@ -278,8 +278,12 @@ fn decoding_has_the_bits_of_the_forward_pass() {
             }
             let want = layer.steps(&chunk);
             let what = format!("{shape:?}, {tokens} tokens");
-            assert_same_bits(&device.run(&gpu, &chunk, false), &want, &what);
-            assert_same_bits(&gpu.read(&device.memory), &layer.memory, &format!("{what}: memory"));
+            assert_same_bits(&device.run(&lab, &chunk, false), &want, &what);
+            assert_same_bits(
+                &lab.read_floats(&device.memory),
+                &layer.memory,
+                &format!("{what}: memory"),
+            );
             assert!(want.iter().any(|x| x.is_finite()), "{what}");
         }
     }
@@ -299,7 +303,7 @@ fn difference(got: &[f32], want: &[f32]) -> f64 {
 
 #[test]
 fn prompts_in_chunks_are_close_to_steps() {
-    let Some(gpu) = Gpu::open(64 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut rng = Random::new(33);
     let cases = [
         (shape(1, 2, 128, 128, false), [130, 64]),
@@ -310,19 +314,19 @@ fn prompts_in_chunks_are_close_to_steps() {
     let mut worst: f64 = 0.0;
     for (shape, chunks) in cases {
         let mut layer = Layer::new(shape, &mut rng);
-        let device = DeviceLayer::new(&gpu, &layer);
+        let device = DeviceLayer::new(&lab, &layer);
         for tokens in chunks {
             let chunk = layer.chunk(tokens, &mut rng);
             let want = layer.steps(&chunk);
-            let got = device.run(&gpu, &chunk, true);
+            let got = device.run(&lab, &chunk, true);
             let bound = 4.0 * ((shape.key_dim + 64) as f64).sqrt() / f64::from(1 << 24);
             let answers = difference(&got, &want);
-            let memory = difference(&gpu.read(&device.memory), &layer.memory);
+            let memory = difference(&lab.read_floats(&device.memory), &layer.memory);
             assert!(answers <= bound, "{shape:?}, {tokens} tokens: {answers:e} > {bound:e}");
             assert!(memory <= bound, "{shape:?}, {tokens} tokens: {memory:e} > {bound:e}");
             worst = worst.max(answers.max(memory) / bound);
             // Errors of one call are not the next one's.
-            layer.memory = gpu.read(&device.memory);
+            layer.memory = lab.read_floats(&device.memory);
         }
     }
     println!("largest difference: {worst:.3} of the bound");
@@ -332,7 +336,7 @@ fn prompts_in_chunks_are_close_to_steps() {
 fn a_prompt_in_two_pieces_is_a_prompt() {
     // Chunks start where a call starts, so pieces of whole chunks are the
     // same chunks, in bits.
-    let Some(gpu) = Gpu::open(16 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut rng = Random::new(34);
     let layer = Layer::new(shape(1, 2, 32, 32, false), &mut rng);
     let whole = layer.chunk(150, &mut rng);
@@ -349,24 +353,24 @@ fn a_prompt_in_two_pieces_is_a_prompt() {
             gate: part(&whole.gate),
         }
     };
-    let (one, two) = (DeviceLayer::new(&gpu, &layer), DeviceLayer::new(&gpu, &layer));
-    let want = one.run(&gpu, &whole, true);
-    let mut got = two.run(&gpu, &piece(0, 64), true);
-    got.extend(two.run(&gpu, &piece(64, 150), true));
-    assert_same_bits(&got, &want, "answers");
-    assert_same_bits(&gpu.read(&two.memory), &gpu.read(&one.memory), "memory");
+    let (one, two) = (DeviceLayer::new(&lab, &layer), DeviceLayer::new(&lab, &layer));
+    let want = one.run(&lab, &whole, true);
+    let mut got = two.run(&lab, &piece(0, 64), true);
+    got.extend(two.run(&lab, &piece(64, 150), true));
+    assert_same_bits(&got, &want, &"answers");
+    assert_same_bits(&lab.read_floats(&two.memory), &lab.read_floats(&one.memory), &"memory");
 }
 
 #[test]
 fn calls_whose_sizes_do_not_fit_are_errors() {
-    let Some(gpu) = Gpu::open(8 << 20) else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut rng = Random::new(35);
     let layer = Layer::new(shape(1, 2, 16, 16, false), &mut rng);
     let chunk = layer.chunk(2, &mut rng);
-    let device = DeviceLayer::new(&gpu, &layer);
-    let (mixed, alpha) = (gpu.floats(&chunk.mixed), gpu.floats(&chunk.alpha));
-    let (beta, gate) = (gpu.floats(&chunk.beta), gpu.floats(&chunk.gate));
-    let answers = gpu.space(4 * 2 * 32);
+    let device = DeviceLayer::new(&lab, &layer);
+    let (mixed, alpha) = (lab.floats(&chunk.mixed), lab.floats(&chunk.alpha));
+    let (beta, gate) = (lab.floats(&chunk.beta), lab.floats(&chunk.gate));
+    let answers = lab.space(4 * 2 * 32);
     let inputs = DeltaInputs {
         shape: layer.shape,
         tokens: 2,
@@ -381,13 +385,13 @@ fn calls_whose_sizes_do_not_fit_are_errors() {
         memory: &device.memory,
         answers: &answers,
     };
-    let stream = gpu.device.compute();
+    let stream = lab.device.compute();
     let decode = |inputs: DeltaInputs<'_>| {
-        delta_decode(&gpu.device, stream, DeltaDecode { inputs, counters: &device.counters })
+        delta_decode(&lab.device, stream, DeltaDecode { inputs, counters: &device.counters })
     };
     let is_shape = |result| matches!(result, Err(CudaError::Shape { .. }));
     decode(inputs).unwrap();
-    let small = gpu.space(4);
+    let small = lab.space(4);
     assert!(is_shape(decode(DeltaInputs { tokens: 3, ..inputs })));
     for shape in [
         shape(0, 2, 16, 16, false),
@@ -401,7 +405,7 @@ fn calls_whose_sizes_do_not_fit_are_errors() {
     assert!(is_shape(decode(DeltaInputs { memory: &small, ..inputs })));
     assert!(is_shape(decode(DeltaInputs { decay: &small, ..inputs })));
     let prefill = DeltaPrefill { inputs, scratch: &small };
-    assert!(is_shape(delta_prefill(&gpu.device, stream, prefill)));
+    assert!(is_shape(delta_prefill(&lab.device, stream, prefill)));
     let conv = |kernel: usize, taps: &Span| {
         let call = DeltaConv {
             shape: layer.shape,
@@ -414,9 +418,9 @@ fn calls_whose_sizes_do_not_fit_are_errors() {
             epsilon: EPSILON,
             query_scale: 0.25,
         };
-        delta_conv(&gpu.device, stream, call)
+        delta_conv(&lab.device, stream, call)
     };
-    let taps = gpu.zeros(4 * 64);
+    let taps = lab.zeros(4 * 64);
     conv(1, &taps).unwrap();
     assert!(is_shape(conv(0, &taps)));
     assert!(is_shape(conv(17, &taps)));

@@ -66,7 +66,7 @@ fn gemv_has_the_bits_of_the_contract() {
             }
             let what =
                 || format!("{format} [{rows}, {cols}], {tokens} tokens, {kind:?}, {input:?}");
-            assert_same_bits(&lab.read_floats(&out), &wanted, &what);
+            assert_same_bits(&lab.read_floats(&out), &wanted, &what());
         }
     }
 }
@@ -90,7 +90,7 @@ fn every_kind_of_weight_and_input_has_the_bits_of_the_contract() {
                 gemv(&lab.device, lab.device.compute(), call).unwrap();
                 let wanted = product(format, &bytes, rows, &x, cols);
                 let what = || format!("{format} {kind:?} times {inputs_of:?}");
-                assert_same_bits(&lab.read_floats(&out), &wanted, &what);
+                assert_same_bits(&lab.read_floats(&out), &wanted, &what());
             }
         }
     }
@@ -131,7 +131,7 @@ fn gemv_of_several_matrices_follows_its_strides() {
                 }
             }
         }
-        assert_same_bits(&lab.read_floats(&out), &wanted, &|| format.to_string());
+        assert_same_bits(&lab.read_floats(&out), &wanted, &format.to_string());
     }
 }
 
@@ -154,9 +154,9 @@ fn rows_do_not_depend_on_the_grid() {
             gemv(&lab.device, lab.device.compute(), call).unwrap();
             answers.push(lab.read_floats(&out));
         }
-        assert_same_bits(&answers[1], &answers[0][..5], &|| format.to_string());
+        assert_same_bits(&answers[1], &answers[0][..5], &format.to_string());
         let wanted = product(format, &bytes, rows, &x, cols);
-        assert_same_bits(&answers[0], &wanted, &|| format.to_string());
+        assert_same_bits(&answers[0], &wanted, &format.to_string());
     }
 }
 
@@ -180,7 +180,7 @@ fn products_do_not_depend_on_the_order_of_threads() {
             let call = Gemv::one(&weight, 1, x_on.input(), None, &out);
             gemv(&lab.device, lab.device.compute(), call).unwrap();
             let what = || format!("{format} in order {seed}");
-            assert_same_bits(&lab.read_floats(&out), &wanted, &what);
+            assert_same_bits(&lab.read_floats(&out), &wanted, &what());
         }
     }
 }
@@ -218,7 +218,7 @@ fn check_quantised(
     contract::quantise(x, group, &mut q, &mut scales);
     let codes: Vec<i8> = lab.read(&found.q).iter().map(|byte| *byte as i8).collect();
     assert!(codes == q, "codes of {}", what());
-    assert_same_bits(&lab.read_floats(&found.scales), &scales, what);
+    assert_same_bits(&lab.read_floats(&found.scales), &scales, &what());
     let sums: Vec<i16> =
         q.chunks_exact(16).map(|q| q.iter().map(|q| i16::from(*q)).sum()).collect();
     assert_eq!(lab.read_shorts(&found.sums), sums, "sums of {}", what());
@@ -278,8 +278,8 @@ fn norms_have_the_bits_of_ops() {
                     }
                 }
                 let what = || format!("{width} {input:?}, layer {is_layer}, delta {has_delta}");
-                assert_same_bits(&lab.read_floats(&x_span), &x, &what);
-                assert_same_bits(&lab.read_floats(&out), &wanted, &what);
+                assert_same_bits(&lab.read_floats(&x_span), &x, &what());
+                assert_same_bits(&lab.read_floats(&out), &wanted, &what());
                 for form in &forms {
                     check_quantised(&lab, form, &wanted, form.group, &what);
                 }
@@ -312,7 +312,7 @@ fn a_norm_may_be_in_place() {
     for row in x.chunks_exact_mut(stride) {
         ops::rms_norm_in_place(&mut row[..width], &weight, 1e-6);
     }
-    assert_same_bits(&lab.read_floats(&x_span), &x, &|| "latent rows".to_string());
+    assert_same_bits(&lab.read_floats(&x_span), &x, &"latent rows".to_string());
 }
 
 #[test]
@@ -347,7 +347,7 @@ fn transposed_products_have_the_bits_of_the_cpu() {
                     let found = &found[(t * matrices + m) * cols..][..cols];
                     let what =
                         || format!("{format} [{rows}, {cols}] {kind:?}, token {t} of {tokens}");
-                    assert_same_bits(found, &wanted, &what);
+                    assert_same_bits(found, &wanted, &what());
                 }
             }
         }
@@ -377,7 +377,7 @@ fn embedding_rows_are_dequantised_exactly() {
                     out.iter_mut().for_each(|value| *value *= scale);
                 }
             }
-            assert_same_bits(&lab.read_floats(&out), &wanted, &|| format!("{format} {kind:?}"));
+            assert_same_bits(&lab.read_floats(&out), &wanted, &format!("{format} {kind:?}"));
         }
     }
 }
@@ -395,7 +395,7 @@ fn adding_rounds_product_and_sum() {
         for (x, delta) in x.iter_mut().zip(&delta) {
             *x += 0.3 * delta;
         }
-        assert_same_bits(&lab.read_floats(&x_span), &x, &|| format!("{count} elements"));
+        assert_same_bits(&lab.read_floats(&x_span), &x, &format!("{count} elements"));
     }
 }
 

@@ -214,7 +214,7 @@ fn experts_have_the_bits_of_the_contract() {
                 let wanted = contract::expert(x, layer.weights(expert as usize), activation);
                 let what =
                     || format!("{format} {hidden} to {inner}, {kind:?}, {input:?}, {choice}");
-                assert_same_bits(&found[choice * hidden..][..hidden], &wanted, &what);
+                assert_same_bits(&found[choice * hidden..][..hidden], &wanted, &what());
             }
         }
     }
@@ -249,7 +249,7 @@ fn down_may_have_another_format() {
         let x = inputs(Inputs::Outliers, 512, &mut random);
         let found = layer.run(&lab, &x, None, None, GatedActivation::Silu);
         let wanted = contract::expert(&x, layer.weights(0), GatedActivation::Silu);
-        assert_same_bits(&found, &wanted, &|| format!("{formats:?}"));
+        assert_same_bits(&found, &wanted, &format!("{formats:?}"));
     }
 }
 
@@ -285,7 +285,7 @@ fn absent_experts_and_choices_that_are_not_named_are_left() {
                 false => vec![7.0; 256],
             };
             let what = || format!("{format} choice {choice}");
-            assert_same_bits(&found[choice * 256..][..256], &wanted, &what);
+            assert_same_bits(&found[choice * 256..][..256], &wanted, &what());
         }
         assert!(layer.blocks[1].is_none());
     }
@@ -360,7 +360,7 @@ fn gate_up_rows(
             contract::gated(activation, gate, up)
         })
         .collect();
-    assert_same_bits(&lab.read_floats(&out), &wanted, &|| format!("{model} gate-up {format}"));
+    assert_same_bits(&lab.read_floats(&out), &wanted, &format!("{model} gate-up {format}"));
 }
 
 fn down_rows(
@@ -390,7 +390,7 @@ fn down_rows(
         .chunks_exact(bytes.len() / rows)
         .map(|row| contract::dot(format, row, &vector))
         .collect();
-    assert_same_bits(&lab.read_floats(&answers), &wanted, &|| format!("{model} down {format}"));
+    assert_same_bits(&lab.read_floats(&answers), &wanted, &format!("{model} down {format}"));
 }
 
 fn one_expert(table: &Span, block_bytes: usize) -> Choices<'_> {
@@ -418,7 +418,7 @@ fn a_dense_block_has_the_bits_of_the_cpu() {
         let found = layer.run(&lab, &x, None, None, GatedActivation::Silu);
         let mut wanted = vec![0.0; x.len()];
         cpu.feed_forward(&x, 3, layer.weights(0), GatedActivation::Silu, &mut wanted);
-        assert_same_bits(&found, &wanted, &|| format.to_string());
+        assert_same_bits(&found, &wanted, &format.to_string());
     }
 }
 
@@ -469,8 +469,8 @@ fn combining_has_the_bits_of_the_contract() {
                 }
             }
             let what = || format!("{k} of {hidden}, shared {has_shared}, gate {has_gate}");
-            assert_same_bits(&lab.read_floats(&out), &sums, &what);
-            assert_same_bits(&lab.read_floats(&residual_span), &stream, &what);
+            assert_same_bits(&lab.read_floats(&out), &sums, &what());
+            assert_same_bits(&lab.read_floats(&residual_span), &stream, &what());
         }
     }
 }

@@ -101,7 +101,7 @@ fn check(
     gemm(&lab.device, lab.device.compute(), &call).unwrap();
     let got = lab.read_floats(out);
     let name = || format!("{format} {kinds:?} [{rows}, {cols}] x {tokens}");
-    assert_same_bits(&got[..want.len()], &want, &name);
+    assert_same_bits(&got[..want.len()], &want, &name());
     assert!(got[want.len()..].iter().all(|v| *v == 7.5), "{}: wrote behind the answers", name());
 }
 
@@ -326,7 +326,7 @@ fn check_experts(
                 assert!(got.iter().all(|v| *v == 7.5), "{} is not resident", name());
             } else {
                 let x = &x[*token as usize * hidden..(*token as usize + 1) * hidden];
-                assert_same_bits(got, &layer.answer(expert, x, activation), &name);
+                assert_same_bits(got, &layer.answer(expert, x, activation), &name());
             }
             position += 1;
         }

@@ -1,10 +1,12 @@
 //! `kernels/cuda/logits.cu` against a sort on the CPU, on the stand-in or a
 //! GPU.
 
+mod lab;
+
+use lab::{Lab, set_order};
 use pregate_kernels::cuda::logits::{BestLogits, LogitsScratch, MOST_VOCABULARY, argmax, top_k};
-use pregate_kernels::cuda::{CudaError, Device, Span};
+use pregate_kernels::cuda::{CudaError, Span};
 use pregate_kernels::testing::Random;
-use pregate_standin::testing;
 use std::cmp::Ordering;
 
 #[derive(Clone, Copy, Debug)]
@@ -78,67 +80,43 @@ fn sorted(logits: &[f32], zeros_are_equal: bool) -> Vec<usize> {
     ids
 }
 
-/// A device. Every span is an allocation of its own, so that reading or
-/// writing past one is seen.
-struct Bench {
-    device: Device,
+fn scratch(lab: &Lab, rows: usize) -> LogitsScratch {
+    let arena = lab.arena(LogitsScratch::bytes(rows));
+    LogitsScratch::new(&arena, lab.device.compute(), rows).unwrap()
 }
 
-impl Bench {
-    fn new() -> Option<Self> {
-        testing::device().map(|device| Self { device })
+/// The `wanted` best of each of `rows`, or the largest one; compared with
+/// the sort.
+fn check(lab: &Lab, scratch: &LogitsScratch, rows: &[Vec<f32>], wanted: Option<usize>, what: &str) {
+    let cells = rows.len() * wanted.unwrap_or(1);
+    let (ids, best) = (lab.cells(cells), lab.cells(cells));
+    let has_nan = lab.cells(rows.len());
+    let call = BestLogits {
+        scratch,
+        rows: rows.len(),
+        vocabulary: rows[0].len(),
+        logits: &lab.floats(&rows.concat()),
+        ids: &ids,
+        best: &best,
+        has_nan: &has_nan,
+    };
+    let stream = lab.device.compute();
+    match wanted {
+        Some(wanted) => top_k(&lab.device, stream, call, wanted).unwrap(),
+        None => argmax(&lab.device, stream, call).unwrap(),
     }
-
-    fn scratch(&self, rows: usize) -> LogitsScratch {
-        let arena = self.device.arena(LogitsScratch::bytes(rows)).unwrap();
-        LogitsScratch::new(&arena, self.device.compute(), rows).unwrap()
-    }
-
-    fn floats(&self, values: &[f32]) -> Span {
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_ne_bytes()).collect();
-        let span = self.device.arena(bytes.len()).unwrap().take(bytes.len(), 256).unwrap();
-        self.device.compute().upload(&span, &bytes).unwrap();
-        span
-    }
-
-    fn read(&self, span: &Span) -> Vec<u32> {
-        let mut bytes = vec![0; span.bytes()];
-        self.device.compute().download(span, &mut bytes).unwrap();
-        bytes.chunks_exact(4).map(|cell| u32::from_ne_bytes(cell.try_into().unwrap())).collect()
-    }
-
-    /// The `wanted` best of each of `rows`, or the largest one; compared with
-    /// the sort.
-    fn check(&self, scratch: &LogitsScratch, rows: &[Vec<f32>], wanted: Option<usize>, what: &str) {
-        let cells = rows.len() * wanted.unwrap_or(1);
-        let (ids, best) = (self.floats(&vec![0.5; cells]), self.floats(&vec![0.5; cells]));
-        let has_nan = self.floats(&vec![0.5; rows.len()]);
-        let call = BestLogits {
-            scratch,
-            rows: rows.len(),
-            vocabulary: rows[0].len(),
-            logits: &self.floats(&rows.concat()),
-            ids: &ids,
-            best: &best,
-            has_nan: &has_nan,
-        };
-        let stream = self.device.compute();
-        match wanted {
-            Some(wanted) => top_k(&self.device, stream, call, wanted).unwrap(),
-            None => argmax(&self.device, stream, call).unwrap(),
-        }
-        let (ids, best, has_nan) = (self.read(&ids), self.read(&best), self.read(&has_nan));
-        for (row, logits) in rows.iter().enumerate() {
-            let want = &sorted(logits, wanted.is_none())[..wanted.unwrap_or(1)];
-            let cells = row * want.len()..(row + 1) * want.len();
-            let got: Vec<usize> = ids[cells.clone()].iter().map(|&id| id as usize).collect();
-            assert_eq!(got, want, "{what}, row {row}");
-            // The very bits, NaN's included: a copy, not arithmetic.
-            let bits: Vec<u32> = want.iter().map(|&id| logits[id].to_bits()).collect();
-            assert_eq!(best[cells], bits, "{what}, row {row}");
-            let expected = u32::from(logits.iter().any(|logit| logit.is_nan()));
-            assert_eq!(has_nan[row], expected, "{what}, row {row}");
-        }
+    let (ids, has_nan) = (lab.read_ints(&ids), lab.read_ints(&has_nan));
+    let best: Vec<u32> = lab.read_floats(&best).into_iter().map(f32::to_bits).collect();
+    for (row, logits) in rows.iter().enumerate() {
+        let want = &sorted(logits, wanted.is_none())[..wanted.unwrap_or(1)];
+        let cells = row * want.len()..(row + 1) * want.len();
+        let got: Vec<usize> = ids[cells.clone()].iter().map(|&id| id as usize).collect();
+        assert_eq!(got, want, "{what}, row {row}");
+        // The very bits, NaN's included: a copy, not arithmetic.
+        let bits: Vec<u32> = want.iter().map(|&id| logits[id].to_bits()).collect();
+        assert_eq!(best[cells], bits, "{what}, row {row}");
+        let expected = i32::from(logits.iter().any(|logit| logit.is_nan()));
+        assert_eq!(has_nan[row], expected, "{what}, row {row}");
     }
 }
 
@@ -146,16 +124,16 @@ impl Bench {
 fn the_best_are_those_of_a_sort() {
     let mut random = Random::new(21);
     for vocabulary in [1, 3, 7, 257, 2048, 2051, 8200] {
-        let Some(bench) = Bench::new() else { return };
-        let scratch = bench.scratch(1);
+        let Some(lab) = Lab::open() else { return };
+        let scratch = scratch(&lab, 1);
         for kind in KINDS {
             let logits = [values(kind, vocabulary, &mut random)];
             let what = format!("{kind:?} {vocabulary}");
-            bench.check(&scratch, &logits, None, &what);
+            check(&lab, &scratch, &logits, None, &what);
             for wanted in [1, 2, 40, 256] {
                 if wanted <= vocabulary && (wanted != 2 || vocabulary < 300) {
                     let what = format!("{what} top {wanted}");
-                    bench.check(&scratch, &logits, Some(wanted), &what);
+                    check(&lab, &scratch, &logits, Some(wanted), &what);
                 }
             }
         }
@@ -166,51 +144,49 @@ fn the_best_are_those_of_a_sort() {
 fn large_vocabularies_are_searched_whole() {
     let mut random = Random::new(22);
     for (vocabulary, wanted) in [(32_003, 64), (151_936, 20), (MOST_VOCABULARY, 256)] {
-        let Some(bench) = Bench::new() else { return };
-        let scratch = bench.scratch(1);
+        let Some(lab) = Lab::open() else { return };
+        let scratch = scratch(&lab, 1);
         // The best are the last; the search must come to the end of a row.
         let mut logits = values(Kind::Normal, vocabulary, &mut random);
         logits[vocabulary - 1] = 50.0;
         logits[vocabulary - 2] = 50.0;
         let logits = [logits];
-        bench.check(&scratch, &logits, None, "largest");
-        bench.check(&scratch, &logits, Some(wanted), "best");
+        check(&lab, &scratch, &logits, None, "largest");
+        check(&lab, &scratch, &logits, Some(wanted), "best");
     }
 }
 
 #[test]
 fn rows_are_independent_and_launches_can_be_replayed() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut random = Random::new(23);
-    let scratch = bench.scratch(3);
+    let scratch = scratch(&lab, 3);
     for order in 0..4 {
-        if let Some(standin) = testing::standin() {
-            standin.set_order(order);
-        }
+        set_order(order);
         // Rows that do not start at multiples of 16 bytes.
         let kinds = [Kind::Normal, Kind::SomeNan, Kind::Ties];
         let rows = kinds.map(|kind| values(kind, 4099, &mut random));
-        bench.check(&scratch, &rows, None, "largest");
-        bench.check(&scratch, &rows, Some(33), "best");
+        check(&lab, &scratch, &rows, None, "largest");
+        check(&lab, &scratch, &rows, Some(33), "best");
         // Another number of blocks and rows on the same counters.
-        bench.check(&scratch, &rows[..1], Some(256), "best of one row");
+        check(&lab, &scratch, &rows[..1], Some(256), "best of one row");
         let short = kinds.map(|kind| values(kind, 300, &mut random));
-        bench.check(&scratch, &short, None, "largest of few");
+        check(&lab, &scratch, &short, None, "largest of few");
     }
 }
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let Some(bench) = Bench::new() else { return };
-    let stream = bench.device.compute();
-    let scratch = bench.scratch(1);
-    let logits = bench.floats(&[0.0; 104]);
+    let Some(lab) = Lab::open() else { return };
+    let stream = lab.device.compute();
+    let scratch = scratch(&lab, 1);
+    let logits = lab.floats(&[0.0; 104]);
     let launch = |rows, vocabulary, logits: &Span, cells: usize, wanted| {
-        let (ids, best) = (bench.floats(&vec![0.0; cells]), bench.floats(&vec![0.0; cells]));
-        let has_nan = &bench.floats(&[0.0]);
+        let (ids, best) = (lab.floats(&vec![0.0; cells]), lab.floats(&vec![0.0; cells]));
+        let has_nan = &lab.floats(&[0.0]);
         let (ids, best) = (&ids, &best);
         let call = BestLogits { scratch: &scratch, rows, vocabulary, logits, ids, best, has_nan };
-        top_k(&bench.device, stream, call, wanted)
+        top_k(&lab.device, stream, call, wanted)
     };
     assert!(launch(1, 104, &logits, 5, 5).is_ok());
     for refused in [

@@ -72,6 +72,17 @@ impl BestLogits<'_> {
         (self.logits.bytes() + self.ids.bytes() + self.best.bytes()) as u64
     }
 
+    /// The first parameters of both kernels.
+    fn row(&self, slice: usize) -> Args {
+        Args::new().span(self.logits).i32(self.vocabulary as i32).i32(slice as i32)
+    }
+
+    /// Their last ones.
+    fn answers(&self, args: Args) -> Args {
+        let LogitsScratch { partial, arrived, .. } = self.scratch;
+        args.span(partial).span(arrived).span(self.ids).span(self.best).span(self.has_nan)
+    }
+
     fn check(&self, call: &'static str, wanted: usize) -> Result<(), CudaError> {
         let Self { scratch, rows, vocabulary, .. } = *self;
         let fail = |problem: String| Err(CudaError::shape(call, problem));
@@ -107,15 +118,7 @@ fn cut(vocabulary: usize, usual: usize, blocks: usize) -> (usize, usize) {
 pub fn argmax(device: &Device, stream: &Stream, call: BestLogits<'_>) -> Result<(), CudaError> {
     call.check("logits_argmax", 1)?;
     let (slice, blocks) = cut(call.vocabulary, ARGMAX_SLICE, ARGMAX_BLOCKS);
-    let args = Args::new()
-        .span(call.logits)
-        .i32(call.vocabulary as i32)
-        .i32(slice as i32)
-        .span(&call.scratch.partial)
-        .span(&call.scratch.arrived)
-        .span(call.ids)
-        .span(call.best)
-        .span(call.has_nan);
+    let args = call.answers(call.row(slice));
     let blocks = [blocks as u32, call.rows as u32, 1];
     let grid = Grid { blocks, threads: [ARGMAX_THREADS, 1, 1], shared_bytes: 0 };
     stream.launch(&device.kernel("logits", "logits_argmax")?, grid, args)
@@ -135,16 +138,7 @@ pub fn top_k(
     call.check("logits_top_k", wanted)?;
     let (slice, blocks) = cut(call.vocabulary, TOP_USUAL_SLICE, SCRATCH_CELLS / wanted);
     debug_assert!(slice <= TOP_SLICE && blocks * wanted <= SCRATCH_CELLS);
-    let args = Args::new()
-        .span(call.logits)
-        .i32(call.vocabulary as i32)
-        .i32(slice as i32)
-        .i32(wanted as i32)
-        .span(&call.scratch.partial)
-        .span(&call.scratch.arrived)
-        .span(call.ids)
-        .span(call.best)
-        .span(call.has_nan);
+    let args = call.answers(call.row(slice).i32(wanted as i32));
     let blocks = [blocks as u32, call.rows as u32, 1];
     let grid = Grid { blocks, threads: [TOP_THREADS, 1, 1], shared_bytes: 0 };
     stream.launch(&device.kernel("logits", "logits_top_k")?, grid, args)

@@ -2,5 +2,7 @@
 //! rows and rules: bits, on the stand-in or a GPU.
 
 mod chunk;
+#[path = "../lab/mod.rs"]
+mod lab;
 mod step;
 mod support;

@@ -1,8 +1,7 @@
 //! One token: `router_step`.
 
-use crate::support::{
-    Bench, Logits, Router, assert_same, logits, ranked, routed, rules, selection_bias, set_order,
-};
+use crate::lab::{Lab, assert_same_bits, set_order};
+use crate::support::{Logits, Router, logits, ranked, routed, rules, selection_bias};
 use pregate_kernels::cuda::CudaError;
 use pregate_kernels::cuda::router::{
     Ahead, Chosen, MOST_EXPERTS, RouterNormKind, RouterScratch, RouterStep, RouterTable,
@@ -23,19 +22,20 @@ struct Answer {
 
 /// Routers on the device and what launches need.
 struct Run<'a> {
-    bench: &'a Bench,
+    lab: &'a Lab,
     routers: &'a [Router],
     table: RouterTable,
     scratch: RouterScratch,
 }
 
 impl<'a> Run<'a> {
-    fn new(bench: &'a Bench, routers: &'a [Router]) -> Self {
-        let stream = bench.device.compute();
-        let layers = routers.iter().map(|router| router.upload(bench)).collect();
-        let table = RouterTable::new(&bench.arena, stream, routers[0].hidden, layers).unwrap();
-        let scratch = RouterScratch::new(&bench.arena, stream).unwrap();
-        Self { bench, routers, table, scratch }
+    fn new(lab: &'a Lab, routers: &'a [Router]) -> Self {
+        let stream = lab.device.compute();
+        let layers = routers.iter().map(|router| router.upload(lab)).collect();
+        let table =
+            RouterTable::new(&lab.arena(1 << 20), stream, routers[0].hidden, layers).unwrap();
+        let scratch = RouterScratch::new(&lab.arena(1 << 20), stream).unwrap();
+        Self { lab, routers, table, scratch }
     }
 
     fn launch(
@@ -45,12 +45,12 @@ impl<'a> Run<'a> {
         ahead: &[usize],
         experts: usize,
     ) -> Answer {
-        let Self { bench, routers, table, scratch } = self;
+        let Self { lab, routers, table, scratch } = self;
         let top_k = chosen.map_or(1, |layer| routers[layer].rule.top_k());
-        let state = bench.floats(state);
-        let (ids, weights) = (bench.space(top_k), bench.space(top_k));
+        let state = lab.floats(state);
+        let (ids, weights) = (lab.cells(top_k), lab.cells(top_k));
         let cells = (ahead.len() * experts).max(1);
-        let (ahead_ids, ahead_scores) = (bench.space(cells), bench.space(cells));
+        let (ahead_ids, ahead_scores) = (lab.cells(cells), lab.cells(cells));
         let call = RouterStep {
             table,
             scratch,
@@ -63,18 +63,18 @@ impl<'a> Run<'a> {
                 scores: &ahead_scores,
             }),
         };
-        router_step(&bench.device, bench.device.compute(), call).unwrap();
-        let all = bench.read_floats(&scratch.logits);
+        router_step(&lab.device, lab.device.compute(), call).unwrap();
+        let all = lab.read_floats(&scratch.logits);
         let targets = chosen.iter().chain(ahead);
         let logits = targets
             .zip(all.chunks(MOST_EXPERTS))
             .map(|(&target, row)| row[..routers[target].experts()].to_vec())
             .collect();
         Answer {
-            ids: bench.read_ints(&ids),
-            weights: bench.read_floats(&weights),
-            ahead_ids: bench.read_ints(&ahead_ids),
-            ahead_scores: bench.read_floats(&ahead_scores),
+            ids: lab.read_ints(&ids),
+            weights: lab.read_floats(&weights),
+            ahead_ids: lab.read_ints(&ahead_ids),
+            ahead_scores: lab.read_floats(&ahead_scores),
             logits,
         }
     }
@@ -86,20 +86,20 @@ impl<'a> Run<'a> {
         if let Some(layer) = chosen {
             let router = &self.routers[layer];
             let want = router.logits(state);
-            assert_same(logits.next().unwrap(), &want, &"logits");
+            assert_same_bits(logits.next().unwrap(), &want, &"logits");
             let (ids, weights) = routed(router.rule, &want, router.selection_bias.as_deref());
             assert_eq!(answer.ids, ids, "{:?}", router.rule);
-            assert_same(&answer.weights, &weights, &format!("{:?}", router.rule));
+            assert_same_bits(&answer.weights, &weights, &format!("{:?}", router.rule));
         }
         for (row, &layer) in ahead.iter().enumerate() {
             let router = &self.routers[layer];
             let want = router.logits(state);
-            assert_same(logits.next().unwrap(), &want, &"logits ahead");
+            assert_same_bits(logits.next().unwrap(), &want, &"logits ahead");
             let bias = router.selection_bias.as_deref();
             let (ids, scores) = ranked(router.rule, &want, bias, experts);
             let cells = row * experts..(row + 1) * experts;
             assert_eq!(answer.ahead_ids[cells.clone()], ids, "{:?}", router.rule);
-            assert_same(&answer.ahead_scores[cells], &scores, &format!("{:?}", router.rule));
+            assert_same_bits(&answer.ahead_scores[cells], &scores, &format!("{:?}", router.rule));
         }
     }
 }
@@ -110,7 +110,7 @@ const SOFTMAX: (RoutingRule, bool) = (RoutingRule::SoftmaxOfTopK { top_k: 4 }, f
 fn every_rule_and_width_chooses_as_the_cpu_does() {
     let mut random = Random::new(1);
     for experts in [8, 60, 64, 128, 256, 512] {
-        let Some(bench) = Bench::new() else { return };
+        let Some(lab) = Lab::open() else { return };
         let hidden = 64;
         let routers: Vec<Router> = rules(experts)
             .into_iter()
@@ -118,7 +118,7 @@ fn every_rule_and_width_chooses_as_the_cpu_does() {
                 Router::random(Format::F32, Weights::Usual, (experts, hidden), rule, &mut random)
             })
             .collect();
-        let run = Run::new(&bench, &routers);
+        let run = Run::new(&lab, &routers);
         for layer in 0..routers.len() {
             let state: Vec<f32> =
                 inputs(Inputs::Normal, hidden, &mut random).iter().map(|x| 9.0 * x).collect();
@@ -133,7 +133,7 @@ fn hard_logits_are_chosen_and_ranked_as_on_the_cpu() {
     let mut random = Random::new(2);
     for experts in [8, 64, 256] {
         for kind in Logits::ALL {
-            let Some(bench) = Bench::new() else { return };
+            let Some(lab) = Lab::open() else { return };
             let routers: Vec<Router> = rules(experts)
                 .into_iter()
                 .map(|rule| {
@@ -141,7 +141,7 @@ fn hard_logits_are_chosen_and_ranked_as_on_the_cpu() {
                     Router::constant(answers, 2, rule, &mut random)
                 })
                 .collect();
-            let run = Run::new(&bench, &routers);
+            let run = Run::new(&lab, &routers);
             for (index, ahead) in (0..routers.len()).collect::<Vec<_>>().chunks(4).enumerate() {
                 run.check(&[1.0, -2.0], Some(index), ahead, 12);
             }
@@ -160,12 +160,12 @@ fn rows_of_every_width_have_the_contracts_bits() {
             _ => &[32, 96, 288, 4096 + 96],
         };
         for &hidden in widths {
-            let Some(bench) = Bench::new() else { return };
+            let Some(lab) = Lab::open() else { return };
             let mut router =
                 Router::random(format, Weights::Usual, (7, hidden), SOFTMAX, &mut random);
             router.bias = Some(inputs(Inputs::Normal, 7, &mut random));
             let routers = [router];
-            let run = Run::new(&bench, &routers);
+            let run = Run::new(&lab, &routers);
             run.check(&inputs(Inputs::Outliers, hidden, &mut random), Some(0), &[], 1);
         }
     }
@@ -175,12 +175,12 @@ fn rows_of_every_width_have_the_contracts_bits() {
 fn hard_weights_and_states_have_the_contracts_bits() {
     let mut random = Random::new(4);
     for format in [Format::F32, Format::F16, Format::Bf16, Format::Q8_0] {
-        let Some(bench) = Bench::new() else { return };
+        let Some(lab) = Lab::open() else { return };
         let routers: Vec<Router> = Weights::ALL
             .into_iter()
             .map(|kind| Router::random(format, kind, (9, 256), SOFTMAX, &mut random))
             .collect();
-        let run = Run::new(&bench, &routers);
+        let run = Run::new(&lab, &routers);
         for kind in Inputs::ALL {
             let state = inputs(kind, 256, &mut random);
             for layer in 0..routers.len() {
@@ -194,14 +194,14 @@ fn hard_weights_and_states_have_the_contracts_bits() {
 fn layer_norms_have_the_cpus_bits() {
     let mut random = Random::new(5);
     for (hidden, has_bias) in [(130, true), (64, false), (4200, true)] {
-        let Some(bench) = Bench::new() else { return };
+        let Some(lab) = Lab::open() else { return };
         let mut router =
             Router::random(Format::Bf16, Weights::Usual, (16, hidden), SOFTMAX, &mut random);
         router.norm = RouterNormKind::Layer;
         router.epsilon = 1e-5;
         router.norm_bias = has_bias.then(|| inputs(Inputs::Normal, hidden, &mut random));
         let routers = [router];
-        let run = Run::new(&bench, &routers);
+        let run = Run::new(&lab, &routers);
         let state: Vec<f32> =
             inputs(Inputs::Normal, hidden, &mut random).iter().map(|x| x + 3.0).collect();
         run.check(&state, Some(0), &[0], 5);
@@ -210,7 +210,7 @@ fn layer_norms_have_the_cpus_bits() {
 
 #[test]
 fn a_launch_can_be_replayed_in_any_order_of_threads() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut random = Random::new(6);
     let rules = rules(60);
     // Layers of other sizes end their counts at other numbers.
@@ -222,7 +222,7 @@ fn a_launch_can_be_replayed_in_any_order_of_threads() {
             Router::random(Format::F16, Weights::Usual, shape, (rule, biased), &mut random)
         })
         .collect();
-    let run = Run::new(&bench, &routers);
+    let run = Run::new(&lab, &routers);
     for order in 0..5 {
         set_order(order);
         let state = inputs(Inputs::Normal, 128, &mut random);
@@ -237,35 +237,35 @@ fn a_launch_can_be_replayed_in_any_order_of_threads() {
 
 #[test]
 fn formats_may_differ_between_the_layers_of_a_launch() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut random = Random::new(7);
     let formats = [Format::Bf16, Format::Q8_0, Format::F16, Format::F32, Format::Q6K];
     let routers: Vec<Router> = formats
         .into_iter()
         .map(|format| Router::random(format, Weights::Usual, (12, 512), SOFTMAX, &mut random))
         .collect();
-    let run = Run::new(&bench, &routers);
+    let run = Run::new(&lab, &routers);
     run.check(&inputs(Inputs::Outliers, 512, &mut random), Some(0), &[1, 2, 3, 0], 12);
 
-    let (state, four) = (bench.floats(&vec![1.0; 512]), bench.space(4));
+    let (state, four) = (lab.floats(&vec![1.0; 512]), lab.cells(4));
     let (table, scratch) = (&run.table, &run.scratch);
     let chosen = Some(Chosen { layer: 4, ids: &four, weights: &four });
     let call = RouterStep { table, scratch, state: &state, chosen, ahead: None };
-    let refused = router_step(&bench.device, bench.device.compute(), call);
+    let refused = router_step(&lab.device, lab.device.compute(), call);
     assert!(matches!(refused, Err(CudaError::Unsupported { .. })), "{refused:?}");
 }
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut random = Random::new(8);
-    let stream = bench.device.compute();
+    let stream = lab.device.compute();
     let good = Router::random(Format::F32, Weights::Usual, (8, 64), SOFTMAX, &mut random);
     let refused = |change: &dyn Fn(&mut Router)| {
         let mut router =
             Router::random(Format::F32, Weights::Usual, (8, 64), SOFTMAX, &mut Random::new(8));
         change(&mut router);
-        let table = RouterTable::new(&bench.arena, stream, 64, vec![router.upload(&bench)]);
+        let table = RouterTable::new(&lab.arena(1 << 20), stream, 64, vec![router.upload(&lab)]);
         matches!(table, Err(CudaError::Shape { .. }))
     };
     assert!(!refused(&|_| ()));
@@ -282,14 +282,14 @@ fn what_does_not_fit_is_refused() {
         router.rule = rules(60).last().unwrap().0; // 30 groups
     }));
 
-    let run = Run::new(&bench, std::slice::from_ref(&good));
-    let (state, odd) = (bench.floats(&vec![1.0; 64]), bench.floats(&vec![1.0; 65]));
-    let (four, five) = (bench.space(4), bench.space(5));
+    let run = Run::new(&lab, std::slice::from_ref(&good));
+    let (state, odd) = (lab.floats(&vec![1.0; 64]), lab.floats(&vec![1.0; 65]));
+    let (four, five) = (lab.cells(4), lab.cells(5));
     let launch = |state, layer, ids, weights| {
         let (table, scratch) = (&run.table, &run.scratch);
         let chosen = Some(Chosen { layer, ids, weights });
         let call = RouterStep { table, scratch, state, chosen, ahead: None };
-        router_step(&bench.device, stream, call)
+        router_step(&lab.device, stream, call)
     };
     assert!(launch(&state, 0, &four, &four).is_ok());
     for refused in [
@@ -305,12 +305,12 @@ fn what_does_not_fit_is_refused() {
 
 #[test]
 fn the_bytes_are_those_of_the_routers() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(lab) = Lab::open() else { return };
     let mut random = Random::new(9);
     let router = Router::random(Format::F16, Weights::Usual, (8, 64), SOFTMAX, &mut random);
     let routers = [router];
-    let run = Run::new(&bench, &routers);
-    let (state, four) = (bench.floats(&vec![1.0; 64]), bench.space(4));
+    let run = Run::new(&lab, &routers);
+    let (state, four) = (lab.floats(&vec![1.0; 64]), lab.cells(4));
     let call = RouterStep {
         table: &run.table,
         scratch: &run.scratch,

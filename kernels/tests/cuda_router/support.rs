@@ -1,78 +1,11 @@
 //! Routers, logits that are hard on rules, and what the CPU says to them.
 
+use crate::lab::Lab;
+use pregate_kernels::cuda::DeviceMatrix;
 use pregate_kernels::cuda::router::{RouterLayer, RouterNorm, RouterNormKind};
-use pregate_kernels::cuda::{Arena, Device, DeviceMatrix, Span};
 use pregate_kernels::routing::{Scores, top};
 use pregate_kernels::testing::{Inputs, Random, Weights, inputs, weights};
 use pregate_kernels::{Format, RoutingRule, contract, ops};
-use pregate_standin::testing;
-
-/// A device. Every span is an allocation of its own, so that reading or
-/// writing past one is seen.
-pub struct Bench {
-    pub device: Device,
-    /// For tables and scratch.
-    pub arena: Arena,
-}
-
-impl Bench {
-    /// `None` where kernels cannot be run (`testing::device` says why).
-    pub fn new() -> Option<Self> {
-        let device = testing::device()?;
-        let arena = device.arena(1 << 20).unwrap();
-        Some(Self { device, arena })
-    }
-
-    pub fn bytes(&self, bytes: &[u8]) -> Span {
-        let span = self.device.arena(bytes.len()).unwrap().take(bytes.len(), 256).unwrap();
-        self.device.compute().upload(&span, bytes).unwrap();
-        span
-    }
-
-    pub fn floats(&self, values: &[f32]) -> Span {
-        self.bytes(&values.iter().flat_map(|v| v.to_ne_bytes()).collect::<Vec<_>>())
-    }
-
-    pub fn ints(&self, values: &[i32]) -> Span {
-        self.bytes(&values.iter().flat_map(|v| v.to_ne_bytes()).collect::<Vec<_>>())
-    }
-
-    /// Cells of 4 bytes that no kernel has written: a pattern that is neither
-    /// an id nor a weight.
-    pub fn space(&self, cells: usize) -> Span {
-        self.bytes(&vec![0xa5; 4 * cells])
-    }
-
-    pub fn read_floats(&self, span: &Span) -> Vec<f32> {
-        self.read(span).into_iter().map(f32::from_ne_bytes).collect()
-    }
-
-    pub fn read_ints(&self, span: &Span) -> Vec<i32> {
-        self.read(span).into_iter().map(i32::from_ne_bytes).collect()
-    }
-
-    fn read(&self, span: &Span) -> Vec<[u8; 4]> {
-        let mut bytes = vec![0; span.bytes()];
-        self.device.compute().download(span, &mut bytes).unwrap();
-        bytes.chunks_exact(4).map(|cell| cell.try_into().unwrap()).collect()
-    }
-}
-
-/// Another order of blocks and threads on the stand-in; 0: by their numbers.
-pub fn set_order(seed: u64) {
-    if let Some(standin) = testing::standin() {
-        standin.set_order(seed);
-    }
-}
-
-/// Equal in every bit, or both NaN.
-pub fn assert_same(got: &[f32], want: &[f32], what: &dyn std::fmt::Display) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        let same = g.to_bits() == w.to_bits() || g.is_nan() && w.is_nan();
-        assert!(same, "{what}: [{i}] is {g:?} ({:08x}), not {w:?}", g.to_bits());
-    }
-}
 
 /// Every kind of rule that `experts` allow, and whether a bias goes with it.
 pub fn rules(experts: usize) -> Vec<(RoutingRule, bool)> {
@@ -281,18 +214,18 @@ impl Router {
         self.logits_of_normed(&self.normed(state))
     }
 
-    pub fn upload(&self, bench: &Bench) -> RouterLayer {
-        let floats = |values: &Option<Vec<f32>>| values.as_ref().map(|v| bench.floats(v));
+    pub fn upload(&self, lab: &Lab) -> RouterLayer {
+        let floats = |values: &Option<Vec<f32>>| values.as_ref().map(|v| lab.floats(v));
         // Not at the start of its span, as matrices lie in a large one.
         let offset = 16;
         let mut bytes = vec![0xee; offset];
         bytes.extend_from_slice(&self.rows);
-        let span = bench.bytes(&bytes);
+        let span = lab.bytes(&bytes);
         RouterLayer {
             norm: RouterNorm {
                 kind: self.norm,
                 epsilon: self.epsilon,
-                weight: bench.floats(&self.norm_weight),
+                weight: lab.floats(&self.norm_weight),
                 bias: floats(&self.norm_bias),
             },
             weight: DeviceMatrix::new(self.format, self.experts(), self.hidden, span, offset)

@@ -3,10 +3,12 @@
 #![allow(dead_code)]
 
 use pregate_kernels::cuda::{
-    Device, DeviceMatrix, Input, Quantise, QuantisedSpans, Span, quantise,
+    Arena, Device, DeviceMatrix, Input, Quantise, QuantisedSpans, Span, quantise,
 };
+use pregate_kernels::testing::Random;
 use pregate_kernels::{ActivationKind, Format};
 use pregate_standin::testing;
+use std::fmt::Display;
 
 /// A device, and memory on it. Every span is an allocation of its own, so
 /// that reading or writing past one is seen.
@@ -20,12 +22,33 @@ impl Lab {
         testing::device().map(|device| Self { device })
     }
 
+    /// Memory that holds no numbers yet: f32 and f16 of such bytes are NaN.
     pub fn space(&self, bytes: usize) -> Span {
-        self.device.arena(bytes.max(1)).unwrap().take(bytes, 256).unwrap()
+        self.filled(bytes, 0xff)
+    }
+
+    pub fn zeros(&self, bytes: usize) -> Span {
+        self.filled(bytes, 0)
+    }
+
+    pub fn filled(&self, bytes: usize, value: u8) -> Span {
+        let span = self.arena(bytes.max(1)).take(bytes, 256).unwrap();
+        self.device.compute().fill(&span, value).unwrap();
+        span
+    }
+
+    /// `count` cells of 4 bytes that hold neither an id nor a weight.
+    pub fn cells(&self, count: usize) -> Span {
+        self.filled(4 * count, 0xa5)
+    }
+
+    /// For what takes its own memory.
+    pub fn arena(&self, bytes: usize) -> Arena {
+        self.device.arena(bytes).unwrap()
     }
 
     pub fn bytes(&self, bytes: &[u8]) -> Span {
-        let span = self.space(bytes.len());
+        let span = self.arena(bytes.len().max(1)).take(bytes.len(), 256).unwrap();
         self.device.compute().upload(&span, bytes).unwrap();
         span
     }
@@ -51,6 +74,11 @@ impl Lab {
     pub fn read_floats(&self, span: &Span) -> Vec<f32> {
         let bytes = self.read(span);
         bytes.as_chunks::<4>().0.iter().map(|value| f32::from_ne_bytes(*value)).collect()
+    }
+
+    pub fn read_ints(&self, span: &Span) -> Vec<i32> {
+        let bytes = self.read(span);
+        bytes.as_chunks::<4>().0.iter().map(|value| i32::from_ne_bytes(*value)).collect()
     }
 
     pub fn read_shorts(&self, span: &Span) -> Vec<i16> {
@@ -101,12 +129,31 @@ impl Activations {
     }
 }
 
+/// Another order of blocks and threads on the stand-in; 0: by their numbers.
+pub fn set_order(seed: u64) {
+    if let Some(standin) = testing::standin() {
+        standin.set_order(seed);
+    }
+}
+
+/// Normal numbers, and a few that are not: zeros of both signs, subnormal,
+/// large.
+pub fn numbers(count: usize, random: &mut Random) -> Vec<f32> {
+    (0..count)
+        .map(|_| match random.below(40) {
+            0 => random.pick(&[0.0, -0.0, 1e-40, -1e-40, 300.0, -3e4]),
+            _ => random.normal(),
+        })
+        .collect()
+}
+
 /// Equal in every bit; any NaN equals any other.
-pub fn assert_same_bits(found: &[f32], wanted: &[f32], what: &dyn Fn() -> String) {
-    assert_eq!(found.len(), wanted.len(), "{}", what());
+#[track_caller]
+pub fn assert_same_bits(found: &[f32], wanted: &[f32], what: &dyn Display) {
+    assert_eq!(found.len(), wanted.len(), "{what}");
     for (i, (found, wanted)) in found.iter().zip(wanted).enumerate() {
         let is_same = found.to_bits() == wanted.to_bits() || found.is_nan() && wanted.is_nan();
-        assert!(is_same, "{}: element {i} is {found:e}, must be {wanted:e}", what());
+        assert!(is_same, "{what}: element {i} is {found:e}, must be {wanted:e}");
     }
 }
 
