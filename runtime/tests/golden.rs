@@ -3,6 +3,7 @@
 //! `tests/data/README.md`).
 
 #[path = "support/golden.rs"]
+#[allow(dead_code)]
 mod golden;
 
 use golden::{Golden, argmax, entries, find, worst_deviation};

@@ -5,13 +5,15 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// The folders that hold golden files: the repository's own, which must be
-/// there, and the team's full set where it lies beside the checkout.
+/// there, and the team's full set where it lies beside the checkout (with
+/// `PREGATE_SHARED=0` not even then: what users have).
 pub fn roots() -> Vec<PathBuf> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let own = workspace.join("tests/data");
     assert!(own.is_dir(), "{} is missing", own.display());
     let full = workspace.join("../shared/golden");
-    if full.is_dir() { vec![own, full] } else { vec![own] }
+    let is_wanted = std::env::var_os("PREGATE_SHARED").is_none_or(|value| value != "0");
+    if is_wanted && full.is_dir() { vec![own, full] } else { vec![own] }
 }
 
 /// Entries of `folder` below every root, by file name, the full set first.
@@ -27,6 +29,20 @@ pub fn entries(folder: &str) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> = found.into_values().collect();
     paths.sort();
     paths
+}
+
+/// Every model that can be loaded: GGUF files and folders. Of some folders the
+/// repository has the answers alone; IQ3_S is refused.
+pub fn models() -> Vec<PathBuf> {
+    let is_model = |path: &PathBuf| {
+        path.extension().is_some_and(|extension| extension == "gguf")
+            || path.join("config.json").is_file()
+    };
+    let supported = |path: &PathBuf| !path.to_string_lossy().contains("IQ3_S");
+    let all = entries("gguf").into_iter().chain(entries("hf"));
+    let models: Vec<PathBuf> = all.filter(is_model).filter(supported).collect();
+    assert!(models.len() > 20, "only {} models", models.len());
+    models
 }
 
 /// A file of the golden set, wherever it is.
