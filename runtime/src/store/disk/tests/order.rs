@@ -282,3 +282,75 @@ fn a_slow_read_is_told_once() {
     assert_eq!((board.slow(u64::MAX), board.counters(0).slow_reads), (None, 1));
     assert_eq!(board.counters(0).busy_ns, 20 * SLOW_NS - 1000);
 }
+
+/// A board with room for one prefetch, and prefetches of `jobs` blocks each.
+fn board_of_prefetches(frames: &Arc<Frames>, fills: usize, jobs: usize) -> Board {
+    let mut board = Board::new(1);
+    for key in 0..fills {
+        let ticket = frames.claim(frame(key)).unwrap();
+        let ranges: Vec<_> = (0..jobs).map(|i| i * ALIGN_BYTES..(i + 1) * ALIGN_BYTES).collect();
+        let job = |chunk| Job::new(key as u64, chunk, 0, 0, ALIGN_BYTES);
+        let jobs = ticket.chunks(&ranges).into_iter().map(job).collect();
+        board.submit(jobs, Urgency::Prefetch, None, 0);
+    }
+    board
+}
+
+#[test]
+fn a_promoted_read_leaves_its_place_to_another_prefetch() {
+    let frames = frames(4 * ALIGN_BYTES, 2);
+    let mut board = board_of_prefetches(&frames, 2, 1);
+    let Take::Job(first) = board.take(0) else { panic!("there are two jobs") };
+    assert!(matches!(board.take(0), Take::Nothing), "two prefetches at once");
+    board.promote(first.key);
+    let Take::Job(second) = board.take(0) else { panic!("there is a place") };
+    assert_ne!(first.key, second.key);
+}
+
+#[test]
+fn a_discard_ends_a_job_that_waits_for_its_next_try() {
+    let frames = frames(4 * ALIGN_BYTES, 1);
+    let mut board = board_of_prefetches(&frames, 1, 2);
+    let Take::Job(job) = board.take(0) else { panic!("there are two jobs") };
+    assert!(board.settle(job, Verdict::Later(1000), 0).is_none());
+    board.abandon(0, MoveError::Discarded, 10);
+    let done = board.next().expect("no engine has any of its jobs");
+    assert!(matches!(done.result, Err(MoveError::Discarded)), "{done:?}");
+    assert!(matches!(board.take(1_000_000), Take::Nothing), "it is tried again");
+}
+
+/// Panics when block 10 is read; other reads stand at the gate.
+struct Trap(Arc<Gate>);
+
+impl ReadAt for Trap {
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+        assert_ne!(offset, 10 * ALIGN_BYTES as u64, "a trap");
+        self.0.read_at(bytes, offset)
+    }
+
+    fn identity(&self) -> io::Result<Identity> {
+        self.0.identity()
+    }
+}
+
+/// It does not wait until the last thread is gone.
+#[test]
+fn what_a_thread_was_reading_ends_with_its_panic() {
+    let gate = Arc::new(Gate::default());
+    let mut mover = over(vec![(FILE_BYTES, Box::new(Trap(gate.clone())))], 2, ALIGN_BYTES);
+    let frames = frames(4 * ALIGN_BYTES, 2);
+    let mut submit = |key: u64, block: usize| {
+        let ticket = frames.claim(frame(key as usize)).unwrap();
+        let piece = piece(block * ALIGN_BYTES..(block + 1) * ALIGN_BYTES);
+        mover.submit(fill(key, ticket, &[piece], Urgency::Demand));
+    };
+    submit(0, 20);
+    gate.await_reads(1);
+    submit(1, 10);
+    let done = mover.next(5 * SECOND_NS).expect("the other thread stands at the gate");
+    let Err(MoveError::Stopped(why)) = done.result else { panic!("{done:?}") };
+    assert_eq!(done.key, 1);
+    assert!(why.contains("a trap"), "{why}");
+    gate.open();
+    assert_eq!(wait(&mut mover).key, 0);
+}
