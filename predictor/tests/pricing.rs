@@ -31,10 +31,20 @@ fn one_stays(token: u32, layer: u32) -> [u32; 2] {
     [0, both_change(token, layer)[0]]
 }
 
-/// Everything that is ordered lands before the next event, computing one takes
-/// `worked_ns`, forecasting for a layer an eighth of a read. Answers how many
-/// prefetches tokens 200..300 ordered.
+/// [`decode_at`] a cost of forecasting of an eighth of a read.
 fn decode(planner: &mut Planner, experts: fn(u32, u32) -> [u32; 2], worked_ns: u64) -> usize {
+    decode_at(planner, experts, worked_ns, BYTES / 8)
+}
+
+/// Everything that is ordered lands before the next event, computing one takes
+/// `worked_ns`, forecasting for a layer `cost_ns`. Answers how many prefetches
+/// tokens 200..300 ordered.
+fn decode_at(
+    planner: &mut Planner,
+    experts: fn(u32, u32) -> [u32; 2],
+    worked_ns: u64,
+    cost_ns: u64,
+) -> usize {
     let (mut request, mut retire, mut ahead) = (Request::default(), Retire::default(), Vec::new());
     let mut late = 0;
     for token in 0..300u32 {
@@ -42,7 +52,7 @@ fn decode(planner: &mut Planner, experts: fn(u32, u32) -> [u32; 2], worked_ns: u
         for layer in 0..LAYERS {
             let experts = experts(token, layer as u32);
             if planner.wants(layer) {
-                planner.spent(layer, BYTES / 8);
+                planner.spent(layer, cost_ns);
             }
             planner.routed(layer, &experts, &[0.5, 0.5]);
             planner.request(layer, &experts, &mut request);
@@ -85,6 +95,14 @@ fn a_forecast_that_is_wrong_is_stopped_unless_prices_are_off() {
     assert!(free.ledger().traffic().precision().unwrap() < 0.1);
     assert!(stopped * 4 < wasteful, "{stopped} with prices, {wasteful} without");
     assert!(priced.ledger().prices().iter().any(|price| price.switched_off > 0));
+}
+
+/// Of two reads a token, at most both are saved.
+#[test]
+fn a_forecast_that_costs_more_than_it_saves_is_stopped() {
+    let late = |cost_ns| decode_at(&mut planner("token", true), both_change, 4 * BYTES, cost_ns);
+    let (cheap, dear) = (late(BYTES / 8), late(3 * BYTES));
+    assert!(dear * 4 < cheap, "{dear} of {cheap}");
 }
 
 #[test]
