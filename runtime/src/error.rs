@@ -54,6 +54,10 @@ pub enum Error {
     #[error("the model computed {found} logits at position {position}: its weights are damaged")]
     NotFinite { position: usize, found: &'static str },
 
+    /// The GPU failed, or cannot do what it was asked for.
+    #[error(transparent)]
+    Cuda(#[from] pregate_kernels::cuda::CudaError),
+
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,

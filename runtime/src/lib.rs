@@ -30,6 +30,7 @@ pub mod error;
 pub mod files;
 pub mod forward;
 pub mod generate;
+pub mod gpu;
 pub mod model;
 pub mod sample;
 pub mod session;

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::forward::cache::{Cache, KvFormat, cache_bytes};
 use crate::forward::{Pass, Scratch, forward};
+use crate::gpu::{GpuPass, GpuSession};
 use crate::model::Model;
 use crate::model::description::ModelDescription;
 use crate::model::rope::Rope;
@@ -71,14 +72,19 @@ pub struct Run<'a> {
     pub progress: Option<&'a mut dyn FnMut(usize)>,
 }
 
+/// Where a sequence's memory is, and what its passes leave.
+enum Place {
+    Host { cache: Cache, scratch: Box<Scratch> },
+    Gpu(Box<GpuSession>),
+}
+
 /// One sequence. It is `Send`: move it to the thread that generates.
 pub struct Session {
     model: Model,
     /// Different from that of every other session of the model.
     id: u64,
-    cache: Cache,
+    place: Place,
     ropes: Vec<Rope>,
-    scratch: Scratch,
     tokens: Vec<u32>,
     prefill_chunk: usize,
 }
@@ -92,10 +98,21 @@ impl Session {
             return Err(Error::Request("a prefill chunk of 0 tokens; allowed: 1 and more".into()));
         }
         let description = model.description();
+        let ropes: Vec<Rope> =
+            description.ropes.iter().map(|rope| Rope::new(rope, context)).collect();
+        let place = match model.gpu() {
+            Some(gpu) => {
+                let session = GpuSession::new(gpu, description, &ropes, context, options.kv)?;
+                Place::Gpu(Box::new(session))
+            }
+            None => Place::Host {
+                cache: Cache::new(description, context, options.kv)?,
+                scratch: Box::default(),
+            },
+        };
         Ok(Self {
-            cache: Cache::new(description, context, options.kv)?,
-            ropes: description.ropes.iter().map(|rope| Rope::new(rope, context)).collect(),
-            scratch: Scratch::default(),
+            place,
+            ropes,
             tokens: Vec::new(),
             prefill_chunk: options.prefill_chunk,
             id: model.next_session(),
@@ -117,7 +134,25 @@ impl Session {
     }
 
     pub fn context_limit(&self) -> usize {
-        self.cache.capacity
+        match &self.place {
+            Place::Host { cache, .. } => cache.capacity,
+            Place::Gpu(session) => session.capacity(),
+        }
+    }
+
+    fn can_rewind(&self) -> bool {
+        match &self.place {
+            Place::Host { cache, .. } => cache.can_rewind(),
+            Place::Gpu(session) => session.can_rewind(),
+        }
+    }
+
+    /// Of the last pass that wanted any.
+    fn logits(&self) -> &[f32] {
+        match &self.place {
+            Place::Host { scratch, .. } => scratch.logits(),
+            Place::Gpu(session) => session.logits(),
+        }
     }
 
     /// Bytes that the KV cache takes when the context is full.
@@ -128,7 +163,10 @@ impl Session {
     /// Starts over.
     pub fn reset(&mut self) {
         self.tokens.clear();
-        self.cache.reset();
+        match &mut self.place {
+            Place::Host { cache, .. } => cache.reset(),
+            Place::Gpu(session) => session.forget(),
+        }
     }
 
     /// Keeps the longest common prefix of the sequence and `tokens` and
@@ -141,7 +179,7 @@ impl Session {
         if keep == self.tokens.len() {
             return keep;
         }
-        if keep == 0 || !self.cache.can_rewind() {
+        if keep == 0 || !self.can_rewind() {
             self.reset();
             return 0;
         }
@@ -158,7 +196,7 @@ impl Session {
         for (index, chunk) in tokens.chunks(self.prefill_chunk).enumerate() {
             self.step(chunk, usize::from(index == last), run)?;
         }
-        Ok(&self.scratch.logits()[..self.model.description().vocab])
+        Ok(&self.logits()[..self.model.description().vocab])
     }
 
     /// As [`Session::feed`], with the logits of every token,
@@ -187,27 +225,29 @@ impl Session {
             return Err(Error::Request(format!("token id {id}; allowed: 0..{vocab}")));
         }
         let needed = self.tokens.len() + tokens.len();
-        if needed > self.cache.capacity {
-            return Err(Error::ContextFull { needed, limit: self.cache.capacity });
+        if needed > self.context_limit() {
+            return Err(Error::ContextFull { needed, limit: self.context_limit() });
         }
         Ok(())
     }
 
     fn step(&mut self, chunk: &[u32], wanted: usize, run: &mut Run<'_>) -> Result<&[f32]> {
-        let first = self.tokens.len();
-        let done = forward(
-            self.model.engine(),
-            &self.ropes,
-            &mut self.cache,
-            &mut self.scratch,
-            Pass { ids: chunk, first_position: first, wanted, session: self.id },
-            run.observer,
-            run.cancel,
-        );
+        let first_position = self.tokens.len();
+        let done = match &mut self.place {
+            Place::Host { cache, scratch } => {
+                let pass = Pass { ids: chunk, first_position, wanted, session: self.id };
+                let engine = self.model.engine();
+                forward(engine, &self.ropes, cache, scratch, pass, run.observer, run.cancel)
+            }
+            Place::Gpu(session) => {
+                let pass = GpuPass { ids: chunk, first_position, wanted };
+                session.forward(&self.model, &self.ropes, pass, run.observer, run.cancel)
+            }
+        };
         if let Err(error) = done {
             // Cells behind the sequence's end are written again before they
             // are read; a recurrent state has no way back.
-            if !self.cache.can_rewind() {
+            if !self.can_rewind() {
                 self.reset();
             }
             return Err(error);
@@ -216,7 +256,7 @@ impl Session {
         if let Some(progress) = &mut run.progress {
             progress(self.tokens.len());
         }
-        Ok(&self.scratch.logits()[..wanted * self.model.description().vocab])
+        Ok(&self.logits()[..wanted * self.model.description().vocab])
     }
 }
 

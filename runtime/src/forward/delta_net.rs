@@ -11,7 +11,7 @@ use pregate_kernels::contract::{self, sigmoid, softplus};
 use pregate_kernels::ops;
 
 /// The published implementations' guard in the key and query normalisation.
-const L2_EPSILON: f32 = 1e-6;
+pub const L2_EPSILON: f32 = 1e-6;
 
 /// `normed` and `out` are `[tokens, hidden]`.
 pub fn run(

@@ -18,6 +18,7 @@ use crate::model::weights::{MixerWeights, ModelWeights, Norm, Projection};
 use crate::session::Cancel;
 use crate::store::{ExpertStore, PassInfo};
 use cache::{Cache, LayerCache};
+pub(crate) use delta_net::L2_EPSILON;
 use feed_forward::Companions;
 use meter::Meter;
 use pregate_kernels::{Backend, Linear, dequantize_row, ops};
@@ -194,7 +195,8 @@ impl Mixing<'_> {
     }
 }
 
-fn embed(engine: Engine<'_>, ids: &[u32], x: &mut [f32]) -> Result<()> {
+/// The rows of the embedding, `[tokens, hidden]`.
+pub fn embed(engine: Engine<'_>, ids: &[u32], x: &mut [f32]) -> Result<()> {
     let embedding = &engine.weights.embedding;
     let mut scratch = Vec::new();
     for (id, row) in ids.iter().zip(x.chunks_exact_mut(engine.description.hidden)) {
@@ -238,7 +240,8 @@ fn project<const N: usize>(
     backend.linear(x, tokens, &mut jobs);
 }
 
-fn check_finite(logits: &[f32], vocab: usize, first_position: usize) -> Result<()> {
+/// Refuses logits, `[tokens, vocab]`, that are no numbers.
+pub fn check_finite(logits: &[f32], vocab: usize, first_position: usize) -> Result<()> {
     match logits.iter().position(|logit| !logit.is_finite()) {
         None => Ok(()),
         Some(index) => Err(Error::NotFinite {

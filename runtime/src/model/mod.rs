@@ -15,6 +15,7 @@ pub mod weights;
 use crate::error::{Error, Result};
 use crate::files::{Container, ModelFiles};
 use crate::forward::Engine;
+use crate::gpu::GpuModel;
 use crate::store::disk::{self, DiskOptions};
 use crate::store::frames::Frames;
 use crate::store::layout::ModelLayout;
@@ -23,6 +24,7 @@ use crate::store::{Clock, ExpertStore};
 use crate::text::{ChatTemplate, Limits, Tokenizer};
 use description::ModelDescription;
 use pregate_kernels::Backend;
+use pregate_kernels::cuda::Device;
 use pregate_predictor::forecast::{self, Forecaster};
 use pregate_predictor::{Ahead, Cache, Planner, policy};
 use std::collections::HashSet;
@@ -50,6 +52,8 @@ pub enum Residency {
     /// Routed experts come from disk just in time; all other weights are read
     /// into memory while loading. The fastest for a model that does not fit.
     Streamed(Streaming),
+    /// All weights are on a GPU.
+    Gpu(Device),
 }
 
 /// How experts are streamed. The numbers come from [`crate::budget`].
@@ -167,8 +171,14 @@ impl OpenedModel {
         let layers = self.description.layers.len();
         let done = LoadProgress { layers, layers_done: layers, ..Default::default() };
         let mut tell = |bytes_done, bytes| progress(LoadProgress { bytes_done, bytes, ..done });
+        let mut gpu = None;
         let store = match options.residency {
             Residency::Lazy => None,
+            Residency::Gpu(device) => {
+                let Self { files, description, weights, .. } = &self;
+                gpu = Some(GpuModel::upload(device, files, description, weights, &mut tell)?);
+                None
+            }
             Residency::Resident => {
                 self.files.make_resident(&mut tell)?;
                 None
@@ -185,6 +195,7 @@ impl OpenedModel {
             weights: self.weights,
             backend: options.backend,
             store,
+            gpu,
             sessions: AtomicU64::new(0),
             tokenizer: self.tokenizer,
             template: OnceLock::new(),
@@ -258,6 +269,7 @@ struct Shared {
     weights: ModelWeights,
     backend: Arc<dyn Backend>,
     store: Option<ExpertStore>,
+    gpu: Option<GpuModel>,
     /// Made so far.
     sessions: AtomicU64,
     tokenizer: OnceLock<Tokenizer>,
@@ -277,6 +289,11 @@ impl Model {
     /// Where experts come from, if they are streamed.
     pub fn store(&self) -> Option<&ExpertStore> {
         self.shared.store.as_ref()
+    }
+
+    /// The weights on a GPU, if they are there.
+    pub fn gpu(&self) -> Option<&GpuModel> {
+        self.shared.gpu.as_ref()
     }
 
     pub(crate) fn next_session(&self) -> u64 {

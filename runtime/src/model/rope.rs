@@ -89,6 +89,10 @@ impl Rope {
     }
 
     /// Pairs per position in a filled table.
+    pub fn pairs(&self) -> RopePairs {
+        self.pairs
+    }
+
     pub fn half(&self) -> usize {
         self.frequencies.len()
     }

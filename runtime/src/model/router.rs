@@ -29,6 +29,12 @@ pub trait Router: Send + Sync {
     /// `logits` is `[experts]`, bias included.
     fn route(&self, logits: &[f32], state: &mut RouterState, choices: &mut Vec<Choice>);
 
+    /// The rule as numbers that a device can follow, and the bias of its
+    /// choice, `[experts]`; `None`: only the host knows it.
+    fn on_device(&self) -> Option<(RoutingRule, Option<&[f32]>)> {
+        None
+    }
+
     /// Turns `logits`, `[experts]`, into finite scores whose order is the order
     /// in which the rule prefers experts: what a forecast goes by when it
     /// applies a router to another state than its own.
@@ -45,8 +51,7 @@ pub fn router_for(moe: &MoeDescription, selection_bias: Option<Vec<f32>>) -> Box
     Box::new(Published { rule, selection_bias: selection_bias.filter(|_| has_bias) })
 }
 
-/// The same rule as numbers that a device can follow.
-pub fn rule_for(moe: &MoeDescription) -> RoutingRule {
+fn rule_for(moe: &MoeDescription) -> RoutingRule {
     let top_k = moe.top_k;
     let scored = |scores, (groups, groups_used), renormalise, scale| RoutingRule::Scored {
         top_k,
@@ -80,6 +85,10 @@ struct Published {
 impl Router for Published {
     fn route(&self, logits: &[f32], _: &mut RouterState, choices: &mut Vec<Choice>) {
         self.rule.route(logits, self.selection_bias.as_deref(), choices);
+    }
+
+    fn on_device(&self) -> Option<(RoutingRule, Option<&[f32]>)> {
+        Some((self.rule, self.selection_bias.as_deref()))
     }
 
     fn rank(&self, logits: &mut [f32]) {

@@ -1,0 +1,115 @@
+//! Experts and dense blocks on the device: each is one block [gate | up |
+//! down], which kernels find through a table of addresses.
+
+use super::upload::{Uploader, rows};
+use crate::model::weights::GatedBlock;
+use pregate_kernels::cuda::{CudaError, ExpertMatrix, Span};
+use pregate_kernels::{ExpertWeights, Matrix};
+
+/// Where matrices start in a block.
+const MATRIX_ALIGN: usize = 16;
+/// Where blocks start.
+const BLOCK_ALIGN: usize = 256;
+
+/// Where the matrices of experts of one shape are in their blocks.
+#[derive(Clone, Copy)]
+pub struct BlockShape {
+    pub hidden: usize,
+    pub inner: usize,
+    pub block_bytes: usize,
+    pub gate: ExpertMatrix,
+    pub up: ExpertMatrix,
+    pub down: ExpertMatrix,
+}
+
+impl BlockShape {
+    pub fn of(weights: &ExpertWeights<'_>) -> Self {
+        let mut end = 0;
+        let mut place = |matrix: &Matrix<'_>| {
+            let placed = ExpertMatrix { format: matrix.format(), offset: end };
+            end = (end + matrix.weight_bytes()).next_multiple_of(MATRIX_ALIGN);
+            placed
+        };
+        let (gate, up, down) = (place(&weights.gate), place(&weights.up), place(&weights.down));
+        Self {
+            hidden: weights.down.rows(),
+            inner: weights.down.cols(),
+            block_bytes: end.next_multiple_of(BLOCK_ALIGN),
+            gate,
+            up,
+            down,
+        }
+    }
+
+    /// The block of an expert of this shape.
+    pub fn block(&self, weights: &ExpertWeights<'_>) -> Vec<u8> {
+        let (mut block, mut scratch) = (Vec::with_capacity(self.block_bytes), Vec::new());
+        for (matrix, at) in [
+            (&weights.gate, self.gate.offset),
+            (&weights.up, self.up.offset),
+            (&weights.down, self.down.offset),
+        ] {
+            block.resize(at, 0);
+            rows(matrix, &mut scratch, &mut block);
+        }
+        block.resize(self.block_bytes, 0);
+        block
+    }
+}
+
+/// Biases of experts, `[experts, rows]`.
+pub struct Biases {
+    pub gate: Option<Span>,
+    pub up: Option<Span>,
+    pub down: Option<Span>,
+}
+
+/// The experts of a layer, all of them resident.
+pub struct DeviceExperts {
+    pub count: usize,
+    pub shape: BlockShape,
+    /// u64 `[experts]`
+    pub table: Span,
+    pub biases: Biases,
+    /// What the table points at.
+    _blocks: Vec<Span>,
+}
+
+/// A dense block: a table of one expert.
+pub type DeviceBlock = DeviceExperts;
+
+impl DeviceExperts {
+    pub fn upload(up: &mut Uploader<'_>, experts: &[GatedBlock]) -> Result<Self, CudaError> {
+        let shape = BlockShape::of(&experts[0].view(up.files));
+        let mut blocks = Vec::with_capacity(experts.len());
+        for expert in experts {
+            let weights = expert.view(up.files);
+            let other = BlockShape::of(&weights);
+            if [other.gate, other.up, other.down] != [shape.gate, shape.up, shape.down] {
+                return Err(CudaError::unsupported("experts of different formats in a layer"));
+            }
+            blocks.push(up.bytes(&shape.block(&weights))?);
+        }
+        let addresses = blocks.iter().flat_map(|block| block.address().to_ne_bytes());
+        let table = up.bytes(&addresses.collect::<Vec<u8>>())?;
+        let biases = Biases {
+            gate: biases(up, experts, |block| block.gate.bias.as_deref())?,
+            up: biases(up, experts, |block| block.up.bias.as_deref())?,
+            down: biases(up, experts, |block| block.down.bias.as_deref())?,
+        };
+        Ok(Self { count: experts.len(), shape, table, biases, _blocks: blocks })
+    }
+}
+
+fn biases(
+    up: &mut Uploader<'_>,
+    experts: &[GatedBlock],
+    of: impl Fn(&GatedBlock) -> Option<&[f32]>,
+) -> Result<Option<Span>, CudaError> {
+    let given: Vec<&[f32]> = experts.iter().filter_map(of).collect();
+    match given.len() {
+        0 => Ok(None),
+        count if count == experts.len() => up.floats(&given.concat()).map(Some),
+        _ => Err(CudaError::unsupported("experts with and without biases in a layer")),
+    }
+}

@@ -1,0 +1,54 @@
+//! Models on a GPU: weights, KV cache and every activation stay on the
+//! device; of a pass the host gives the embedded tokens and takes the logits.
+//!
+//! The passes here compute what [`crate::forward`] computes, launch for
+//! operation, with the same bits (`runtime/tests/gpu_models.rs`).
+
+mod attention;
+mod buffers;
+mod delta_net;
+mod experts;
+mod feed_forward;
+mod latent;
+mod pass;
+mod session;
+mod upload;
+mod weights;
+
+pub use session::{GpuPass, GpuSession};
+
+use crate::error::Result;
+use crate::files::ModelFiles;
+use crate::model::description::ModelDescription;
+use crate::model::weights::ModelWeights;
+use pregate_kernels::cuda::Device;
+use weights::DeviceWeights;
+
+/// A model's weights on a device.
+pub struct GpuModel {
+    device: Device,
+    weights: DeviceWeights,
+}
+
+impl GpuModel {
+    /// Uploads all weights; `tell` hears the bytes that are done, and how many
+    /// there are.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cuda`]: the device has no room, or lacks a kernel for
+    /// some shape of the model.
+    pub fn upload(
+        device: Device,
+        files: &ModelFiles,
+        description: &ModelDescription,
+        weights: &ModelWeights,
+        tell: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
+        let weights = DeviceWeights::upload(&device, files, description, weights, tell)?;
+        Ok(Self { device, weights })
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}

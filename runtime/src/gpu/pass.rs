@@ -1,0 +1,145 @@
+//! What the parts of a pass share.
+
+use super::GpuModel;
+use super::buffers::Buffers;
+use super::upload::DeviceProjection;
+use super::weights::DeviceNorm;
+use crate::model::description::{ModelDescription, NormKind, RopePairs};
+use crate::model::rope::Rope;
+use pregate_kernels::cuda::{
+    self, CudaError, Device, Gemv, Input, Norm, Pairs, Quantise, QuantisedSpans, Rotation, Span,
+    Stream,
+};
+use pregate_kernels::{ActivationKind, Format};
+
+/// A pass over a few tokens.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    pub model: &'a GpuModel,
+    pub description: &'a ModelDescription,
+    pub buffers: &'a Buffers,
+    pub ropes: &'a [Rope],
+    /// At most [`super::buffers::MOST_TOKENS`].
+    pub tokens: usize,
+    pub first_position: usize,
+}
+
+/// The form among two that `format` reads; `None`: it reads floats.
+fn form(forms: &[QuantisedSpans; 2], format: Format) -> Option<&QuantisedSpans> {
+    let quantised = format.activation() != ActivationKind::F32;
+    quantised.then(|| &forms[usize::from(format.block_len() == 256)])
+}
+
+impl<'a> Pass<'a> {
+    pub fn device(&self) -> &'a Device {
+        self.model.device()
+    }
+
+    pub fn stream(&self) -> &'a Stream {
+        self.device().compute()
+    }
+
+    pub fn epsilon(&self) -> f32 {
+        match self.description.norm {
+            NormKind::Rms { epsilon } | NormKind::Layer { epsilon } => epsilon,
+        }
+    }
+
+    /// Adds `delta` to the stream if it holds what a block adds, and leaves
+    /// the norm of the last `rows` tokens in `normed`, also as `formats` read
+    /// it.
+    pub fn norm(
+        &self,
+        norm: &DeviceNorm,
+        has_delta: bool,
+        rows: usize,
+        formats: &[Format],
+    ) -> Result<(), CudaError> {
+        let Buffers { x, delta, normed, normed_forms, .. } = self.buffers;
+        let width = self.description.hidden;
+        let last =
+            |span: &Span| span.part(4 * width * (self.tokens - rows)..4 * width * self.tokens);
+        let (x, delta) = (last(x), last(delta));
+        let kind = match self.description.norm {
+            NormKind::Rms { .. } => cuda::NormKind::Rms,
+            NormKind::Layer { .. } => cuda::NormKind::Layer { bias: norm.bias.as_ref() },
+        };
+        let wanted = |to: &&QuantisedSpans| {
+            formats.iter().any(|&format| {
+                form(normed_forms, format).is_some_and(|form| form.group == to.group)
+            })
+        };
+        let quantised: Vec<&QuantisedSpans> = normed_forms.iter().filter(wanted).collect();
+        let call = Norm {
+            kind,
+            rows,
+            width,
+            x: &x,
+            x_stride: width,
+            delta: has_delta.then_some((&delta, self.description.residual_scale)),
+            weight: &norm.weight,
+            epsilon: self.epsilon(),
+            out: Some((normed, width)),
+            quantised: &quantised,
+        };
+        cuda::norm(self.device(), self.stream(), call)
+    }
+
+    /// What [`Pass::norm`] left, for a matrix of `format`.
+    pub fn normed(&self, format: Format) -> Input<'a> {
+        match form(&self.buffers.normed_forms, format) {
+            Some(form) => Input::Quantised(form),
+            None => Input::Floats(&self.buffers.normed),
+        }
+    }
+
+    /// `x`, `[rows, cols]` of rows `stride` apart, for a matrix of `format`.
+    /// Its one buffer is overwritten.
+    pub fn input<'s>(
+        &'s self,
+        format: Format,
+        x: &'s Span,
+        (rows, cols): (usize, usize),
+        stride: usize,
+    ) -> Result<Input<'s>, CudaError> {
+        let Some(to) = form(&self.buffers.mixer_forms, format) else {
+            return Ok(Input::Floats(x));
+        };
+        let call = Quantise { rows, cols, x, stride, to };
+        cuda::quantise(self.device(), self.stream(), call)?;
+        Ok(Input::Quantised(to))
+    }
+
+    /// `out [tokens, rows] = x W^T + bias`
+    pub fn product(
+        &self,
+        projection: &DeviceProjection,
+        tokens: usize,
+        x: Input<'_>,
+        out: &Span,
+    ) -> Result<(), CudaError> {
+        let DeviceProjection { weight, bias } = projection;
+        let call = Gemv::one(weight, tokens, x, bias.as_ref(), out);
+        cuda::gemv(self.device(), self.stream(), call)
+    }
+
+    /// [`Pass::product`] of rows that were not quantised yet.
+    pub fn product_of(
+        &self,
+        projection: &DeviceProjection,
+        x: &Span,
+        out: &Span,
+    ) -> Result<(), CudaError> {
+        let weight = &projection.weight;
+        let input = self.input(weight.format, x, (self.tokens, weight.cols), weight.cols)?;
+        self.product(projection, self.tokens, input, out)
+    }
+
+    pub fn rotation(&self, rope: usize) -> Rotation<'a> {
+        let pairs = match self.ropes[rope].pairs() {
+            RopePairs::Halves => Pairs::Halves,
+            RopePairs::Neighbours => Pairs::Neighbours,
+        };
+        Rotation { table: &self.buffers.tables[rope], half: self.ropes[rope].half(), pairs }
+    }
+}

@@ -1,0 +1,272 @@
+//! One sequence on a device: its cache, and passes over its tokens.
+
+use super::GpuModel;
+use super::buffers::{Buffers, MOST_TOKENS, room};
+use super::pass::Pass;
+use super::weights::{DeviceFeedForward, DeviceMixer};
+use super::{attention, delta_net, feed_forward, latent};
+use crate::error::{Error, Result};
+use crate::forward::cache::KvFormat;
+use crate::forward::{check_finite, embed};
+use crate::model::Model;
+use crate::model::description::{Mixer, ModelDescription};
+use crate::model::rope::Rope;
+use crate::session::Cancel;
+use pregate_kernels::cuda::{CellFormat, CudaError, Device, DeviceCells, Span};
+use pregate_predictor::Observer;
+
+/// What a pass is asked for.
+#[derive(Clone, Copy)]
+pub struct GpuPass<'a> {
+    /// Every id is below the vocabulary's size.
+    pub ids: &'a [u32],
+    /// Of the first id; all positions fit the cache.
+    pub first_position: usize,
+    /// Logits of so many of the last ids.
+    pub wanted: usize,
+}
+
+/// The running state of a gated DeltaNet layer; see
+/// [`crate::forward::cache::DeltaNetState`].
+pub struct RecurrentState {
+    pub conv: Span,
+    pub memory: Span,
+}
+
+enum LayerState {
+    Attention { keys: DeviceCells, values: DeviceCells },
+    Latent { rows: DeviceCells },
+    DeltaNet(RecurrentState),
+}
+
+/// A sequence's memory on a device.
+pub struct GpuSession {
+    buffers: Buffers,
+    layers: Vec<LayerState>,
+    capacity: usize,
+    /// `[wanted, vocab]` of the last pass that wanted any.
+    logits: Vec<f32>,
+    /// Recurrent state is to be cleared.
+    is_new: bool,
+    /// What the host gives a pass, and what of.
+    inputs: Vec<u8>,
+    embedded: Vec<f32>,
+    rope_table: Vec<[f32; 2]>,
+}
+
+impl GpuSession {
+    /// For `capacity` positions.
+    pub fn new(
+        model: &GpuModel,
+        description: &ModelDescription,
+        ropes: &[Rope],
+        capacity: usize,
+        kv: KvFormat,
+    ) -> Result<Self> {
+        let device = model.device();
+        let layers =
+            description.layers.iter().map(|layer| state(device, &layer.mixer, capacity, kv));
+        Ok(Self {
+            buffers: Buffers::new(model, description, ropes, capacity)?,
+            layers: layers.collect::<Result<_, CudaError>>()?,
+            capacity,
+            logits: Vec::new(),
+            is_new: true,
+            inputs: Vec::new(),
+            embedded: Vec::new(),
+            rope_table: Vec::new(),
+        })
+    }
+
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Recurrent state cannot go back.
+    pub fn can_rewind(&self) -> bool {
+        !self.layers.iter().any(|layer| matches!(layer, LayerState::DeltaNet(_)))
+    }
+
+    /// Forgets everything, before the next pass. Cells need no clearing:
+    /// positions are written before they are read.
+    pub fn forget(&mut self) {
+        self.is_new = true;
+    }
+
+    fn clear(&mut self, device: &Device) -> Result<()> {
+        for layer in &self.layers {
+            if let LayerState::DeltaNet(state) = layer {
+                device.compute().fill(&state.conv, 0)?;
+                device.compute().fill(&state.memory, 0)?;
+            }
+        }
+        self.is_new = false;
+        Ok(())
+    }
+
+    /// Runs a pass and leaves its logits, `[wanted, vocab]`. A failed or
+    /// cancelled one leaves the cache behind `first_position`, and recurrent
+    /// state, undefined.
+    pub fn forward(
+        &mut self,
+        model: &Model,
+        ropes: &[Rope],
+        pass: GpuPass<'_>,
+        observer: &mut dyn Observer,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let gpu = model.gpu().ok_or_else(|| CudaError::unsupported("a model that is not there"))?;
+        let description = model.description();
+        if self.is_new {
+            self.clear(gpu.device())?;
+        }
+        self.logits.clear();
+        let mut before = 0;
+        for ids in pass.ids.chunks(MOST_TOKENS) {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let tokens = ids.len();
+            let first_position = pass.first_position + before;
+            before += tokens;
+            // Of this piece, those that are among the last `wanted`.
+            let wanted = (before + pass.wanted).saturating_sub(pass.ids.len()).min(tokens);
+            self.upload(model, gpu.device(), ropes, ids, first_position)?;
+            let buffers = &self.buffers;
+            let piece = Pass { model: gpu, description, buffers, ropes, tokens, first_position };
+            launch(&piece, &self.layers, wanted)?;
+            tell(&piece, observer)?;
+            let logits = download(&piece, &buffers.logits, wanted * description.vocab)?;
+            self.logits.extend(logits.map(f32::from_ne_bytes));
+        }
+        if description.logit_scale != 1.0 {
+            self.logits.iter_mut().for_each(|logit| *logit *= description.logit_scale);
+        }
+        let first = pass.first_position + pass.ids.len() - pass.wanted;
+        check_finite(&self.logits, description.vocab, first)
+    }
+
+    /// Embedded tokens and rotations of a pass, in one copy.
+    fn upload(
+        &mut self,
+        model: &Model,
+        device: &Device,
+        ropes: &[Rope],
+        ids: &[u32],
+        first_position: usize,
+    ) -> Result<()> {
+        let Self { buffers, embedded, inputs, rope_table, .. } = self;
+        embedded.resize(ids.len() * model.description().hidden, 0.0);
+        embed(model.engine(), ids, embedded)?;
+        let start = buffers.inputs.address();
+        inputs.clear();
+        inputs.extend(embedded.iter().flat_map(|value| value.to_ne_bytes()));
+        for (rope, table) in ropes.iter().zip(&buffers.tables) {
+            inputs.resize((table.address() - start) as usize, 0);
+            rope.fill(first_position, ids.len(), rope_table);
+            inputs.extend(rope_table.iter().flatten().flat_map(|value| value.to_ne_bytes()));
+        }
+        let span = buffers.inputs.part(0..inputs.len());
+        Ok(device.compute().upload(&span, inputs)?)
+    }
+}
+
+fn state(
+    device: &Device,
+    mixer: &Mixer,
+    capacity: usize,
+    kv: KvFormat,
+) -> Result<LayerState, CudaError> {
+    let format = match kv {
+        KvFormat::F16 => CellFormat::F16,
+        KvFormat::F32 => CellFormat::F32,
+    };
+    let cells = |heads: usize, width: usize| {
+        let span = room(device, heads * capacity * width * format.bytes())?;
+        let (head_stride, position_stride) = (capacity * width, width);
+        Ok::<_, CudaError>(DeviceCells { format, span, head_stride, position_stride, width })
+    };
+    Ok(match mixer {
+        Mixer::Attention(a) => LayerState::Attention {
+            keys: cells(a.kv_heads, a.head_dim)?,
+            values: cells(a.kv_heads, a.head_dim)?,
+        },
+        Mixer::Latent(l) => LayerState::Latent { rows: cells(1, l.kv_rank + l.rope_dim)? },
+        Mixer::DeltaNet(d) => {
+            let channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim;
+            LayerState::DeltaNet(RecurrentState {
+                conv: room(device, 4 * (d.conv_kernel - 1) * channels)?,
+                memory: room(device, 4 * d.value_heads * d.key_dim * d.value_dim)?,
+            })
+        }
+    })
+}
+
+/// All launches of a pass.
+fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<(), CudaError> {
+    let weights = &pass.model.weights;
+    // Whether `delta` holds what the last block adds.
+    let mut has_delta = false;
+    for ((layer, state), of) in weights.layers.iter().zip(layers).zip(&pass.description.layers) {
+        pass.norm(&layer.mixer_norm, has_delta, pass.tokens, &layer.mixer.first_formats())?;
+        match (&layer.mixer, state, &of.mixer) {
+            (
+                DeviceMixer::Attention(w),
+                LayerState::Attention { keys, values },
+                Mixer::Attention(a),
+            ) => {
+                attention::run(pass, a, w, keys, values)?;
+            }
+            (DeviceMixer::Latent(w), LayerState::Latent { rows }, Mixer::Latent(l)) => {
+                latent::run(pass, l, w, rows)?;
+            }
+            (DeviceMixer::DeltaNet(w), LayerState::DeltaNet(state), Mixer::DeltaNet(d)) => {
+                delta_net::run(pass, d, w, state)?;
+            }
+            _ => unreachable!("state and weights are made from one description"),
+        }
+        has_delta = feed_forward::run(pass, &layer.feed_forward_norm, &layer.feed_forward)?;
+    }
+    if wanted == 0 {
+        return Ok(());
+    }
+    let format = weights.head.weight.format;
+    pass.norm(&weights.final_norm, has_delta, wanted, &[format])?;
+    pass.product(&weights.head, wanted, pass.normed(format), &pass.buffers.logits)
+}
+
+/// Words of four bytes from the start of a span, once they are computed.
+fn download(
+    pass: &Pass<'_>,
+    span: &Span,
+    count: usize,
+) -> Result<impl Iterator<Item = [u8; 4]>, CudaError> {
+    let mut bytes = vec![0; 4 * count];
+    pass.stream().download(&span.part(0..bytes.len()), &mut bytes)?;
+    let words: Vec<[u8; 4]> = bytes.as_chunks::<4>().0.to_vec();
+    Ok(words.into_iter())
+}
+
+/// Tells the observer what the routers of a pass chose.
+fn tell(pass: &Pass<'_>, observer: &mut dyn Observer) -> Result<(), CudaError> {
+    let all = &pass.buffers.all_choices;
+    let words: Vec<[u8; 4]> = download(pass, all, all.bytes() / 4)?.collect();
+    for (index, layer) in pass.model.weights.layers.iter().enumerate() {
+        let DeviceFeedForward::Moe(moe) = &layer.feed_forward else { continue };
+        let chosen = &pass.buffers.choices[moe.router];
+        let (ids, weights) = words[chosen.range.start / 4..chosen.range.end / 4]
+            .split_at((chosen.range.end - chosen.range.start) / 8);
+        let of = |words: &[[u8; 4]], token: usize| words[token * moe.top_k..][..moe.top_k].to_vec();
+        for token in 0..pass.tokens {
+            let ids: Vec<u32> = of(ids, token).into_iter().map(u32::from_ne_bytes).collect();
+            let weights: Vec<f32> =
+                of(weights, token).into_iter().map(f32::from_ne_bytes).collect();
+            observer.routed(index, pass.first_position + token, &ids, &weights);
+        }
+    }
+    Ok(())
+}
