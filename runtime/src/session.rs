@@ -102,7 +102,7 @@ impl Session {
             description.ropes.iter().map(|rope| Rope::new(rope, context)).collect();
         let place = match model.gpu() {
             Some(gpu) => {
-                let session = GpuSession::new(gpu, description, &ropes, context, options.kv)?;
+                let session = GpuSession::new(gpu, description, context, options.kv)?;
                 Place::Gpu(Box::new(session))
             }
             None => Place::Host {

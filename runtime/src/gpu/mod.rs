@@ -10,11 +10,13 @@ mod delta_net;
 mod experts;
 mod feed_forward;
 mod latent;
+mod needs;
 mod pass;
 mod session;
 mod upload;
 mod weights;
 
+pub use needs::GpuParts;
 pub use session::{GpuPass, GpuSession};
 
 use crate::error::Result;

@@ -1,7 +1,7 @@
 //! One sequence on a device: its cache, and passes over its tokens.
 
 use super::GpuModel;
-use super::buffers::{Buffers, MOST_TOKENS, room};
+use super::buffers::{ALIGN, Buffers, MOST_TOKENS};
 use super::pass::Pass;
 use super::weights::{DeviceFeedForward, DeviceMixer};
 use super::{attention, delta_net, feed_forward, latent};
@@ -12,7 +12,7 @@ use crate::model::Model;
 use crate::model::description::{Mixer, ModelDescription};
 use crate::model::rope::Rope;
 use crate::session::Cancel;
-use pregate_kernels::cuda::{CellFormat, CudaError, Device, DeviceCells, Span};
+use pregate_kernels::cuda::{Arena, CellFormat, CudaError, Device, DeviceCells, Span};
 use pregate_predictor::Observer;
 
 /// What a pass is asked for.
@@ -31,6 +31,13 @@ pub struct GpuPass<'a> {
 pub struct RecurrentState {
     pub conv: Span,
     pub memory: Span,
+}
+
+fn cell_format(kv: KvFormat) -> CellFormat {
+    match kv {
+        KvFormat::F16 => CellFormat::F16,
+        KvFormat::F32 => CellFormat::F32,
+    }
 }
 
 enum LayerState {
@@ -55,20 +62,26 @@ pub struct GpuSession {
 }
 
 impl GpuSession {
+    /// Bytes of what a sequence of up to `capacity` positions leaves.
+    pub fn state_bytes(description: &ModelDescription, capacity: usize, kv: KvFormat) -> usize {
+        let layers = description.layers.iter();
+        let parts = layers.flat_map(|layer| state_bytes(&layer.mixer, capacity, cell_format(kv)));
+        parts.map(|bytes| bytes.next_multiple_of(ALIGN)).sum()
+    }
+
     /// For `capacity` positions.
     pub fn new(
         model: &GpuModel,
         description: &ModelDescription,
-        ropes: &[Rope],
         capacity: usize,
         kv: KvFormat,
     ) -> Result<Self> {
-        let device = model.device();
-        let layers =
-            description.layers.iter().map(|layer| state(device, &layer.mixer, capacity, kv));
+        let arena = model.device().arena(Self::state_bytes(description, capacity, kv).max(1))?;
+        let layers = (description.layers.iter())
+            .map(|layer| state(&arena, &layer.mixer, capacity, cell_format(kv)));
         Ok(Self {
-            buffers: Buffers::new(model, description, ropes, capacity)?,
             layers: layers.collect::<Result<_, CudaError>>()?,
+            buffers: Buffers::new(model.device(), description, capacity)?,
             capacity,
             logits: Vec::new(),
             is_new: true,
@@ -175,33 +188,40 @@ impl GpuSession {
     }
 }
 
+/// Bytes of a layer's memory of a sequence: those of its two parts.
+fn state_bytes(mixer: &Mixer, capacity: usize, format: CellFormat) -> [usize; 2] {
+    let cells = |heads: usize, width: usize| heads * capacity * width * format.bytes();
+    match mixer {
+        Mixer::Attention(a) => [cells(a.kv_heads, a.head_dim); 2],
+        Mixer::Latent(l) => [cells(1, l.kv_rank + l.rope_dim), 0],
+        Mixer::DeltaNet(d) => {
+            let channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim;
+            let memory = d.value_heads * d.key_dim * d.value_dim;
+            [4 * (d.conv_kernel - 1) * channels, 4 * memory]
+        }
+    }
+}
+
 fn state(
-    device: &Device,
+    arena: &Arena,
     mixer: &Mixer,
     capacity: usize,
-    kv: KvFormat,
+    format: CellFormat,
 ) -> Result<LayerState, CudaError> {
-    let format = match kv {
-        KvFormat::F16 => CellFormat::F16,
-        KvFormat::F32 => CellFormat::F32,
-    };
-    let cells = |heads: usize, width: usize| {
-        let span = room(device, heads * capacity * width * format.bytes())?;
+    let [first, second] =
+        state_bytes(mixer, capacity, format).map(|bytes| arena.take(bytes, ALIGN));
+    let cells = |span: Span, width: usize| {
         let (head_stride, position_stride) = (capacity * width, width);
-        Ok::<_, CudaError>(DeviceCells { format, span, head_stride, position_stride, width })
+        DeviceCells { format, span, head_stride, position_stride, width }
     };
     Ok(match mixer {
         Mixer::Attention(a) => LayerState::Attention {
-            keys: cells(a.kv_heads, a.head_dim)?,
-            values: cells(a.kv_heads, a.head_dim)?,
+            keys: cells(first?, a.head_dim),
+            values: cells(second?, a.head_dim),
         },
-        Mixer::Latent(l) => LayerState::Latent { rows: cells(1, l.kv_rank + l.rope_dim)? },
-        Mixer::DeltaNet(d) => {
-            let channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim;
-            LayerState::DeltaNet(RecurrentState {
-                conv: room(device, 4 * (d.conv_kernel - 1) * channels)?,
-                memory: room(device, 4 * d.value_heads * d.key_dim * d.value_dim)?,
-            })
+        Mixer::Latent(l) => LayerState::Latent { rows: cells(first?, l.kv_rank + l.rope_dim) },
+        Mixer::DeltaNet(_) => {
+            LayerState::DeltaNet(RecurrentState { conv: first?, memory: second? })
         }
     })
 }

@@ -1,6 +1,5 @@
 //! Weights on their way to the device.
 
-use crate::error::Result;
 use crate::files::ModelFiles;
 use crate::model::weights::{Projection, Weight};
 use pregate_kernels::Matrix;
@@ -8,54 +7,40 @@ use pregate_kernels::cuda::{Arena, CudaError, Device, DeviceMatrix, Span};
 
 /// Where matrices and vectors start: what every kernel can read.
 const ALIGN: usize = 256;
-/// Of the arenas that weights are put into, but for the last.
-const ARENA_BYTES: u64 = 1 << 30;
 
-/// Puts bytes behind each other into arenas that it allocates.
+/// What `bytes` take in an [`Uploader`]'s arena.
+pub fn padded(bytes: usize) -> u64 {
+    bytes.max(1).next_multiple_of(ALIGN) as u64
+}
+
+/// Puts bytes behind each other into one arena.
 pub struct Uploader<'a> {
     device: &'a Device,
     pub files: &'a ModelFiles,
-    arena: Option<Arena>,
+    pub arena: Arena,
     done: u64,
-    /// Of everything that will be uploaded, about.
-    all: u64,
     tell: &'a mut dyn FnMut(u64, u64),
 }
 
 impl<'a> Uploader<'a> {
+    /// `bytes`: of everything that will be uploaded, padded.
     pub fn new(
         device: &'a Device,
         files: &'a ModelFiles,
-        all: u64,
+        bytes: u64,
         tell: &'a mut dyn FnMut(u64, u64),
-    ) -> Self {
-        Self { device, files, arena: None, done: 0, all, tell }
-    }
-
-    /// Memory of unspecified contents.
-    pub fn room(&mut self, bytes: usize) -> Result<Span, CudaError> {
-        let needed = bytes.max(1).next_multiple_of(ALIGN);
-        if self.arena.as_ref().is_none_or(|arena| arena.free_bytes() < needed) {
-            let left = self.all.saturating_sub(self.done).clamp(needed as u64, ARENA_BYTES);
-            self.arena = Some(self.device.arena(needed.max(left as usize))?);
-        }
-        let arena = self.arena.as_ref().ok_or_else(|| CudaError::unsupported("no arena"))?;
-        arena.take(bytes, ALIGN)
+    ) -> Result<Self, CudaError> {
+        let arena = device.arena(bytes as usize)?;
+        Ok(Self { device, files, arena, done: 0, tell })
     }
 
     /// A copy of `bytes` on the device.
     pub fn bytes(&mut self, bytes: &[u8]) -> Result<Span, CudaError> {
-        let span = self.room(bytes.len())?;
-        self.write(&span, bytes)?;
+        let span = self.arena.take(bytes.len(), ALIGN)?;
+        self.device.compute().upload(&span, bytes)?;
+        self.done += padded(bytes.len());
+        (self.tell)(self.done, self.arena.bytes() as u64);
         Ok(span)
-    }
-
-    /// Fills a span of the same length.
-    pub fn write(&mut self, span: &Span, bytes: &[u8]) -> Result<(), CudaError> {
-        self.device.compute().upload(span, bytes)?;
-        self.done += bytes.len() as u64;
-        (self.tell)(self.done, self.all.max(self.done));
-        Ok(())
     }
 
     pub fn floats(&mut self, values: &[f32]) -> Result<Span, CudaError> {

@@ -2,6 +2,7 @@
 //! [`crate::model::weights`] has them.
 
 use super::experts::{DeviceBlock, DeviceExperts};
+use super::needs::weights_bytes;
 use super::upload::{DeviceProjection, Uploader};
 use crate::error::Result;
 use crate::files::ModelFiles;
@@ -108,9 +109,8 @@ impl DeviceWeights {
         weights: &ModelWeights,
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        let all = weights.head.weight.bytes()
-            + weights.layers.iter().map(|layer| layer.bytes()).sum::<u64>();
-        let mut uploader = Uploader::new(device, files, all, tell);
+        let bytes = weights_bytes(files, weights);
+        let mut uploader = Uploader::new(device, files, bytes, tell)?;
         let up = &mut uploader;
         let mut routers = Vec::new();
         let mut layers = Vec::with_capacity(weights.layers.len());
@@ -146,12 +146,14 @@ impl DeviceWeights {
         }
         let head = up.projection(&weights.head)?;
         let final_norm = norm(up, &weights.final_norm)?;
-        let routers = table(device, description.hidden, routers)?;
+        let routers = table(up, device, description.hidden, routers)?;
+        debug_assert!(up.arena.free_bytes() < 256, "{} bytes left over", up.arena.free_bytes());
         Ok(Self { head, final_norm, layers, routers })
     }
 }
 
 fn table(
+    up: &Uploader<'_>,
     device: &Device,
     hidden: usize,
     routers: Vec<RouterLayer>,
@@ -159,8 +161,7 @@ fn table(
     if routers.is_empty() {
         return Ok(None);
     }
-    let arena = device.arena(routers.len() * RouterTable::LAYER_BYTES + 256)?;
-    RouterTable::new(&arena, device.compute(), hidden, routers).map(Some)
+    RouterTable::new(&up.arena, device.compute(), hidden, routers).map(Some)
 }
 
 fn norm(up: &mut Uploader<'_>, norm: &Norm) -> Result<DeviceNorm, CudaError> {

@@ -307,21 +307,6 @@ impl ModelWeights {
     }
 }
 
-impl LayerWeights {
-    /// Bytes of all matrices, every expert's included.
-    pub fn bytes(&self) -> u64 {
-        let feed_forward = match &self.feed_forward {
-            FeedForwardWeights::Dense(block) => block.bytes(),
-            FeedForwardWeights::Moe(moe) => {
-                moe.experts.iter().chain(&moe.shared).map(GatedBlock::bytes).sum::<u64>()
-                    + moe.router.weight.bytes()
-                    + moe.shared_gate.map_or(0, |gate| gate.bytes())
-            }
-        };
-        feed_forward + self.mixer.bytes()
-    }
-}
-
 impl MixerWeights {
     fn bytes(&self) -> u64 {
         let sum = |list: &[&Projection]| list.iter().map(|p| p.weight.bytes()).sum::<u64>();
