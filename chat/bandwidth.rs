@@ -1,7 +1,12 @@
 //! How fast this machine reads memory: the roof over decoding, which reads
 //! every active weight once per token.
 
-use crate::exit::Failure;
+use crate::{
+    device::{Device, Gpu},
+    exit::Failure,
+    plan::Planned,
+};
+use pregate_kernels::cuda::{CudaError, probe_read};
 use std::{hint::black_box, thread, time::Instant};
 
 /// Larger than any cache.
@@ -12,10 +17,41 @@ const PASSES: usize = 8;
 /// Sums side by side, so that adding does not limit reading.
 const LANES: usize = 32;
 
+/// Of the memory that holds the weights, in GB/s.
+pub fn of(device: &Device, planned: &Planned) -> Result<f64, Failure> {
+    match &device.gpu {
+        Some(gpu) => gpu_read_gb_s(gpu).map_err(|error| Failure::Runtime(error.into())),
+        None => read_gb_s(device.threads, planned.plan.budget_bytes),
+    }
+}
+
+/// The best of several passes in which a GPU reads a buffer once. The buffer
+/// is there for this call only, and smaller where memory is short.
+fn gpu_read_gb_s(gpu: &Gpu) -> Result<f64, CudaError> {
+    // What a device holds at most: eight blocks of 256 threads each.
+    let blocks = 8 * gpu.device.info().multiprocessors;
+    let (free_bytes, _) = gpu.device.memory()?;
+    let words = (free_bytes / 2).min(BUFFER_BYTES as u64) as usize / 16;
+    let arena = gpu.device.arena(16 * words + 4 * 256 * blocks as usize)?;
+    let (from, sums) = (arena.take(16 * words, 256)?, arena.take(4 * 256 * blocks as usize, 16)?);
+    let stream = gpu.device.compute();
+    stream.fill(&from, 1)?;
+    let mut best = 0.0f64;
+    for _ in 0..PASSES {
+        let since = stream.record_timed()?;
+        probe_read(&gpu.device, stream, blocks, &from, &sums)?;
+        let until = stream.record_timed()?;
+        until.synchronize()?;
+        let seconds = until.seconds_since(&since)?.max(1e-9);
+        best = best.max(from.bytes() as f64 / seconds / 1e9);
+    }
+    Ok(best)
+}
+
 /// The best of several passes in which `threads` threads read a buffer once,
 /// in GB/s (10^9 bytes). The buffer is there for this call only, and has at
 /// most half of `budget_bytes` where that is enough to measure.
-pub fn read_gb_s(threads: usize, budget_bytes: u64) -> Result<f64, Failure> {
+fn read_gb_s(threads: usize, budget_bytes: u64) -> Result<f64, Failure> {
     let half = usize::try_from(budget_bytes / 2).unwrap_or(usize::MAX);
     let buffer_bytes = half.clamp(SMALLEST_BUFFER_BYTES, BUFFER_BYTES);
     let words = buffer_bytes / size_of::<u64>();

@@ -1,8 +1,9 @@
 //! The command line: what can be asked, and the text of `--help`.
 
-use crate::streaming::MemoryArgs;
+use crate::{size::Size, streaming::MemoryArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 const MAX_CONTEXT: usize = 1 << 24;
 const MAX_THREADS: usize = 1024;
@@ -26,7 +27,7 @@ A model is a .gguf file (any shard of a split one) or a Hugging Face folder with
 config.json, tokenizer.json and *.safetensors.
 
 Exit codes: 0 done, 2 wrong usage, 3 bad model file, tokenizer or template,
-4 not enough memory or no such device, 130 interrupted, 1 anything else.",
+4 not enough memory or no such device, 75 the GPU failed, 130 interrupted, 1 anything else.",
     disable_help_subcommand = true
 )]
 pub struct Cli {
@@ -138,20 +139,45 @@ pub struct ModelArgs {
 
 #[derive(Clone, Debug, Args)]
 pub struct DeviceArgs {
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    /// Where to compute: auto, cpu, cuda, or cuda:N for the GPU with that number (`pregate doctor`
+    /// lists them)
+    #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
+    /// GPU memory to take at most, so that a large card can stand for a small one: 12G, 800M, 50%
+    /// of the card's [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<Size>,
     /// Threads [default: one per core that this process may use]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The fastest device that this build can use
+    /// The fastest device that is known to work.
     Auto,
-    /// The processor
+    /// The processor.
     Cpu,
+    Cuda {
+        ordinal: usize,
+    },
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let ordinal = match text.split_once(':') {
+            Some(("cuda", number)) => number.parse().ok(),
+            _ => (text == "cuda").then_some(0),
+        };
+        match (text, ordinal) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            (_, Some(ordinal)) => Ok(Self::Cuda { ordinal }),
+            _ => Err("auto, cpu, cuda and cuda:N are allowed".to_string()),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Args)]
@@ -498,7 +524,10 @@ mod tests {
             ["--threads", "0"],
             ["--max-tokens", "-1"],
             ["--stop", ""],
-            ["--device", "cuda"],
+            ["--device", "gpu"],
+            ["--device", "cuda:"],
+            ["--device", "cuda:x"],
+            ["--vram", "lots"],
             ["--ram", "0"],
             ["--ram", "lots"],
             ["--ram", "-1G"],

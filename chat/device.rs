@@ -3,25 +3,94 @@
 use crate::{
     cli::{BackendChoice, DeviceArgs, DeviceChoice},
     exit::Failure,
+    output::bytes,
 };
-use pregate_kernels::{Backend, Cpu, CpuOptions, Reference};
+use pregate_kernels::{
+    Backend, Cpu, CpuOptions, Reference,
+    cuda::{self, CudaError, DeviceOptions},
+};
+use pregate_runtime::gpu::GpuParts;
 use std::sync::Arc;
 
 pub struct Device {
     pub backend: Arc<dyn Backend>,
     /// Threads that compute.
     pub threads: usize,
-    /// For one line on standard error.
+    /// What computes and why, for one line on standard error.
     pub line: String,
+    /// The GPU that computes; else the backend does.
+    pub gpu: Option<Gpu>,
+}
+
+/// A GPU, and how much of its memory may be taken.
+pub struct Gpu {
+    pub device: cuda::Device,
+    pub budget: GpuBudget,
+}
+
+/// How much of a GPU's memory may be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuBudget {
+    pub free_bytes: u64,
+    /// `--vram`
+    pub cap_bytes: Option<u64>,
+}
+
+/// Of the GPU's memory, for what the driver takes: kernels, their stacks.
+const RESERVE_BYTES: u64 = 256 << 20;
+
+impl GpuBudget {
+    pub fn bytes(&self) -> u64 {
+        let least = self.cap_bytes.unwrap_or(u64::MAX).min(self.free_bytes);
+        least.saturating_sub(RESERVE_BYTES)
+    }
+
+    /// "8.3 GB (8.6 GB by free GPU memory, less a reserve of 268.4 MB)"
+    pub fn words(&self) -> String {
+        let (from, of) = match self.cap_bytes {
+            Some(cap) if cap < self.free_bytes => (cap, "--vram"),
+            _ => (self.free_bytes, "free GPU memory"),
+        };
+        let [all, from, reserve] = [self.bytes(), from, RESERVE_BYTES].map(bytes);
+        format!("{all} ({from} by {of}, less a reserve of {reserve})")
+    }
+
+    /// Why the model is too large, or nothing.
+    pub fn check(&self, parts: &GpuParts) -> Result<(), Failure> {
+        let (needed, budget) = (parts.total(), self.bytes());
+        if needed <= budget {
+            return Ok(());
+        }
+        Err(Failure::Resources(format!(
+            "--device cuda: the model needs {} of GPU memory ({}), the budget is {}: a shorter \
+             --context helps, or --device cpu, which needs not all of the model in memory",
+            bytes(needed),
+            parts_line(parts, None),
+            self.words(),
+        )))
+    }
+}
+
+/// "all weights 4.2 GB, KV cache for 4096 tokens 268.4 MB, scratch 9.1 MB".
+pub fn parts_line(parts: &GpuParts, context: Option<usize>) -> String {
+    let GpuParts { weights_bytes, kv_bytes, scratch_bytes } = *parts;
+    let tokens = context.map_or(String::new(), |context| format!(" for {context} tokens"));
+    format!(
+        "all weights {}, KV cache{tokens} {}, scratch {}",
+        bytes(weights_bytes),
+        bytes(kv_bytes),
+        bytes(scratch_bytes)
+    )
 }
 
 impl Device {
     pub fn open(args: &DeviceArgs) -> Result<Self, Failure> {
         let why = match args.device {
-            DeviceChoice::Auto => "chosen by --device auto: this build has no GPU backend yet",
-            DeviceChoice::Cpu => "chosen by --device cpu",
+            DeviceChoice::Auto => automatic(),
+            DeviceChoice::Cpu => "chosen by --device cpu".to_string(),
+            DeviceChoice::Cuda { ordinal } => return Self::cuda(args, ordinal),
         };
-        Self::cpu(args.threads, why)
+        Self::cpu(args.threads, &why)
     }
 
     pub fn for_backend(choice: BackendChoice, threads: Option<usize>) -> Result<Self, Failure> {
@@ -30,7 +99,7 @@ impl Device {
             BackendChoice::Reference => {
                 let backend: Arc<dyn Backend> = Arc::new(Reference);
                 let line = format!("{} (chosen by --backend reference)", backend.describe());
-                Ok(Self { backend, threads: 1, line })
+                Ok(Self { backend, threads: 1, line, gpu: None })
             }
         }
     }
@@ -41,11 +110,73 @@ impl Device {
         })?;
         let threads = cpu.threads();
         let line = format!("{} ({why})", cpu.describe());
-        Ok(Self { backend: Arc::new(cpu), threads, line })
+        Ok(Self { backend: Arc::new(cpu), threads, line, gpu: None })
+    }
+
+    fn cuda(args: &DeviceArgs, ordinal: usize) -> Result<Self, Failure> {
+        let failed = |error: CudaError| Failure::Resources(format!("--device cuda: {error}"));
+        let device = cuda::Device::open(ordinal, &DeviceOptions::default()).map_err(failed)?;
+        let (free_bytes, total_bytes) = device.memory().map_err(failed)?;
+        let cap_bytes = args.vram.map(|size| size.of(total_bytes));
+        let line = format!("{} (chosen by --device cuda)", device.info().describe());
+        let gpu = Some(Gpu { device, budget: GpuBudget { free_bytes, cap_bytes } });
+        Ok(Self { line, gpu, ..Self::cpu(args.threads, "beside a GPU")? })
+    }
+
+    /// What computes: "CPU, 2 threads, AVX2".
+    pub fn describe(&self) -> String {
+        match &self.gpu {
+            Some(gpu) => gpu.device.info().describe(),
+            None => self.backend.describe(),
+        }
     }
 
     /// Says on standard error what computes.
     pub fn announce(&self) {
         eprintln!("device: {}", self.line);
+    }
+}
+
+/// Why the processor computes although nobody asked for it.
+fn automatic() -> String {
+    let found = cuda::Device::open(0, &DeviceOptions::default());
+    let why = match &found {
+        Ok(device) => {
+            // Until it has run on one: docs/measurements.md.
+            let name = &device.info().name;
+            format!(
+                "{name} is there, but the GPU path was never tried on one: --device cuda tries it"
+            )
+        }
+        Err(CudaError::NoDriver) => "no NVIDIA driver".to_string(),
+        Err(CudaError::NoDevice) => "no NVIDIA GPU".to_string(),
+        Err(error) => error.to_string(),
+    };
+    format!("chosen by --device auto: {why}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_what_is_free_or_allowed_less_a_reserve() {
+        let budget = |free_bytes, cap_bytes| GpuBudget { free_bytes, cap_bytes };
+        assert_eq!(budget(8 << 30, None).bytes(), (8 << 30) - RESERVE_BYTES);
+        assert_eq!(budget(8 << 30, Some(4 << 30)).bytes(), (4 << 30) - RESERVE_BYTES);
+        assert_eq!(budget(8 << 30, Some(16 << 30)).bytes(), (8 << 30) - RESERVE_BYTES);
+        assert_eq!(budget(1 << 20, None).bytes(), 0);
+        assert!(budget(8 << 30, Some(4 << 30)).words().contains("4.3 GB by --vram"));
+        assert!(budget(8 << 30, Some(16 << 30)).words().contains("by free GPU memory"));
+
+        let parts = GpuParts { weights_bytes: 3 << 30, kv_bytes: 1 << 20, scratch_bytes: 1 << 20 };
+        budget(4 << 30, None).check(&parts).unwrap();
+        let Err(Failure::Resources(words)) = budget(4 << 30, Some(3 << 30)).check(&parts) else {
+            panic!("was accepted");
+        };
+        for word in ["3.2 GB of GPU memory", "all weights 3.2 GB", "3.2 GB by --vram", "--context"]
+        {
+            assert!(words.contains(word), "{words}");
+        }
     }
 }

@@ -6,6 +6,8 @@ use std::{fmt, io};
 pub const USAGE: u8 = 2;
 pub const MODEL: u8 = 3;
 pub const RESOURCES: u8 = 4;
+/// The GPU failed; a supervisor may start the program again (EX_TEMPFAIL).
+pub const DEVICE_FAILED: u8 = 75;
 pub const INTERRUPTED: u8 = 130;
 const OTHER: u8 = 1;
 
@@ -50,7 +52,8 @@ impl Failure {
             Failure::Resources(_) => RESOURCES,
             Failure::Interrupted | Failure::Runtime(Error::Cancelled) => INTERRUPTED,
             Failure::Runtime(Error::Request(_) | Error::ContextFull { .. }) => USAGE,
-            Failure::Runtime(Error::Memory { .. } | Error::Budget(_)) => RESOURCES,
+            Failure::Runtime(Error::Cuda(error)) if error.is_sticky() => DEVICE_FAILED,
+            Failure::Runtime(Error::Memory { .. } | Error::Budget(_) | Error::Cuda(_)) => RESOURCES,
             Failure::Runtime(Error::Io { source, .. }) if out_of_memory(source) => RESOURCES,
             Failure::Runtime(_) => MODEL,
             Failure::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => USAGE,

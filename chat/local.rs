@@ -55,7 +55,7 @@ impl Local {
         About {
             model: model::name(description, path),
             experts: model::experts(description),
-            device: device.backend.describe(),
+            device: device.describe(),
             device_and_why: device.line.clone(),
             context_limit: self.session.context_limit(),
             examples,

@@ -41,7 +41,8 @@ pub fn open(path: &Path) -> Result<OpenedModel, Failure> {
 pub fn place(opened: OpenedModel, device: &Device, planned: &Planned) -> Result<Model, Failure> {
     let mut bar: Option<Progress> = None;
     let megabytes = |bytes: u64| (bytes / 1_000_000) as usize;
-    let options = LoadOptions { backend: device.backend.clone(), residency: planned.residency() };
+    let options =
+        LoadOptions { backend: device.backend.clone(), residency: planned.residency(device) };
     let model = opened.load(options, &mut |progress| {
         bar.get_or_insert_with(|| {
             Progress::new("reading weights", "MB", megabytes(progress.bytes))

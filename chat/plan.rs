@@ -1,7 +1,7 @@
 //! Divides the memory before any large part of it is taken, and says how.
 
 use crate::{
-    device::Device,
+    device::{Device, Gpu, GpuBudget, parts_line},
     exit::Failure,
     memory,
     output::bytes,
@@ -13,8 +13,10 @@ use pregate_runtime::{
     OpenedModel, Residency, SessionOptions,
     budget::{self, Chunk, Parts, Placement, Plan, Request, Sizes},
     forward::cache::cache_bytes,
+    gpu::{GpuParts, host_scratch_bytes},
     store::disk::DiskReport,
 };
+use serde::Serialize;
 
 /// What a command will do with a model.
 #[derive(Clone, Debug)]
@@ -43,6 +45,18 @@ pub struct Planned {
     /// Positions of a session.
     pub context: usize,
     pub streaming: StreamingArgs,
+    /// What a GPU holds, if one computes: all weights; then the plan is that
+    /// of what is left for the host.
+    pub gpu: Option<GpuPlan>,
+}
+
+/// What goes where in a GPU's memory.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct GpuPlan {
+    pub parts: GpuParts,
+    pub budget_bytes: u64,
+    #[serde(skip)]
+    pub budget: GpuBudget,
 }
 
 /// What the process will hold of its own beyond what it holds when the plan
@@ -54,6 +68,7 @@ const USUAL_BYTES: u64 = 32 << 20;
 /// Plans for `model`, whose weights are still on disk.
 pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Planned, Failure> {
     let context = needs.session.positions(model.description())?;
+    let gpu = device.gpu.as_ref().map(|gpu| on_gpu(model, gpu, needs, context)).transpose()?;
     let sizes = Sizes::of(model);
     let held = memory::held_bytes().unwrap_or(USUAL_BYTES);
     let (budget_bytes, source) = match needs.ram {
@@ -67,16 +82,40 @@ pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Plann
         context,
         threads: device.threads,
     };
-    let request = Request {
+    let mut request = Request {
         budget_bytes,
         process_bytes: held + GROWTH_BYTES,
         kv_bytes: cache_bytes(model.description(), context, needs.session.kv),
         scratch_bytes: budget::scratch_bytes(model.description(), model.weights(), chunk),
         ring: needs.streaming.ring,
     };
-    let plan = budget::divide(&sizes, &request)
+    let mut on_host = sizes.clone();
+    if gpu.is_some() {
+        // The host keeps what it sends and gets; weights pass through its page
+        // cache.
+        on_host.whole_bytes = 0;
+        request.kv_bytes = 0;
+        request.scratch_bytes =
+            host_scratch_bytes(model.description(), chunk.logit_rows) + STAGING_BYTES;
+    }
+    let plan = budget::divide(&on_host, &request)
         .map_err(|error| Failure::Resources(format!("{source}: {error} (--ram, --context)")))?;
-    Ok(Planned { plan, sizes, source, context, streaming: needs.streaming.clone() })
+    Ok(Planned { plan, sizes, source, context, streaming: needs.streaming.clone(), gpu })
+}
+
+/// What a GPU's driver keeps of this process's memory for copies.
+const STAGING_BYTES: u64 = 16 << 20;
+
+fn on_gpu(
+    model: &OpenedModel,
+    gpu: &Gpu,
+    needs: &Needs,
+    context: usize,
+) -> Result<GpuPlan, Failure> {
+    let session = (context, needs.session.kv);
+    let parts = GpuParts::of(model.files(), model.description(), model.weights(), session);
+    gpu.budget.check(&parts)?;
+    Ok(GpuPlan { parts, budget_bytes: gpu.budget.bytes(), budget: gpu.budget })
 }
 
 fn asked_for(size: Size, model_bytes: u64) -> String {
@@ -118,6 +157,10 @@ pub fn disk_line(disk: &DiskReport) -> String {
 impl Planned {
     /// Says on standard error what goes where.
     pub fn announce(&self) {
+        if let Some(GpuPlan { parts, budget, .. }) = &self.gpu {
+            let parts = parts_line(parts, Some(self.context));
+            eprintln!("GPU memory: {}: {parts}", budget.words());
+        }
         eprintln!("{}", self.summary());
         self.notes();
     }
@@ -135,7 +178,10 @@ impl Planned {
     }
 
     /// What to load the model with.
-    pub fn residency(&self) -> Residency {
+    pub fn residency(&self, device: &Device) -> Residency {
+        if let Some(gpu) = &device.gpu {
+            return Residency::Gpu(gpu.device.clone());
+        }
         self.plan.residency_with(self.streaming.streaming())
     }
 
@@ -161,6 +207,11 @@ impl Planned {
             known => format!("{} ({})", bytes(known), self.source),
         };
         match &self.plan.placement {
+            Placement::Whole if self.gpu.is_some() => format!(
+                "memory: {budget}: scratch {}, program {}",
+                bytes(scratch_bytes),
+                bytes(process_bytes)
+            ),
             Placement::Whole => {
                 format!("memory: {budget}: all weights {}, {rest}", bytes(weights_bytes))
             }
@@ -172,6 +223,15 @@ impl Planned {
                 bytes(slots_bytes),
                 bytes(ring_bytes),
             ),
+        }
+    }
+
+    /// "gpu", "whole" or "streaming".
+    pub fn placement(&self) -> &'static str {
+        match (&self.gpu, self.plan.is_whole()) {
+            (Some(_), _) => "gpu",
+            (None, true) => "whole",
+            (None, false) => "streaming",
         }
     }
 

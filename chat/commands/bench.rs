@@ -6,7 +6,7 @@ use crate::{
     device::Device,
     exit::Failure,
     ledger, memory, model, notices, output,
-    plan::{self, Needs, Planned},
+    plan::{self, GpuPlan, Needs, Planned},
     progress::Progress,
     signals, statistics,
 };
@@ -34,9 +34,11 @@ struct Report {
     /// bytes_per_token * median decode tok/s / bandwidth; `null` without
     /// decode samples.
     decode_bandwidth_share: Option<f64>,
-    /// "whole" or "streaming".
+    /// "gpu", "whole" or "streaming".
     placement: &'static str,
     /// The memory as planned.
+    /// What the GPU holds; `null` where none computes.
+    gpu: Option<GpuPlan>,
     parts: Parts,
     /// Memory of the process's own, without the page cache: the most that it
     /// held behind a repetition.
@@ -68,7 +70,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     planned.announce();
     // Half of the bandwidth passes before, half after, and both when the model
     // takes no memory: the same machine, the same minute, the same budget.
-    let bandwidth = || bandwidth::read_gb_s(device.threads, planned.plan.budget_bytes);
+    let bandwidth = || bandwidth::of(&device, &planned);
     let before = bandwidth()?;
     let model = model::place(opened, &device, &planned)?;
     let cancel = Cancel::new();
@@ -111,7 +113,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let read_bandwidth_gb_s = before.max(bandwidth()?);
     let report = Report {
         model: path.display().to_string(),
-        backend: device.backend.describe(),
+        backend: device.describe(),
         threads: device.threads,
         n_prompt: args.n_prompt,
         n_gen: args.n_gen,
@@ -121,7 +123,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         decode_tok_s,
         bytes_per_token,
         read_bandwidth_gb_s,
-        placement: if planned.plan.is_whole() { "whole" } else { "streaming" },
+        placement: planned.placement(),
+        gpu: planned.gpu,
         parts: planned.plan.parts,
         held_bytes,
         stats,

@@ -57,7 +57,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     if args.json {
         return output::json(&json!({
             "model": path.display().to_string(),
-            "backend": device.backend.describe(),
+            "backend": device.describe(),
             "file": args.file.display().to_string(),
             "context": window,
             "windows": windows.len(),

@@ -7,7 +7,7 @@ use crate::{
     exit::Failure,
     model,
     output::{self, bytes},
-    plan::{self, Needs, Planned},
+    plan::{self, GpuPlan, Needs, Planned},
     roofline::{self, Prediction},
 };
 use pregate_runtime::{
@@ -32,8 +32,10 @@ struct Report {
     /// `null`: as much as there is.
     budget_bytes: Option<u64>,
     budget_source: String,
-    /// "whole" or "streaming".
+    /// "gpu", "whole" or "streaming".
     placement: &'static str,
+    /// What the GPU holds; `null` where none computes.
+    gpu: Option<GpuPlan>,
     parts: Parts,
     left_bytes: Option<u64>,
     /// Per layer of the model, 0 for dense layers; `null` where the whole
@@ -87,7 +89,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let needs = Needs::new(&args.memory, args.session.options());
     let planned = plan::make(&model, &device, &needs)?;
     planned.notes();
-    let gb_s = bandwidth::read_gb_s(device.threads, planned.plan.budget_bytes)?;
+    let gb_s = bandwidth::of(&device, &planned)?;
     let disk = if planned.plan.is_whole() {
         None
     } else {
@@ -99,12 +101,13 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let report = Report {
         model: path.display().to_string(),
         model_bytes: planned.sizes.whole_bytes,
-        device: device.backend.describe(),
+        device: device.describe(),
         threads: device.threads,
         context: planned.context,
         budget_bytes: known(planned.plan.budget_bytes),
         budget_source: planned.source.clone(),
-        placement: if planned.plan.is_whole() { "whole" } else { "streaming" },
+        placement: planned.placement(),
+        gpu: planned.gpu,
         parts: planned.plan.parts,
         left_bytes: known(planned.plan.budget_bytes).map(|_| planned.plan.left_bytes),
         slots: planned.plan.slots().map(<[usize]>::to_vec),
@@ -144,6 +147,14 @@ type Part = (char, String, u64);
 fn parts(report: &Report, planned: &Planned) -> Vec<Part> {
     let Parts { process_bytes, weights_bytes, kv_bytes, scratch_bytes, slots_bytes, ring_bytes } =
         report.parts;
+    if let Some(GpuPlan { parts, budget_bytes, .. }) = &report.gpu {
+        return vec![
+            ('w', "all weights, on the GPU".to_string(), parts.weights_bytes),
+            ('k', format!("KV cache, {} tokens", report.context), parts.kv_bytes),
+            ('s', "scratch".to_string(), parts.scratch_bytes),
+            ('.', "left".to_string(), budget_bytes - parts.total()),
+        ];
+    }
     let is_whole = report.slots.is_none();
     let weights = if is_whole { "all weights, mapped" } else { "weights of every token" };
     let mut parts = vec![
@@ -189,6 +200,9 @@ fn text(report: &Report, planned: &Planned, model: &OpenedModel) -> String {
     add("model", format!("{}, {}", report.model, bytes(report.model_bytes)));
     add("experts", format!("{} in {layers} layers", model::experts(model.description())));
     add("device", report.device.clone());
+    if let Some(gpu) = &planned.gpu {
+        add("GPU budget", gpu.budget.words());
+    }
     match report.budget_bytes {
         Some(budget) => add("budget", format!("{} ({})", bytes(budget), report.budget_source)),
         None => add("budget", report.budget_source.clone()),
@@ -200,7 +214,8 @@ fn text(report: &Report, planned: &Planned, model: &OpenedModel) -> String {
         let share = *size as f64 / total * 100.0;
         add(&format!("  {letter} {:>10}", bytes(*size)), format!("{share:5.1} %  {name}"));
     }
-    add("read bandwidth", format!("{:.1} GB/s from memory", report.read_bandwidth_gb_s));
+    let of = if report.gpu.is_some() { "GPU memory" } else { "memory" };
+    add("read bandwidth", format!("{:.1} GB/s from {of}", report.read_bandwidth_gb_s));
     if let Some(disk) = &report.disk {
         add("disk", disk.line.clone());
     }

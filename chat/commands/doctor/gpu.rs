@@ -78,8 +78,9 @@ fn present(gpu: &Gpu) -> Finding {
         gpu.multiprocessors,
         gpu.driver
     );
-    Finding::new("gpu", State::Note, found)
-        .next("not used: models of this version run on the processor")
+    Finding::new("gpu", State::Note, found).next(
+        "used with --device cuda, for models that fit its memory; the GPU path was never tried on one",
+    )
 }
 
 /// The messages say what to do.

@@ -286,10 +286,7 @@ fn upload_cells(workspace: &mut Workspace, view: &KvView<'_>) -> Result<DeviceCe
 
 impl Backend for Cuda {
     fn describe(&self) -> String {
-        let info = self.device.info();
-        let (major, minor) = info.compute_capability;
-        let gib = info.memory_bytes as f64 / (1u64 << 30) as f64;
-        format!("CUDA, {}, {gib:.1} GiB, compute capability {major}.{minor}", info.name)
+        self.device.info().describe()
     }
 
     fn linear(&self, x: &[f32], tokens: usize, jobs: &mut [Linear<'_>]) {

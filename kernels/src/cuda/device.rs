@@ -61,6 +61,16 @@ impl fmt::Debug for Device {
     }
 }
 
+impl DeviceInfo {
+    /// For people: "CUDA, NVIDIA GeForce RTX 3060, 12.0 GiB, compute capability
+    /// 8.6".
+    pub fn describe(&self) -> String {
+        let (major, minor) = self.compute_capability;
+        let gib = self.memory_bytes as f64 / (1u64 << 30) as f64;
+        format!("CUDA, {}, {gib:.1} GiB, compute capability {major}.{minor}", self.name)
+    }
+}
+
 impl Device {
     /// Opens GPU `ordinal`, counted from 0 in the driver's order.
     ///

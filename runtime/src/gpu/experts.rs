@@ -1,7 +1,7 @@
 //! Experts and dense blocks on the device: each is one block [gate | up |
 //! down], which kernels find through a table of addresses.
 
-use super::upload::{Uploader, rows};
+use super::upload::Uploader;
 use crate::model::weights::GatedBlock;
 use pregate_kernels::cuda::{CudaError, ExpertMatrix, Span};
 use pregate_kernels::{ExpertWeights, Matrix};
@@ -40,21 +40,6 @@ impl BlockShape {
             down,
         }
     }
-
-    /// The block of an expert of this shape.
-    pub fn block(&self, weights: &ExpertWeights<'_>) -> Vec<u8> {
-        let (mut block, mut scratch) = (Vec::with_capacity(self.block_bytes), Vec::new());
-        for (matrix, at) in [
-            (&weights.gate, self.gate.offset),
-            (&weights.up, self.up.offset),
-            (&weights.down, self.down.offset),
-        ] {
-            block.resize(at, 0);
-            rows(matrix, &mut scratch, &mut block);
-        }
-        block.resize(self.block_bytes, 0);
-        block
-    }
 }
 
 /// Biases of experts, `[experts, rows]`.
@@ -88,7 +73,10 @@ impl DeviceExperts {
             if [other.gate, other.up, other.down] != [shape.gate, shape.up, shape.down] {
                 return Err(CudaError::unsupported("experts of different formats in a layer"));
             }
-            blocks.push(up.bytes(&shape.block(&weights))?);
+            let ExpertWeights { gate, up: upper, down, .. } = weights;
+            let parts =
+                [(gate, shape.gate.offset), (upper, shape.up.offset), (down, shape.down.offset)];
+            blocks.push(up.block(shape.block_bytes, &parts)?);
         }
         let addresses = blocks.iter().flat_map(|block| block.address().to_ne_bytes());
         let table = up.bytes(&addresses.collect::<Vec<u8>>())?;

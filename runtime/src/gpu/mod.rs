@@ -16,7 +16,7 @@ mod session;
 mod upload;
 mod weights;
 
-pub use needs::GpuParts;
+pub use needs::{GpuParts, host_scratch_bytes};
 pub use session::{GpuPass, GpuSession};
 
 use crate::error::Result;

@@ -1,6 +1,6 @@
 //! What a model asks of a GPU's memory, before any of it is taken.
 
-use super::buffers::Buffers;
+use super::buffers::{Buffers, MOST_TOKENS};
 use super::experts::BlockShape;
 use super::session::GpuSession;
 use super::upload::padded;
@@ -42,6 +42,18 @@ impl GpuParts {
     pub fn total(&self) -> u64 {
         self.weights_bytes + self.kv_bytes + self.scratch_bytes
     }
+}
+
+/// Bytes that a session's passes keep on the host: logits, what is sent, and
+/// what the routers chose.
+pub fn host_scratch_bytes(description: &ModelDescription, logit_rows: usize) -> u64 {
+    let sent = MOST_TOKENS * 4 * description.hidden * 2;
+    let tables: usize = description.ropes.iter().map(|rope| 2 * 4 * MOST_TOKENS * rope.dim).sum();
+    let choices: usize =
+        description.moe_layers().map(|(_, moe)| 4 * 8 * MOST_TOKENS * moe.top_k + 1024).sum();
+    // Of one piece of a pass, and of all.
+    let logits = 4 * description.vocab * (logit_rows + 2 * MOST_TOKENS);
+    (sent + tables + choices + logits) as u64
 }
 
 /// What [`super::GpuModel::upload`] takes, to the byte.

@@ -34,13 +34,25 @@ impl<'a> Uploader<'a> {
         Ok(Self { device, files, arena, done: 0, tell })
     }
 
+    /// Memory of unspecified contents, to be written.
+    pub fn room(&mut self, bytes: usize) -> Result<Writer, CudaError> {
+        let span = self.arena.take(bytes, ALIGN)?;
+        Ok(Writer { span, written: 0, piece: Vec::new() })
+    }
+
+    /// The span of a writer that has got all its bytes.
+    pub fn end(&mut self, mut writer: Writer) -> Result<Span, CudaError> {
+        writer.flush(self.device)?;
+        self.done += padded(writer.written);
+        (self.tell)(self.done, self.arena.bytes() as u64);
+        Ok(writer.span)
+    }
+
     /// A copy of `bytes` on the device.
     pub fn bytes(&mut self, bytes: &[u8]) -> Result<Span, CudaError> {
-        let span = self.arena.take(bytes.len(), ALIGN)?;
-        self.device.compute().upload(&span, bytes)?;
-        self.done += padded(bytes.len());
-        (self.tell)(self.done, self.arena.bytes() as u64);
-        Ok(span)
+        let mut writer = self.room(bytes.len())?;
+        writer.write(self.device, bytes)?;
+        self.end(writer)
     }
 
     pub fn floats(&mut self, values: &[f32]) -> Result<Span, CudaError> {
@@ -58,13 +70,29 @@ impl<'a> Uploader<'a> {
     /// Matrices of one shape behind each other; the answer describes the
     /// first.
     pub fn matrices(&mut self, weights: &[Weight]) -> Result<DeviceMatrix, CudaError> {
-        let (mut all, mut scratch) = (Vec::new(), Vec::new());
-        for weight in weights {
-            rows(&weight.view(self.files), &mut scratch, &mut all);
-        }
         let first = weights[0].view(self.files);
-        let span = self.bytes(&all)?;
+        let mut writer = self.room(first.weight_bytes() * weights.len())?;
+        for weight in weights {
+            writer.rows(self.device, &weight.view(self.files))?;
+        }
+        let span = self.end(writer)?;
         DeviceMatrix::new(first.format(), first.rows(), first.cols(), span, 0)
+    }
+
+    /// Puts matrices behind each other, each where `starts` says, into a block
+    /// of `bytes`.
+    pub fn block(
+        &mut self,
+        bytes: usize,
+        parts: &[(Matrix<'_>, usize)],
+    ) -> Result<Span, CudaError> {
+        let mut writer = self.room(bytes)?;
+        for (matrix, start) in parts {
+            writer.pad(self.device, *start)?;
+            writer.rows(self.device, matrix)?;
+        }
+        writer.pad(self.device, bytes)?;
+        self.end(writer)
     }
 
     pub fn projection(&mut self, projection: &Projection) -> Result<DeviceProjection, CudaError> {
@@ -80,10 +108,41 @@ pub struct DeviceProjection {
     pub bias: Option<Span>,
 }
 
-/// Appends the rows of a matrix in canonical block order.
-pub fn rows(matrix: &Matrix<'_>, scratch: &mut Vec<u8>, to: &mut Vec<u8>) {
-    to.reserve(matrix.weight_bytes());
-    for row in 0..matrix.rows() {
-        to.extend_from_slice(matrix.row(row, scratch));
+/// Bytes that are copied at once.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// A span that is being written from front to back, in pieces: the host never
+/// holds a large matrix twice.
+pub struct Writer {
+    span: Span,
+    /// With those in `piece`.
+    written: usize,
+    piece: Vec<u8>,
+}
+
+impl Writer {
+    pub fn write(&mut self, device: &Device, bytes: &[u8]) -> Result<(), CudaError> {
+        self.piece.extend_from_slice(bytes);
+        self.written += bytes.len();
+        if self.piece.len() >= PIECE_BYTES { self.flush(device) } else { Ok(()) }
+    }
+
+    /// Zeros up to byte `start`.
+    fn pad(&mut self, device: &Device, start: usize) -> Result<(), CudaError> {
+        const ZEROS: [u8; ALIGN] = [0; ALIGN];
+        self.write(device, &ZEROS[..start - self.written])
+    }
+
+    /// The rows of a matrix in canonical block order.
+    fn rows(&mut self, device: &Device, matrix: &Matrix<'_>) -> Result<(), CudaError> {
+        let mut scratch = Vec::new();
+        (0..matrix.rows()).try_for_each(|row| self.write(device, matrix.row(row, &mut scratch)))
+    }
+
+    fn flush(&mut self, device: &Device) -> Result<(), CudaError> {
+        let start = self.written - self.piece.len();
+        device.compute().upload(&self.span.part(start..self.written), &self.piece)?;
+        self.piece.clear();
+        Ok(())
     }
 }

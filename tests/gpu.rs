@@ -1,0 +1,123 @@
+//! The binary on a GPU, which is the stand-in: the same answers as on the
+//! processor, one message and one exit code for each way to fail. Says so and
+//! passes where there is no C++ compiler to build the stand-in with.
+
+use pregate_standin::Standin;
+use serde_json::Value;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn demo() -> String {
+    format!("{}/models/pregate-demo.gguf", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn pregate(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pregate"));
+    command.args(arguments).args(["--model", &demo()]).stdin(Stdio::null());
+    command
+}
+
+/// On a machine with a GPU of these settings; `None`: there is no stand-in.
+fn on_gpu(settings: &str, arguments: &[&str]) -> Option<Output> {
+    let Some(library) = Standin::path() else {
+        assert!(std::env::var_os("PREGATE_REQUIRE_STANDIN").is_none(), "no stand-in");
+        println!("not run: no C++ compiler");
+        return None;
+    };
+    if Standin::has_address_sanitizer() {
+        println!("not run: the binary does not load libasan");
+        return None;
+    }
+    let folder = library.parent().expect("a file in a folder");
+    let output = pregate(arguments)
+        .env("LD_LIBRARY_PATH", folder)
+        .env("PREGATE_STANDIN", settings)
+        .output()
+        .expect("the binary starts");
+    Some(output)
+}
+
+fn code_and_message(output: &Output) -> (i32, String) {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!text.contains("panicked"), "{text}");
+    let ours: Vec<&str> = text.lines().filter(|line| line.starts_with("pregate: ")).collect();
+    assert_eq!(ours.len(), 1, "{text}");
+    (output.status.code().expect("an exit, not a signal"), ours[0].to_string())
+}
+
+const ANSWER: [&str; 7] =
+    ["run", "--prompt", "show git status", "--max-tokens", "4", "--temperature", "0"];
+
+#[test]
+fn a_gpu_gives_the_answer_of_the_processor() {
+    let cpu = pregate(&[&ANSWER[..], &["--device", "cpu"]].concat()).output().unwrap();
+    assert!(cpu.status.success());
+    let arguments = [&ANSWER[..], &["--device", "cuda"]].concat();
+    for settings in ["drain=lazy", "drain=eager;capability=7.5"] {
+        let Some(gpu) = on_gpu(settings, &arguments) else { return };
+        let notes = String::from_utf8_lossy(&gpu.stderr);
+        assert!(gpu.status.success(), "{notes}");
+        assert_eq!(gpu.stdout, cpu.stdout, "{settings}: {notes}");
+        assert!(notes.contains("device: CUDA, Pregate stand-in"), "{notes}");
+        assert!(notes.contains("GPU memory: ") && notes.contains("all weights"), "{notes}");
+    }
+}
+
+#[test]
+fn the_plan_tells_what_a_gpu_holds() {
+    let arguments = ["plan", "--json", "--device", "cuda:0", "--vram", "400M", "--context", "512"];
+    let Some(output) = on_gpu("", &arguments) else { return };
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["placement"], "gpu", "{plan}");
+    let number = |name: &str| plan["gpu"]["parts"][name].as_u64().unwrap();
+    assert!(number("weights_bytes") > 11_000_000 && number("kv_bytes") > 0, "{plan}");
+    assert_eq!(plan["gpu"]["budget_bytes"], (400 - 256) << 20);
+    assert!(plan["model_bytes"].as_u64().unwrap() > 12_000_000, "{plan}");
+    assert!(plan["prediction"]["bound_tok_s"].as_f64().unwrap() > 0.0, "{plan}");
+}
+
+#[test]
+fn each_failure_has_its_exit_code_and_says_what_to_do() {
+    let no_driver = code_and_message(
+        &pregate(&[&ANSWER[..], &["--device", "cuda"]].concat())
+            .env("LD_LIBRARY_PATH", "/nowhere")
+            .output()
+            .unwrap(),
+    );
+    // A machine with a driver has another answer.
+    if no_driver.1.contains("no CUDA driver") {
+        assert_eq!(no_driver.0, 4, "{}", no_driver.1);
+        assert!(no_driver.1.contains("550"), "{}", no_driver.1);
+    }
+    let cases: [(&str, &[&str], i32, &[&str]); 6] = [
+        ("devices=0", &["cuda"], 4, &["--device cuda"]),
+        ("", &["cuda:3"], 4, &["no GPU 3"]),
+        ("driver=11080", &["cuda"], 4, &["550"]),
+        ("init=999", &["cuda"], 4, &["nvidia_uvm"]),
+        ("vram=270M", &["cuda"], 4, &["GPU memory", "--context", "--device cpu"]),
+        ("", &["cuda", "--vram", "257M"], 4, &["--vram", "all weights"]),
+    ];
+    for (settings, device, code, words) in cases {
+        let arguments = [&ANSWER[..], &["--device"], device].concat();
+        let Some(output) = on_gpu(settings, &arguments) else { return };
+        let (found, message) = code_and_message(&output);
+        assert_eq!(found, code, "{settings} {device:?}: {message}");
+        for word in words {
+            assert!(message.contains(word), "{settings} {device:?}: {message}");
+        }
+    }
+}
+
+#[test]
+fn a_gpu_that_fails_ends_the_process_at_once() {
+    // At several places of a run: while loading, computing, copying back.
+    for fault in ["cuLaunchKernel:3:719", "cuLaunchKernel:150:700", "cuMemcpyDtoHAsync:3:999"] {
+        let arguments = [&ANSWER[..], &["--device", "cuda"]].concat();
+        let started = Instant::now();
+        let Some(output) = on_gpu(&format!("sticky={fault}"), &arguments) else { return };
+        assert!(started.elapsed() < Duration::from_secs(60), "{fault}");
+        let (code, message) = code_and_message(&output);
+        assert_eq!(code, 75, "{fault}: {message}");
+        assert!(message.contains("GPU"), "{fault}: {message}");
+    }
+}
