@@ -37,11 +37,11 @@ fn load(path: &Path, residency: Residency) -> Model {
 /// Logits and choices of a prompt and of greedy tokens behind it, as bits;
 /// then of another prompt that shares its beginning.
 fn answer(model: &Model, kv: KvFormat) -> (Vec<u32>, Vec<Choice>) {
-    let options = SessionOptions { context: Some(64), kv, prefill_chunk: 11 };
+    let options = SessionOptions { context: Some(64), kv, prefill_chunk: 5 };
     let mut session = Session::new(model, options).unwrap();
     let vocab = model.description().vocab as u32;
-    let prompt: Vec<u32> = (0..13).map(|i| (i * 37 + 5) % vocab).collect();
-    let other: Vec<u32> = (0..9).map(|i| if i < 6 { prompt[i] } else { 7 + i as u32 }).collect();
+    let prompt: Vec<u32> = (0..9).map(|i| (i * 37 + 5) % vocab).collect();
+    let other: Vec<u32> = (0..6).map(|i| if i < 4 { prompt[i] } else { 7 + i as u32 }).collect();
     let (mut bits, mut routes) = (Vec::new(), Routes::default());
     let cancel = Cancel::new();
     let mut feed = |session: &mut Session, tokens: &[u32]| {
@@ -51,13 +51,13 @@ fn answer(model: &Model, kv: KvFormat) -> (Vec<u32>, Vec<Choice>) {
         argmax(&logits)
     };
     let mut next = feed(&mut session, &prompt);
-    for _ in 0..3 {
+    for _ in 0..2 {
         next = feed(&mut session, &[next]);
     }
     let kept = session.keep_prefix(&other);
     feed(&mut session, &other[kept..]);
     let mut run = Run { observer: &mut routes, cancel: &cancel, progress: None };
-    let all = session.feed_all(&prompt[..10], &mut run).unwrap();
+    let all = session.feed_all(&prompt[..3], &mut run).unwrap();
     bits.extend(all.iter().map(|logit| logit.to_bits()));
     routes.0.sort();
     (bits, routes.0)
