@@ -347,10 +347,11 @@ fn what_a_thread_was_reading_ends_with_its_panic() {
     submit(0, 20);
     gate.await_reads(1);
     submit(1, 10);
-    let done = mover.next(5 * SECOND_NS).expect("the other thread stands at the gate");
+    let done = mover.next(5 * SECOND_NS);
+    gate.open();
+    let done = done.expect("it ends while the other thread stands at the gate");
     let Err(MoveError::Stopped(why)) = done.result else { panic!("{done:?}") };
     assert_eq!(done.key, 1);
     assert!(why.contains("a trap"), "{why}");
-    gate.open();
     assert_eq!(wait(&mut mover).key, 0);
 }
