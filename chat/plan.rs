@@ -95,8 +95,9 @@ pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Plann
         // cache.
         on_host.whole_bytes = 0;
         request.kv_bytes = 0;
+        let (session, rows) = (&needs.session, chunk.logit_rows);
         request.scratch_bytes =
-            host_scratch_bytes(model.description(), chunk.logit_rows) + STAGING_BYTES;
+            host_scratch_bytes(model.description(), session, context, rows) + STAGING_BYTES;
     }
     let plan = budget::divide(&on_host, &request)
         .map_err(|error| Failure::Resources(format!("{source}: {error} (--ram, --context)")))?;
@@ -112,8 +113,8 @@ fn on_gpu(
     needs: &Needs,
     context: usize,
 ) -> Result<GpuPlan, Failure> {
-    let session = (context, needs.session.kv);
-    let parts = GpuParts::of(model.files(), model.description(), model.weights(), session);
+    let (description, weights) = (model.description(), model.weights());
+    let parts = GpuParts::of(model.files(), description, weights, context, &needs.session);
     gpu.budget.check(&parts)?;
     Ok(GpuPlan { parts, budget_bytes: gpu.budget.bytes(), budget: gpu.budget })
 }

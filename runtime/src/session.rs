@@ -102,7 +102,12 @@ impl Session {
             description.ropes.iter().map(|rope| Rope::new(rope, context)).collect();
         let place = match model.gpu() {
             Some(gpu) => {
-                let session = GpuSession::new(gpu, description, context, options.kv)?;
+                let session = GpuSession::new(
+                    gpu,
+                    description,
+                    (context, options.prefill_chunk),
+                    options.kv,
+                )?;
                 Place::Gpu(Box::new(session))
             }
             None => Place::Host {

@@ -1,12 +1,22 @@
 //! Device memory of a session's passes: one arena, cut once.
 
+use super::delta_net;
 use crate::model::description::{FeedForward, Mixer, ModelDescription, MoeDescription};
 use pregate_kernels::cuda::router::RouterScratch;
-use pregate_kernels::cuda::{Arena, Attend, CudaError, Device, QuantisedSpans, Span};
+use pregate_kernels::cuda::{
+    Arena, Attend, CudaError, DeltaPrefill, Device, Groups, QuantisedSpans, Span,
+};
 use std::ops::Range;
 
-/// Tokens of a pass.
-pub const MOST_TOKENS: usize = pregate_kernels::cuda::MOST_TOKENS;
+/// Tokens that decode's kernels take.
+pub const FEW_TOKENS: usize = pregate_kernels::cuda::MOST_TOKENS;
+/// Tokens of a pass, at most.
+const MOST_TOKENS: usize = 512;
+
+/// Tokens of a pass over a session's prompts.
+pub fn pass_tokens(prefill_chunk: usize, capacity: usize) -> usize {
+    prefill_chunk.min(capacity).clamp(FEW_TOKENS, MOST_TOKENS)
+}
 /// Where buffers start.
 pub const ALIGN: usize = 256;
 
@@ -29,7 +39,9 @@ pub struct Buffers {
     pub mixer: [Span; 6],
     /// A mixer's rows in groups of 32 and of 256.
     pub mixer_forms: [QuantisedSpans; 2],
+    /// Of pieces of a pass.
     pub attention_scratch: Span,
+    pub delta_scratch: Span,
     /// Zero between launches: of attention, and of gated DeltaNet.
     pub counters: Span,
     /// `[tokens, experts]`
@@ -41,14 +53,35 @@ pub struct Buffers {
     pub all_choices: Span,
     /// `[tokens, k, inner]`
     pub vectors: Span,
+    /// `vectors` in groups of 32 and of 256, for more than a few tokens.
+    pub vector_forms: [QuantisedSpans; 2],
+    /// The other half of `vectors`, where gate and up have different formats.
+    pub other_vectors: Span,
+    /// A chunk's choices by expert; see
+    /// [`pregate_kernels::cuda::router_chunk::ChunkGather`].
+    pub sorted: Sorted,
     /// `[tokens, k, hidden]`
     pub answers: Span,
     /// `[tokens, hidden]`
     pub shared: Span,
     /// `[tokens]`
     pub shared_gate: Span,
-    /// `[tokens, vocab]`
+    /// `[few tokens, vocab]`
     pub logits: Span,
+}
+
+/// The choices of a chunk in the order of their experts.
+pub struct Sorted {
+    /// i32 `[experts + 1]`
+    pub starts: Span,
+    /// i32 `[tokens, k]`
+    pub token_of: Span,
+    pub choice_of: Span,
+    pub row_of: Span,
+    /// See [`pregate_kernels::cuda::Groups::tiles_bytes`].
+    pub tiles: Span,
+    /// Of `inputs`: i32 `[2]`, 0 and the number of tokens, for dense blocks.
+    pub dense_starts: Span,
 }
 
 /// Where a layer's choice goes.
@@ -62,6 +95,8 @@ pub struct Chosen {
 /// What every buffer must hold; counts are of elements of one token.
 struct Sizes<'a> {
     description: &'a ModelDescription,
+    /// Of a pass.
+    tokens: usize,
     /// Pairs of each rope.
     halves: Vec<usize>,
     mixer: [usize; 6],
@@ -72,23 +107,30 @@ struct Sizes<'a> {
     experts: usize,
     vectors: usize,
     answers: usize,
+    top_k: usize,
+    /// In bytes.
+    delta_scratch: usize,
 }
 
 /// Plain buffers of a session.
-const PLAIN: usize = 18;
+const PLAIN: usize = 25;
 
 impl<'a> Sizes<'a> {
-    fn of(description: &'a ModelDescription, capacity: usize) -> Self {
+    fn of(description: &'a ModelDescription, capacity: usize, tokens: usize) -> Self {
         let mut sizes = Self {
             description,
+            tokens,
             halves: description.ropes.iter().map(|rope| rope.dim / 2).collect(),
             mixer: [0; 6],
-            mixer_forms: 0,
+            // The head's input is one of them.
+            mixer_forms: description.hidden,
             counters: 0,
             attention_scratch: 0,
             experts: 0,
             vectors: 0,
             answers: 0,
+            top_k: 1,
+            delta_scratch: 0,
         };
         for layer in &description.layers {
             sizes.add_mixer(&layer.mixer, capacity);
@@ -96,6 +138,7 @@ impl<'a> Sizes<'a> {
                 FeedForward::Dense { inner } => (*inner, 0),
                 FeedForward::Moe(moe) => {
                     sizes.experts = sizes.experts.max(moe.experts);
+                    sizes.top_k = sizes.top_k.max(moe.top_k);
                     let shared = moe.shared.map_or(0, |shared| shared.inner);
                     ((moe.top_k * moe.inner).max(shared), moe.top_k * description.hidden)
                 }
@@ -126,6 +169,8 @@ impl<'a> Sizes<'a> {
                 let (heads, values) = (d.value_heads, d.value_heads * d.value_dim);
                 let channels = 2 * d.key_heads * d.key_dim + values;
                 self.counters = self.counters.max(heads);
+                let scratch = DeltaPrefill::scratch_bytes(&delta_net::shape(d), self.tokens);
+                self.delta_scratch = self.delta_scratch.max(scratch);
                 ([channels, channels, values, heads, heads, values], values)
             }
         };
@@ -141,17 +186,20 @@ impl<'a> Sizes<'a> {
         self.counters = self.counters.max(heads);
     }
 
-    /// Where the stream and each rope's table are in [`Buffers::inputs`].
-    fn inputs(&self) -> (Range<usize>, Vec<Range<usize>>) {
-        let x = 0..4 * MOST_TOKENS * self.description.hidden;
-        let mut end = x.end;
+    /// Where the stream, the starts of a dense block and each rope's table are
+    /// in [`Buffers::inputs`].
+    fn inputs(&self) -> (Range<usize>, Range<usize>, Vec<Range<usize>>) {
+        let x = 0..4 * self.tokens * self.description.hidden;
+        let start = x.end.next_multiple_of(ALIGN);
+        let dense_starts = start..start + 8;
+        let mut end = dense_starts.end;
         let table = |half: &usize| {
             let start = end.next_multiple_of(ALIGN);
-            end = start + 8 * MOST_TOKENS * half;
+            end = start + 8 * self.tokens * half;
             start..end
         };
         let tables = self.halves.iter().map(table).collect();
-        (x, tables)
+        (x, dense_starts, tables)
     }
 
     /// Where each MoE layer's ids and weights are in
@@ -160,7 +208,7 @@ impl<'a> Sizes<'a> {
         let mut end = 0;
         let range = |(_, moe): (usize, &MoeDescription)| {
             let start = end;
-            end += 2 * (4 * MOST_TOKENS * moe.top_k).next_multiple_of(ALIGN);
+            end += 2 * (4 * self.tokens * moe.top_k).next_multiple_of(ALIGN);
             start..end
         };
         self.description.moe_layers().map(range).collect()
@@ -169,12 +217,13 @@ impl<'a> Sizes<'a> {
     /// Bytes of the plain buffers, in the order in which `Buffers::new` names
     /// them.
     fn plain(&self) -> [usize; PLAIN] {
-        let (x, tables) = self.inputs();
-        let floats = |each: usize| 4 * MOST_TOKENS * each;
+        let (_, dense_starts, tables) = self.inputs();
+        let floats = |each: usize| 4 * self.tokens * each;
         let hidden = floats(self.description.hidden);
         let [a, b, c, d, e, f] = self.mixer.map(floats);
+        let choices = self.tokens * self.top_k;
         [
-            tables.last().map_or(x.end, |table| table.end),
+            tables.last().map_or(dense_starts.end, |table| table.end),
             self.choices().last().map_or(0, |range| range.end),
             hidden,
             hidden,
@@ -184,21 +233,29 @@ impl<'a> Sizes<'a> {
             d,
             e,
             f,
-            MOST_TOKENS * self.attention_scratch,
-            floats(self.counters),
+            FEW_TOKENS * self.attention_scratch,
+            self.delta_scratch,
+            4 * FEW_TOKENS * self.counters,
             floats(self.experts),
+            floats(self.vectors),
             floats(self.vectors),
             floats(self.answers),
             hidden,
             floats(1),
-            floats(self.description.vocab),
+            4 * FEW_TOKENS * self.description.vocab,
+            4 * (self.experts + 1),
+            4 * choices,
+            4 * choices,
+            4 * choices,
+            Groups::tiles_bytes(self.experts.max(1), choices),
         ]
         .map(|bytes| bytes.max(16))
     }
 
-    /// Widths of the rows that are kept quantised.
-    fn forms(&self) -> [usize; 2] {
-        [self.description.hidden, self.mixer_forms]
+    /// Widths of the rows that are kept quantised: the stream's, a mixer's, the
+    /// vectors of experts.
+    fn forms(&self) -> [usize; 3] {
+        [self.description.hidden, self.mixer_forms, self.vectors]
     }
 
     /// Of all buffers.
@@ -207,7 +264,7 @@ impl<'a> Sizes<'a> {
         let forms = self.forms().into_iter().flat_map(|width| {
             GROUPS.map(|group| {
                 let width = width.next_multiple_of(group);
-                QuantisedSpans::bytes(group, MOST_TOKENS, width).next_multiple_of(ALIGN)
+                QuantisedSpans::bytes(group, self.tokens, width).next_multiple_of(ALIGN)
             })
         });
         plain.chain(forms).sum::<usize>() + RouterScratch::BYTES.next_multiple_of(ALIGN)
@@ -218,27 +275,26 @@ impl<'a> Sizes<'a> {
 const GROUPS: [usize; 2] = [32, 256];
 
 /// Room for `[tokens, width]`, or parts of it, in each of the groups.
-fn forms(arena: &Arena, width: usize) -> Result<[QuantisedSpans; 2], CudaError> {
-    let [small, large] = GROUPS.map(|group| {
-        QuantisedSpans::take(arena, group, MOST_TOKENS, width.next_multiple_of(group))
-    });
+fn forms(arena: &Arena, tokens: usize, width: usize) -> Result<[QuantisedSpans; 2], CudaError> {
+    let [small, large] = GROUPS
+        .map(|group| QuantisedSpans::take(arena, group, tokens, width.next_multiple_of(group)));
     Ok([small?, large?])
 }
 
 impl Buffers {
     /// Bytes of a session's buffers for contexts of up to `capacity`
-    /// positions.
-    pub fn bytes(description: &ModelDescription, capacity: usize) -> usize {
-        Sizes::of(description, capacity).bytes()
+    /// positions and passes of up to `tokens` tokens.
+    pub fn bytes(description: &ModelDescription, capacity: usize, tokens: usize) -> usize {
+        Sizes::of(description, capacity, tokens).bytes()
     }
 
-    /// For passes over up to [`MOST_TOKENS`] tokens.
     pub fn new(
         device: &Device,
         description: &ModelDescription,
         capacity: usize,
+        tokens: usize,
     ) -> Result<Self, CudaError> {
-        let sizes = Sizes::of(description, capacity);
+        let sizes = Sizes::of(description, capacity, tokens);
         let arena = device.arena(sizes.bytes())?;
         let spans: Vec<Span> = (sizes.plain().into_iter())
             .map(|bytes| arena.take(bytes, ALIGN))
@@ -257,16 +313,23 @@ impl Buffers {
             e,
             f,
             attention_scratch,
+            delta_scratch,
             counters,
             router_logits,
             vectors,
+            other_vectors,
             answers,
             shared,
             shared_gate,
             logits,
+            starts,
+            token_of,
+            choice_of,
+            row_of,
+            tiles,
         ] = spans;
         device.compute().fill(&counters, 0)?;
-        let (x, tables) = sizes.inputs();
+        let (x, dense_starts, tables) = sizes.inputs();
         let chosen = |range: Range<usize>| {
             let half = (range.start + range.end) / 2;
             let (ids, weights) = (range.start..half, half..range.end);
@@ -276,18 +339,29 @@ impl Buffers {
             x: inputs.part(x),
             tables: tables.into_iter().map(|range| inputs.part(range)).collect(),
             choices: sizes.choices().into_iter().map(chosen).collect(),
-            normed_forms: forms(&arena, description.hidden)?,
-            mixer_forms: forms(&arena, sizes.mixer_forms)?,
+            normed_forms: forms(&arena, tokens, description.hidden)?,
+            mixer_forms: forms(&arena, tokens, sizes.mixer_forms)?,
+            vector_forms: forms(&arena, tokens, sizes.vectors)?,
+            sorted: Sorted {
+                starts,
+                token_of,
+                choice_of,
+                row_of,
+                tiles,
+                dense_starts: inputs.part(dense_starts),
+            },
             router_scratch: RouterScratch::new(&arena, device.compute())?,
             mixer: [a, b, c, d, e, f],
             inputs,
             delta,
             normed,
             attention_scratch,
+            delta_scratch,
             counters,
             router_logits,
             all_choices,
             vectors,
+            other_vectors,
             answers,
             shared,
             shared_gate,

@@ -1,4 +1,6 @@
-//! Gated DeltaNet; see [`crate::forward`]'s.
+//! Gated DeltaNet; see [`crate::forward`]'s. Prompts of 64 and more tokens are
+//! computed in chunks, with the tolerance that
+//! `kernels/src/cuda/delta_net.rs` states.
 
 use super::pass::Pass;
 use super::session::RecurrentState;
@@ -6,7 +8,8 @@ use super::weights::DeviceDeltaNet;
 use crate::forward::L2_EPSILON;
 use crate::model::description::{DeltaNetDescription, HeadOrder};
 use pregate_kernels::cuda::{
-    CudaError, DeltaConv, DeltaDecode, DeltaInputs, DeltaShape, delta_conv, delta_decode,
+    CudaError, DELTA_CHUNK, DeltaConv, DeltaDecode, DeltaInputs, DeltaPrefill, DeltaShape,
+    delta_conv, delta_decode, delta_prefill,
 };
 
 /// Leaves what the block adds in `delta`.
@@ -23,13 +26,7 @@ pub fn run(
     {
         pass.product(projection, tokens, pass.normed(projection.weight.format), out)?;
     }
-    let shape = DeltaShape {
-        key_heads: d.key_heads,
-        value_heads: d.value_heads,
-        key_dim: d.key_dim,
-        value_dim: d.value_dim,
-        is_tiled: d.head_order == HeadOrder::Tiled,
-    };
+    let shape = shape(d);
     let call = DeltaConv {
         shape,
         kernel: d.conv_kernel,
@@ -56,7 +53,22 @@ pub fn run(
         memory: &state.memory,
         answers,
     };
-    let counters = &pass.buffers.counters;
-    delta_decode(device, stream, DeltaDecode { inputs, counters })?;
+    if tokens >= DELTA_CHUNK {
+        let scratch = &pass.buffers.delta_scratch;
+        delta_prefill(device, stream, DeltaPrefill { inputs, scratch })?;
+    } else {
+        let counters = &pass.buffers.counters;
+        delta_decode(device, stream, DeltaDecode { inputs, counters })?;
+    }
     pass.product_of(&weights.output, answers, &pass.buffers.delta)
+}
+
+pub fn shape(d: &DeltaNetDescription) -> DeltaShape {
+    DeltaShape {
+        key_heads: d.key_heads,
+        value_heads: d.value_heads,
+        key_dim: d.key_dim,
+        value_dim: d.value_dim,
+        is_tiled: d.head_order == HeadOrder::Tiled,
+    }
 }

@@ -1,13 +1,14 @@
 //! Dense and Mixture-of-Experts blocks; see [`crate::forward`]'s.
 
-use super::buffers::{Buffers, Chosen};
+use super::buffers::{Buffers, Chosen, FEW_TOKENS};
 use super::experts::{DeviceBlock, DeviceExperts};
 use super::pass::Pass;
 use super::weights::{DeviceFeedForward, DeviceMoe, DeviceNorm};
 use pregate_kernels::cuda::router::{self, RouterStep, RouterTable, router_step};
-use pregate_kernels::cuda::router_chunk::{ChunkChoice, chunk_choose};
+use pregate_kernels::cuda::router_chunk::{ChunkChoice, ChunkGather, chunk_choose, chunk_gather};
 use pregate_kernels::cuda::{
-    self, Choices, Combine, CudaError, Down, GateUp, Gemv, SharedAnswer, Span,
+    self, Choices, Combine, CudaError, Down, GateUp, GroupGemm, Groups, SharedAnswer, Span, Up,
+    group_gemm, group_tiles,
 };
 use pregate_kernels::{Format, GatedActivation};
 
@@ -54,8 +55,7 @@ fn mixture(pass: &Pass<'_>, moe: &DeviceMoe) -> Result<(), CudaError> {
         dense(pass, block, moe.activation, shared)?;
     }
     if let Some(gate) = &moe.shared_gate {
-        let input = pass.normed(gate.format);
-        cuda::gemv(device, stream, Gemv::one(gate, tokens, input, None, shared_gate))?;
+        pass.multiply(gate, None, tokens, pass.normed(gate.format), shared_gate)?;
     }
     let routed = Choice { ids: Some(&chosen.ids), k: moe.top_k };
     experts(pass, &moe.experts, routed, moe.activation, answers)?;
@@ -96,8 +96,7 @@ fn choose(pass: &Pass<'_>, moe: &DeviceMoe, chosen: &Chosen) -> Result<(), CudaE
     }
     let logits = words(&pass.buffers.router_logits, tokens * layer.experts());
     let input = pass.normed(layer.weight.format);
-    let call = Gemv::one(&layer.weight, tokens, input, layer.bias.as_ref(), &logits);
-    cuda::gemv(device, stream, call)?;
+    pass.multiply(&layer.weight, layer.bias.as_ref(), tokens, input, &logits)?;
     let (logits, ids, weights) = (&logits, &ids, &weights);
     let call = ChunkChoice { table, layer: moe.router, tokens, logits, ids, weights };
     chunk_choose(device, stream, call)
@@ -122,6 +121,20 @@ fn dense(
 
 /// The answers of each token's experts, `[tokens, k, hidden]`.
 fn experts(
+    pass: &Pass<'_>,
+    experts: &DeviceExperts,
+    choice: Choice<'_>,
+    activation: GatedActivation,
+    answers: &Span,
+) -> Result<(), CudaError> {
+    match pass.tokens {
+        0..=FEW_TOKENS => for_few(pass, experts, choice, activation, answers),
+        _ => for_many(pass, experts, choice, activation, answers),
+    }
+}
+
+/// Token by token.
+fn for_few(
     pass: &Pass<'_>,
     experts: &DeviceExperts,
     choice: Choice<'_>,
@@ -162,4 +175,83 @@ fn experts(
         answers,
     };
     cuda::down(device, stream, call)
+}
+
+/// Sorts the choices of a chunk by expert; the answer is where each expert's
+/// start.
+fn sort(pass: &Pass<'_>, experts: usize, choice: &Choice<'_>) -> Result<Span, CudaError> {
+    let sorted = &pass.buffers.sorted;
+    let Some(ids) = choice.ids else { return Ok(sorted.dense_starts.clone()) };
+    let words = |span: &Span, count: usize| span.part(0..4 * count);
+    let choices = pass.tokens * choice.k;
+    let starts = words(&sorted.starts, experts + 1);
+    let call = ChunkGather {
+        tokens: pass.tokens,
+        per_token: choice.k,
+        experts,
+        ids: &words(ids, choices),
+        starts: &starts,
+        token_of: &words(&sorted.token_of, choices),
+        choice_of: &words(&sorted.choice_of, choices),
+        row_of: &words(&sorted.row_of, choices),
+    };
+    chunk_gather(pass.device(), pass.stream(), call)?;
+    Ok(starts)
+}
+
+/// Expert by expert, each with all of its tokens.
+fn for_many(
+    pass: &Pass<'_>,
+    experts: &DeviceExperts,
+    choice: Choice<'_>,
+    activation: GatedActivation,
+    answers: &Span,
+) -> Result<(), CudaError> {
+    let (device, stream, tokens) = (pass.device(), pass.stream(), pass.tokens);
+    let Buffers { vectors, other_vectors, vector_forms, sorted, .. } = pass.buffers;
+    let DeviceExperts { count, shape, table, biases, .. } = experts;
+    let choices = tokens * choice.k;
+    let starts = sort(pass, *count, &choice)?;
+    let groups = Groups {
+        experts: *count,
+        block_bytes: shape.block_bytes,
+        choices,
+        starts: &starts,
+        table,
+        tiles: &sorted.tiles,
+    };
+    group_tiles(device, stream, &groups)?;
+    let is_routed = choice.ids.is_some();
+    let up =
+        Up { matrix: shape.up, bias: biases.up.as_ref(), activation, scratch: Some(other_vectors) };
+    let call = GroupGemm {
+        groups,
+        matrix: shape.gate,
+        rows: shape.inner,
+        cols: shape.hidden,
+        bias: biases.gate.as_ref(),
+        up: Some(up),
+        x: pass.normed(shape.gate.format),
+        x_rows: tokens,
+        x_order: is_routed.then_some(&sorted.token_of),
+        out_order: None,
+        out: vectors,
+    };
+    group_gemm(device, stream, &call)?;
+    let inner = shape.inner;
+    let x = pass.input_in(vector_forms, shape.down.format, vectors, (choices, inner), inner)?;
+    let call = GroupGemm {
+        groups,
+        matrix: shape.down,
+        rows: shape.hidden,
+        cols: inner,
+        bias: biases.down.as_ref(),
+        up: None,
+        x,
+        x_rows: choices,
+        x_order: None,
+        out_order: is_routed.then_some(&sorted.choice_of),
+        out: answers,
+    };
+    group_gemm(device, stream, &call)
 }

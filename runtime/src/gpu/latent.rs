@@ -1,11 +1,12 @@
 //! Multi-head latent attention in its absorbed form; see [`crate::forward`]'s.
 
-use super::pass::Pass;
+use super::attention::is_long;
+use super::pass::{Pass, from_row};
 use super::weights::{DeviceKeyUp, DeviceLatent, DeviceQuery};
 use crate::model::description::LatentDescription;
 use pregate_kernels::cuda::{
-    self, Attend, CudaError, DeviceCells, Gemv, Input, Norm, NormKind, PrepareLatent, Strides,
-    attend, prepare_latent,
+    self, Attend, CudaError, DeviceCells, Flash, Gemv, Input, Norm, NormKind, PrepareLatent,
+    Strides, attend, flash, prepare_latent,
 };
 
 /// Leaves what the block adds in `delta`.
@@ -60,63 +61,91 @@ pub fn run(
     prepare_latent(device, stream, call)?;
     absorb(pass, l, weights)?;
     let latent = DeviceCells { width: l.kv_rank, ..rows.clone() };
-    let call = Attend {
-        q: absorbed,
-        tokens,
-        heads: l.heads,
-        kv_heads: 1,
-        keys: rows,
-        values: &latent,
-        first_position: pass.first_position,
-        scale: l.scale,
-        window: None,
-        sinks: None,
-        gate: None,
-        out: mixed,
-        scratch: &pass.buffers.attention_scratch,
-        counters: &pass.buffers.counters,
-        plan: None,
-    };
-    attend(device, stream, call)?;
+    let (row, rank) = (l.kv_rank + l.rope_dim, l.kv_rank);
+    if is_long(pass, rows, &latent) {
+        let call = Flash {
+            q: absorbed,
+            tokens,
+            heads: l.heads,
+            kv_heads: 1,
+            keys: rows,
+            values: &latent,
+            first_position: pass.first_position,
+            scale: l.scale,
+            window: None,
+            sinks: None,
+            out: mixed,
+        };
+        flash(device, stream, &call)?;
+    } else {
+        for (first, tokens) in pass.pieces() {
+            let call = Attend {
+                q: &from_row(absorbed, first, l.heads * row),
+                tokens,
+                heads: l.heads,
+                kv_heads: 1,
+                keys: rows,
+                values: &latent,
+                first_position: pass.first_position + first,
+                scale: l.scale,
+                window: None,
+                sinks: None,
+                gate: None,
+                out: &from_row(mixed, first, l.heads * rank),
+                scratch: &pass.buffers.attention_scratch,
+                counters: &pass.buffers.counters,
+                plan: None,
+            };
+            attend(device, stream, call)?;
+        }
+    }
     let value_up = &weights.value_up;
-    let x = pass.input(value_up.format, mixed, (tokens * l.heads, l.kv_rank), l.kv_rank)?;
-    let call = Gemv {
-        matrices: l.heads,
-        x_strides: Strides { token: l.heads * l.kv_rank, matrix: l.kv_rank },
-        out_strides: Strides { token: l.heads * l.value_dim, matrix: l.value_dim },
-        ..Gemv::one(value_up, tokens, x, None, values)
-    };
-    cuda::gemv(device, stream, call)?;
+    for (first, tokens) in pass.pieces() {
+        let x = from_row(mixed, first, l.heads * rank);
+        let x = pass.input(value_up.format, &x, (tokens * l.heads, rank), rank)?;
+        let out = from_row(values, first, l.heads * l.value_dim);
+        let call = Gemv {
+            matrices: l.heads,
+            x_strides: Strides { token: l.heads * rank, matrix: rank },
+            out_strides: Strides { token: l.heads * l.value_dim, matrix: l.value_dim },
+            ..Gemv::one(value_up, tokens, x, None, &out)
+        };
+        cuda::gemv(device, stream, call)?;
+    }
     pass.product_of(&weights.output, values, &pass.buffers.delta)
 }
 
 /// The leading elements of `absorbed`: `W_uk^T q_nope` per head.
 fn absorb(pass: &Pass<'_>, l: &LatentDescription, weights: &DeviceLatent) -> Result<(), CudaError> {
-    let [q, _, _, absorbed, ..] = &pass.buffers.mixer;
-    let (device, stream, tokens) = (pass.device(), pass.stream(), pass.tokens);
+    let [all_q, _, _, all_absorbed, ..] = &pass.buffers.mixer;
+    let (device, stream) = (pass.device(), pass.stream());
     let (q_head, row) = (l.nope_dim + l.rope_dim, l.kv_rank + l.rope_dim);
     let out_strides = Strides { token: l.heads * row, matrix: row };
-    match &weights.key_up {
-        DeviceKeyUp::Rows(weight) => {
-            let call = Gemv {
-                matrices: l.heads,
-                x_strides: Strides { token: l.heads * q_head, matrix: q_head },
-                out_strides,
-                ..Gemv::one(weight, tokens, Input::Floats(q), None, absorbed)
-            };
-            cuda::transposed(device, stream, call)
+    pass.pieces().try_for_each(|(first, tokens)| {
+        let q = from_row(all_q, first, l.heads * q_head);
+        let absorbed = from_row(all_absorbed, first, l.heads * row);
+        match &weights.key_up {
+            DeviceKeyUp::Rows(weight) => {
+                let call = Gemv {
+                    matrices: l.heads,
+                    x_strides: Strides { token: l.heads * q_head, matrix: q_head },
+                    out_strides,
+                    ..Gemv::one(weight, tokens, Input::Floats(&q), None, &absorbed)
+                };
+                cuda::transposed(device, stream, call)
+            }
+            DeviceKeyUp::Transposed(weight) => {
+                let x = pass.input(weight.format, &q, (tokens * l.heads, l.nope_dim), q_head)?;
+                // Quantised rows stand without the rotary parts between them.
+                let width = if matches!(x, Input::Floats(_)) { q_head } else { l.nope_dim };
+                let call = Gemv {
+                    matrices: l.heads,
+                    x_strides: Strides { token: l.heads * width, matrix: width },
+                    out_strides,
+                    ..Gemv::one(weight, tokens, x, None, &absorbed)
+                };
+                cuda::gemv(device, stream, call)
+            }
         }
-        DeviceKeyUp::Transposed(weight) => {
-            let x = pass.input(weight.format, q, (tokens * l.heads, l.nope_dim), q_head)?;
-            // Quantised rows stand without the rotary parts between them.
-            let width = if matches!(x, Input::Floats(_)) { q_head } else { l.nope_dim };
-            let call = Gemv {
-                matrices: l.heads,
-                x_strides: Strides { token: l.heads * width, matrix: width },
-                out_strides,
-                ..Gemv::one(weight, tokens, x, None, absorbed)
-            };
-            cuda::gemv(device, stream, call)
-        }
-    }
+    })
 }

@@ -1,16 +1,16 @@
 //! What a model asks of a GPU's memory, before any of it is taken.
 
-use super::buffers::{Buffers, MOST_TOKENS};
+use super::buffers::{Buffers, FEW_TOKENS, pass_tokens};
 use super::experts::BlockShape;
 use super::session::GpuSession;
 use super::upload::padded;
 use crate::files::ModelFiles;
-use crate::forward::cache::KvFormat;
 use crate::model::description::ModelDescription;
 use crate::model::weights::{
     FeedForwardWeights, GatedBlock, KeyUp, LatentQuery, MixerWeights, ModelWeights, Norm,
     Projection, Weight,
 };
+use crate::session::SessionOptions;
 use pregate_kernels::cuda::router::RouterTable;
 use serde::Serialize;
 
@@ -30,12 +30,14 @@ impl GpuParts {
         files: &ModelFiles,
         description: &ModelDescription,
         weights: &ModelWeights,
-        (context, kv): (usize, KvFormat),
+        context: usize,
+        options: &SessionOptions,
     ) -> Self {
+        let tokens = pass_tokens(options.prefill_chunk, context);
         Self {
             weights_bytes: weights_bytes(files, weights),
-            kv_bytes: GpuSession::state_bytes(description, context, kv) as u64,
-            scratch_bytes: Buffers::bytes(description, context) as u64,
+            kv_bytes: GpuSession::state_bytes(description, context, options.kv) as u64,
+            scratch_bytes: Buffers::bytes(description, context, tokens) as u64,
         }
     }
 
@@ -46,13 +48,19 @@ impl GpuParts {
 
 /// Bytes that a session's passes keep on the host: logits, what is sent, and
 /// what the routers chose.
-pub fn host_scratch_bytes(description: &ModelDescription, logit_rows: usize) -> u64 {
-    let sent = MOST_TOKENS * 4 * description.hidden * 2;
-    let tables: usize = description.ropes.iter().map(|rope| 2 * 4 * MOST_TOKENS * rope.dim).sum();
+pub fn host_scratch_bytes(
+    description: &ModelDescription,
+    options: &SessionOptions,
+    context: usize,
+    logit_rows: usize,
+) -> u64 {
+    let tokens = pass_tokens(options.prefill_chunk, context);
+    let sent = tokens * 4 * description.hidden * 2;
+    let tables: usize = description.ropes.iter().map(|rope| 2 * 4 * tokens * rope.dim).sum();
     let choices: usize =
-        description.moe_layers().map(|(_, moe)| 4 * 8 * MOST_TOKENS * moe.top_k + 1024).sum();
+        description.moe_layers().map(|(_, moe)| 4 * 8 * tokens * moe.top_k + 1024).sum();
     // Of one piece of a pass, and of all.
-    let logits = 4 * description.vocab * (logit_rows + 2 * MOST_TOKENS);
+    let logits = 4 * description.vocab * (logit_rows + 2 * FEW_TOKENS);
     (sent + tables + choices + logits) as u64
 }
 

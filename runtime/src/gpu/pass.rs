@@ -1,14 +1,14 @@
 //! What the parts of a pass share.
 
 use super::GpuModel;
-use super::buffers::Buffers;
+use super::buffers::{Buffers, FEW_TOKENS};
 use super::upload::DeviceProjection;
 use super::weights::DeviceNorm;
 use crate::model::description::{ModelDescription, NormKind, RopePairs};
 use crate::model::rope::Rope;
 use pregate_kernels::cuda::{
-    self, CudaError, Device, Gemv, Input, Norm, Pairs, Quantise, QuantisedSpans, Rotation, Span,
-    Stream,
+    self, CudaError, Device, DeviceMatrix, Gemm, Gemv, Input, Norm, Pairs, Quantise,
+    QuantisedSpans, Rotation, Span, Stream,
 };
 use pregate_kernels::{ActivationKind, Format};
 
@@ -19,7 +19,7 @@ pub struct Pass<'a> {
     pub description: &'a ModelDescription,
     pub buffers: &'a Buffers,
     pub ropes: &'a [Rope],
-    /// At most [`super::buffers::MOST_TOKENS`].
+    /// At most those that the buffers are for.
     pub tokens: usize,
     pub first_position: usize,
 }
@@ -102,7 +102,19 @@ impl<'a> Pass<'a> {
         (rows, cols): (usize, usize),
         stride: usize,
     ) -> Result<Input<'s>, CudaError> {
-        let Some(to) = form(&self.buffers.mixer_forms, format) else {
+        self.input_in(&self.buffers.mixer_forms, format, x, (rows, cols), stride)
+    }
+
+    /// [`Pass::input`] in buffers of the caller's choice.
+    pub fn input_in<'s>(
+        &self,
+        forms: &'s [QuantisedSpans; 2],
+        format: Format,
+        x: &'s Span,
+        (rows, cols): (usize, usize),
+        stride: usize,
+    ) -> Result<Input<'s>, CudaError> {
+        let Some(to) = form(forms, format) else {
             return Ok(Input::Floats(x));
         };
         let call = Quantise { rows, cols, x, stride, to };
@@ -118,9 +130,23 @@ impl<'a> Pass<'a> {
         x: Input<'_>,
         out: &Span,
     ) -> Result<(), CudaError> {
-        let DeviceProjection { weight, bias } = projection;
-        let call = Gemv::one(weight, tokens, x, bias.as_ref(), out);
-        cuda::gemv(self.device(), self.stream(), call)
+        self.multiply(&projection.weight, projection.bias.as_ref(), tokens, x, out)
+    }
+
+    /// [`Pass::product`] of a matrix and a bias of their own.
+    pub fn multiply(
+        &self,
+        weight: &DeviceMatrix,
+        bias: Option<&Span>,
+        tokens: usize,
+        x: Input<'_>,
+        out: &Span,
+    ) -> Result<(), CudaError> {
+        let (device, stream) = (self.device(), self.stream());
+        if tokens > FEW_TOKENS {
+            return cuda::gemm(device, stream, &Gemm { weight, bias, x, tokens, out });
+        }
+        cuda::gemv(device, stream, Gemv::one(weight, tokens, x, bias, out))
     }
 
     /// [`Pass::product`] of rows that were not quantised yet.
@@ -135,6 +161,13 @@ impl<'a> Pass<'a> {
         self.product(projection, self.tokens, input, out)
     }
 
+    /// First token and number of tokens of the pieces that decode's kernels
+    /// take.
+    pub fn pieces(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let tokens = self.tokens;
+        (0..tokens).step_by(FEW_TOKENS).map(move |first| (first, FEW_TOKENS.min(tokens - first)))
+    }
+
     pub fn rotation(&self, rope: usize) -> Rotation<'a> {
         let pairs = match self.ropes[rope].pairs() {
             RopePairs::Halves => Pairs::Halves,
@@ -142,4 +175,9 @@ impl<'a> Pass<'a> {
         };
         Rotation { table: &self.buffers.tables[rope], half: self.ropes[rope].half(), pairs }
     }
+}
+
+/// Rows `first..` of `[rows, width]` f32.
+pub fn from_row(span: &Span, first: usize, width: usize) -> Span {
+    span.part(4 * first * width..span.bytes())
 }

@@ -1,8 +1,8 @@
 //! One sequence on a device: its cache, and passes over its tokens.
 
 use super::GpuModel;
-use super::buffers::{ALIGN, Buffers, MOST_TOKENS};
-use super::pass::Pass;
+use super::buffers::{ALIGN, Buffers, FEW_TOKENS, pass_tokens};
+use super::pass::{Pass, from_row};
 use super::weights::{DeviceFeedForward, DeviceMixer};
 use super::{attention, delta_net, feed_forward, latent};
 use crate::error::{Error, Result};
@@ -51,6 +51,8 @@ pub struct GpuSession {
     buffers: Buffers,
     layers: Vec<LayerState>,
     capacity: usize,
+    /// Tokens of a pass, at most.
+    pass_tokens: usize,
     /// `[wanted, vocab]` of the last pass that wanted any.
     logits: Vec<f32>,
     /// Recurrent state is to be cleared.
@@ -69,20 +71,22 @@ impl GpuSession {
         parts.map(|bytes| bytes.next_multiple_of(ALIGN)).sum()
     }
 
-    /// For `capacity` positions.
+    /// For `capacity` positions, and passes of up to `prefill_chunk` tokens.
     pub fn new(
         model: &GpuModel,
         description: &ModelDescription,
-        capacity: usize,
+        (capacity, prefill_chunk): (usize, usize),
         kv: KvFormat,
     ) -> Result<Self> {
+        let tokens = pass_tokens(prefill_chunk, capacity);
         let arena = model.device().arena(Self::state_bytes(description, capacity, kv).max(1))?;
         let layers = (description.layers.iter())
             .map(|layer| state(&arena, &layer.mixer, capacity, cell_format(kv)));
         Ok(Self {
             layers: layers.collect::<Result<_, CudaError>>()?,
-            buffers: Buffers::new(model.device(), description, capacity)?,
+            buffers: Buffers::new(model.device(), description, capacity, tokens)?,
             capacity,
+            pass_tokens: tokens,
             logits: Vec::new(),
             is_new: true,
             inputs: Vec::new(),
@@ -139,7 +143,7 @@ impl GpuSession {
         }
         self.logits.clear();
         let mut before = 0;
-        for ids in pass.ids.chunks(MOST_TOKENS) {
+        for ids in pass.ids.chunks(self.pass_tokens) {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
@@ -153,8 +157,7 @@ impl GpuSession {
             let piece = Pass { model: gpu, description, buffers, ropes, tokens, first_position };
             launch(&piece, &self.layers, wanted)?;
             tell(&piece, observer)?;
-            let logits = download(&piece, &buffers.logits, wanted * description.vocab)?;
-            self.logits.extend(logits.map(f32::from_ne_bytes));
+            head(&piece, wanted, &mut self.logits)?;
         }
         if description.logit_scale != 1.0 {
             self.logits.iter_mut().for_each(|logit| *logit *= description.logit_scale);
@@ -178,6 +181,8 @@ impl GpuSession {
         let start = buffers.inputs.address();
         inputs.clear();
         inputs.extend(embedded.iter().flat_map(|value| value.to_ne_bytes()));
+        inputs.resize((buffers.sorted.dense_starts.address() - start) as usize, 0);
+        inputs.extend([0, ids.len() as i32].into_iter().flat_map(i32::to_ne_bytes));
         for (rope, table) in ropes.iter().zip(&buffers.tables) {
             inputs.resize((table.address() - start) as usize, 0);
             rope.fill(first_position, ids.len(), rope_table);
@@ -227,6 +232,7 @@ fn state(
 }
 
 /// All launches of a pass.
+/// Leaves the final norm of the last `wanted` tokens in `normed`.
 fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<(), CudaError> {
     let weights = &pass.model.weights;
     // Whether `delta` holds what the last block adds.
@@ -254,9 +260,29 @@ fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<(), C
     if wanted == 0 {
         return Ok(());
     }
-    let format = weights.head.weight.format;
-    pass.norm(&weights.final_norm, has_delta, wanted, &[format])?;
-    pass.product(&weights.head, wanted, pass.normed(format), &pass.buffers.logits)
+    // Of more rows only pieces are quantised, by `head`.
+    let format = (wanted <= FEW_TOKENS).then_some(weights.head.weight.format);
+    pass.norm(&weights.final_norm, has_delta, wanted, format.as_slice())
+}
+
+/// Appends the logits of what [`launch`] left, a few tokens at a time: the
+/// vocabulary is the widest of all.
+fn head(pass: &Pass<'_>, wanted: usize, logits: &mut Vec<f32>) -> Result<(), CudaError> {
+    let Buffers { normed, logits: out, .. } = pass.buffers;
+    let projection = &pass.model.weights.head;
+    let (rows, cols) = (projection.weight.rows, projection.weight.cols);
+    for first in (0..wanted).step_by(FEW_TOKENS) {
+        let tokens = FEW_TOKENS.min(wanted - first);
+        let x = from_row(normed, first, cols);
+        let format = projection.weight.format;
+        let input = match wanted {
+            0..=FEW_TOKENS => pass.normed(format),
+            _ => pass.input(format, &x, (tokens, cols), cols)?,
+        };
+        pass.product(projection, tokens, input, out)?;
+        logits.extend(download(pass, out, tokens * rows)?.map(f32::from_ne_bytes));
+    }
+    Ok(())
 }
 
 /// Words of four bytes from the start of a span, once they are computed.
