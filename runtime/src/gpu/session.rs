@@ -231,8 +231,8 @@ fn state(
     })
 }
 
-/// All launches of a pass.
-/// Leaves the final norm of the last `wanted` tokens in `normed`.
+/// All launches of a pass but the head's: leaves the final norm of the last
+/// `wanted` tokens in `normed`.
 fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<(), CudaError> {
     let weights = &pass.model.weights;
     // Whether `delta` holds what the last block adds.
