@@ -55,32 +55,41 @@ impl GpuBudget {
         format!("{all} ({from} by {of}, less a reserve of {reserve})")
     }
 
-    /// Why the model is too large, or nothing.
-    pub fn check(&self, parts: &GpuParts) -> Result<(), Failure> {
-        let (needed, budget) = (parts.total(), self.bytes());
-        if needed <= budget {
-            return Ok(());
-        }
-        Err(Failure::Resources(format!(
-            "--device cuda: the model needs {} of GPU memory ({}), the budget is {}: a shorter \
-             --context helps, or --device cpu, which needs not all of the model in memory",
-            bytes(needed),
-            parts_line(parts, None),
+    /// Why not even the smallest share of a model fits.
+    pub fn too_small(&self, smallest: &GpuParts) -> Failure {
+        Failure::Resources(format!(
+            "--device cuda: the smallest share of the model that works on a GPU needs {} of its \
+             memory ({}), the budget is {}: a shorter --context helps, or --device cpu",
+            bytes(smallest.total()),
+            parts_line(smallest, None, None),
             self.words(),
-        )))
+        ))
     }
 }
 
-/// "all weights 4.2 GB, KV cache for 4096 tokens 268.4 MB, scratch 9.1 MB".
-pub fn parts_line(parts: &GpuParts, context: Option<usize>) -> String {
-    let GpuParts { weights_bytes, kv_bytes, scratch_bytes } = *parts;
+/// "weights without experts 0.8 GB, 512 of 1024 experts 3.4 GB (50 %), KV cache
+/// for 4096 tokens 268.4 MB, scratch 9.1 MB".
+pub fn parts_line(
+    parts: &GpuParts,
+    experts: Option<(usize, usize)>,
+    context: Option<usize>,
+) -> String {
+    let GpuParts { weights_bytes, experts_bytes, kv_bytes, scratch_bytes } = *parts;
+    let weights = match experts {
+        Some((resident, all)) if resident == all => {
+            format!("all weights {}", bytes(weights_bytes + experts_bytes))
+        }
+        Some((resident, all)) => format!(
+            "weights without experts {}, {resident} of {all} experts {} ({:.0} %)",
+            bytes(weights_bytes),
+            bytes(experts_bytes),
+            resident as f64 / all as f64 * 100.0,
+        ),
+        None => format!("weights without experts {}", bytes(weights_bytes)),
+    };
     let tokens = context.map_or(String::new(), |context| format!(" for {context} tokens"));
-    format!(
-        "all weights {}, KV cache{tokens} {}, scratch {}",
-        bytes(weights_bytes),
-        bytes(kv_bytes),
-        bytes(scratch_bytes)
-    )
+    let (kv, scratch) = (bytes(kv_bytes), bytes(scratch_bytes));
+    format!("{weights}, KV cache{tokens} {kv}, scratch {scratch}")
 }
 
 impl Device {
@@ -169,14 +178,15 @@ mod tests {
         assert!(budget(8 << 30, Some(4 << 30)).words().contains("4.3 GB by --vram"));
         assert!(budget(8 << 30, Some(16 << 30)).words().contains("by free GPU memory"));
 
-        let parts = GpuParts { weights_bytes: 3 << 30, kv_bytes: 1 << 20, scratch_bytes: 1 << 20 };
-        budget(4 << 30, None).check(&parts).unwrap();
-        let Err(Failure::Resources(words)) = budget(4 << 30, Some(3 << 30)).check(&parts) else {
-            panic!("was accepted");
+        let parts = GpuParts { weights_bytes: 3 << 30, kv_bytes: 1 << 20, ..Default::default() };
+        let Failure::Resources(words) = budget(4 << 30, Some(3 << 30)).too_small(&parts) else {
+            panic!("another failure");
         };
-        for word in ["3.2 GB of GPU memory", "all weights 3.2 GB", "3.2 GB by --vram", "--context"]
-        {
+        for word in ["3.2 GB of its memory", "experts 3.2 GB", "3.2 GB by --vram", "--context"] {
             assert!(words.contains(word), "{words}");
         }
+        let line = |experts| parts_line(&parts, Some(experts), Some(100));
+        assert!(line((8, 8)).starts_with("all weights 3.2 GB, KV cache for 100 tokens"));
+        assert!(line((2, 8)).contains("2 of 8 experts 0 bytes (25 %)"), "{}", line((2, 8)));
     }
 }

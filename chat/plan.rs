@@ -13,7 +13,7 @@ use pregate_runtime::{
     OpenedModel, Residency, SessionOptions,
     budget::{self, Chunk, Parts, Placement, Plan, Request, Sizes},
     forward::cache::cache_bytes,
-    gpu::{GpuParts, host_scratch_bytes},
+    gpu::{GpuParts, GpuShare, host_scratch_bytes},
     store::disk::DiskReport,
 };
 use serde::Serialize;
@@ -51,12 +51,18 @@ pub struct Planned {
 }
 
 /// What goes where in a GPU's memory.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct GpuPlan {
     pub parts: GpuParts,
     pub budget_bytes: u64,
+    /// Experts on the device per layer of the model, 0 for dense layers; the
+    /// others are computed by the host.
+    pub resident: Vec<usize>,
     #[serde(skip)]
     pub budget: GpuBudget,
+    /// Experts on the device, and of the model.
+    #[serde(skip)]
+    pub experts: (usize, usize),
 }
 
 /// What the process will hold of its own beyond what it holds when the plan
@@ -90,17 +96,25 @@ pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Plann
         ring: needs.streaming.ring,
     };
     let mut on_host = sizes.clone();
-    if gpu.is_some() {
-        // The host keeps what it sends and gets; weights pass through its page
-        // cache.
-        on_host.whole_bytes = 0;
+    if let Some(gpu) = &gpu {
+        // The host keeps what it sends and gets, and the experts that the GPU
+        // has no room for; other weights pass through its page cache.
+        on_host.whole_bytes = on_host_bytes(&sizes, gpu);
         request.kv_bytes = 0;
         let (session, rows) = (&needs.session, chunk.logit_rows);
+        let cpu = if on_host.whole_bytes == 0 { 0 } else { request.scratch_bytes };
         request.scratch_bytes =
-            host_scratch_bytes(model.description(), session, context, rows) + STAGING_BYTES;
+            host_scratch_bytes(model.description(), session, context, rows) + STAGING_BYTES + cpu;
     }
     let plan = budget::divide(&on_host, &request)
         .map_err(|error| Failure::Resources(format!("{source}: {error} (--ram, --context)")))?;
+    if gpu.is_some() && !plan.is_whole() {
+        return Err(Failure::Resources(format!(
+            "--device cuda: the experts that the GPU has no room for take {} of memory, which is \
+             more than {source} leaves: --device cpu streams them from disk",
+            bytes(on_host.whole_bytes)
+        )));
+    }
     Ok(Planned { plan, sizes, source, context, streaming: needs.streaming.clone(), gpu })
 }
 
@@ -114,9 +128,20 @@ fn on_gpu(
     context: usize,
 ) -> Result<GpuPlan, Failure> {
     let (description, weights) = (model.description(), model.weights());
-    let parts = GpuParts::of(model.files(), description, weights, context, &needs.session);
-    gpu.budget.check(&parts)?;
-    Ok(GpuPlan { parts, budget_bytes: gpu.budget.bytes(), budget: gpu.budget })
+    let (session, budget) = ((context, &needs.session), gpu.budget);
+    let share = GpuShare::of(model.files(), description, weights, session, budget.bytes());
+    let GpuShare { parts, resident } = share.map_err(|smallest| budget.too_small(&smallest))?;
+    let all = description.moe_layers().map(|(_, moe)| moe.experts).sum();
+    let experts = (resident.iter().sum(), all);
+    Ok(GpuPlan { parts, budget_bytes: budget.bytes(), resident, budget, experts })
+}
+
+/// Of the experts that the host computes.
+fn on_host_bytes(sizes: &Sizes, gpu: &GpuPlan) -> u64 {
+    let layers = sizes.shape.moe();
+    layers
+        .map(|(index, layer)| (layer.experts - gpu.resident[index]) as u64 * layer.expert_bytes)
+        .sum()
 }
 
 fn asked_for(size: Size, model_bytes: u64) -> String {
@@ -158,8 +183,8 @@ pub fn disk_line(disk: &DiskReport) -> String {
 impl Planned {
     /// Says on standard error what goes where.
     pub fn announce(&self) {
-        if let Some(GpuPlan { parts, budget, .. }) = &self.gpu {
-            let parts = parts_line(parts, Some(self.context));
+        if let Some(GpuPlan { parts, budget, experts, .. }) = &self.gpu {
+            let parts = parts_line(parts, Some(*experts), Some(self.context));
             eprintln!("GPU memory: {}: {parts}", budget.words());
         }
         eprintln!("{}", self.summary());
@@ -180,8 +205,9 @@ impl Planned {
 
     /// What to load the model with.
     pub fn residency(&self, device: &Device) -> Residency {
-        if let Some(gpu) = &device.gpu {
-            return Residency::Gpu(gpu.device.clone());
+        if let Some((gpu, plan)) = device.gpu.as_ref().zip(self.gpu.as_ref()) {
+            let (device, resident) = (gpu.device.clone(), Some(plan.resident.clone()));
+            return Residency::Gpu { device, resident };
         }
         self.plan.residency_with(self.streaming.streaming())
     }
@@ -209,7 +235,8 @@ impl Planned {
         };
         match &self.plan.placement {
             Placement::Whole if self.gpu.is_some() => format!(
-                "memory: {budget}: scratch {}, program {}",
+                "memory: {budget}: experts {}, scratch {}, program {}",
+                bytes(weights_bytes),
                 bytes(scratch_bytes),
                 bytes(process_bytes)
             ),

@@ -53,13 +53,18 @@ fn a_gpu_gives_the_answer_of_the_processor() {
     let cpu = pregate(&[&ANSWER[..], &["--device", "cpu"]].concat()).output().unwrap();
     assert!(cpu.status.success());
     let arguments = [&ANSWER[..], &["--device", "cuda"]].concat();
-    for settings in ["drain=lazy", "drain=eager"] {
+    for (settings, vram, share) in [
+        ("drain=lazy", "1G", "all weights"),
+        ("drain=eager", "275M", "of 192 experts"),
+        ("drain=random", "270M", "of 192 experts"),
+    ] {
+        let arguments = [&arguments[..], &["--vram", vram]].concat();
         let Some(gpu) = on_gpu(settings, &arguments) else { return };
         let notes = String::from_utf8_lossy(&gpu.stderr);
         assert!(gpu.status.success(), "{notes}");
         assert_eq!(gpu.stdout, cpu.stdout, "{settings}: {notes}");
         assert!(notes.contains("device: CUDA, Pregate stand-in"), "{notes}");
-        assert!(notes.contains("GPU memory: ") && notes.contains("all weights"), "{notes}");
+        assert!(notes.contains("GPU memory: ") && notes.contains(share), "{notes}");
     }
 }
 
@@ -70,7 +75,8 @@ fn the_plan_tells_what_a_gpu_holds() {
     let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(plan["placement"], "gpu", "{plan}");
     let number = |name: &str| plan["gpu"]["parts"][name].as_u64().unwrap();
-    assert!(number("weights_bytes") > 11_000_000 && number("kv_bytes") > 0, "{plan}");
+    let weights = number("weights_bytes") + number("experts_bytes");
+    assert!(weights > 11_000_000 && number("kv_bytes") > 0, "{plan}");
     assert_eq!(plan["gpu"]["budget_bytes"], (400 - 256) << 20);
     assert!(plan["model_bytes"].as_u64().unwrap() > 12_000_000, "{plan}");
     assert!(plan["prediction"]["bound_tok_s"].as_f64().unwrap() > 0.0, "{plan}");
@@ -94,8 +100,8 @@ fn each_failure_has_its_exit_code_and_says_what_to_do() {
         ("", &["cuda:3"], 4, &["no GPU 3"]),
         ("driver=11080", &["cuda"], 4, &["550"]),
         ("init=999", &["cuda"], 4, &["nvidia_uvm"]),
-        ("vram=270M", &["cuda"], 4, &["GPU memory", "--context", "--device cpu"]),
-        ("", &["cuda", "--vram", "257M"], 4, &["--vram", "all weights"]),
+        ("vram=260M", &["cuda"], 4, &["GPU memory", "--context", "--device cpu"]),
+        ("", &["cuda", "--vram", "257M"], 4, &["--vram", "weights without experts"]),
     ];
     for (settings, device, code, words) in cases {
         let arguments = [&ANSWER[..], &["--device"], device].concat();

@@ -124,7 +124,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         bytes_per_token,
         read_bandwidth_gb_s,
         placement: planned.placement(),
-        gpu: planned.gpu,
+        gpu: planned.gpu.clone(),
         parts: planned.plan.parts,
         held_bytes,
         stats,

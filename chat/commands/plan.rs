@@ -107,7 +107,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         budget_bytes: known(planned.plan.budget_bytes),
         budget_source: planned.source.clone(),
         placement: planned.placement(),
-        gpu: planned.gpu,
+        gpu: planned.gpu.clone(),
         parts: planned.plan.parts,
         left_bytes: known(planned.plan.budget_bytes).map(|_| planned.plan.left_bytes),
         slots: planned.plan.slots().map(<[usize]>::to_vec),
@@ -147,9 +147,10 @@ type Part = (char, String, u64);
 fn parts(report: &Report, planned: &Planned) -> Vec<Part> {
     let Parts { process_bytes, weights_bytes, kv_bytes, scratch_bytes, slots_bytes, ring_bytes } =
         report.parts;
-    if let Some(GpuPlan { parts, budget_bytes, .. }) = &report.gpu {
+    if let Some(GpuPlan { parts, budget_bytes, experts: (resident, all), .. }) = &report.gpu {
         return vec![
-            ('w', "all weights, on the GPU".to_string(), parts.weights_bytes),
+            ('w', "weights of every token".to_string(), parts.weights_bytes),
+            ('E', format!("{resident} of {all} experts"), parts.experts_bytes),
             ('k', format!("KV cache, {} tokens", report.context), parts.kv_bytes),
             ('s', "scratch".to_string(), parts.scratch_bytes),
             ('.', "left".to_string(), budget_bytes - parts.total()),

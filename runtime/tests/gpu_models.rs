@@ -1,4 +1,5 @@
-//! Models on a GPU have the bits of the CPU: every architecture, prompts in
+//! Models on a GPU have the bits of the CPU: every architecture, with all of
+//! their experts on the device, half of them, or none; prompts in
 //! pieces, tokens behind them, and what the routers chose. Long prompts, whose
 //! attention has another order of sums, are compared by tolerance.
 
@@ -7,10 +8,11 @@
 mod golden;
 
 use golden::{argmax, models};
+use pregate_kernels::cuda::Device;
 use pregate_kernels::{Cpu, CpuOptions, Isa};
 use pregate_predictor::Observer;
 use pregate_runtime::{
-    Cancel, KvFormat, LoadOptions, Model, Residency, Run, Session, SessionOptions,
+    Cancel, KvFormat, LoadOptions, Model, OpenedModel, Residency, Run, Session, SessionOptions,
 };
 use pregate_standin::testing;
 use std::path::Path;
@@ -64,13 +66,26 @@ fn answer(model: &Model, kv: KvFormat) -> (Vec<u32>, Vec<Choice>) {
     (bits, routes.0)
 }
 
+/// All experts of each layer on the device, about half of them, or none.
+fn on_gpu(path: &Path, device: Device, share: usize) -> Residency {
+    let opened = OpenedModel::open(path, &mut |_| {}).unwrap();
+    let layers = opened.layout().shape.layers.iter();
+    let half = layers.map(|layer| layer.map_or(0, |layer| layer.experts.div_ceil(2)));
+    let resident = match share {
+        0 => None,
+        1 => Some(half.collect()),
+        _ => Some(vec![0; opened.layout().shape.layers.len()]),
+    };
+    Residency::Gpu { device, resident }
+}
+
 #[test]
 fn every_architecture_has_the_bits_of_the_cpu() {
     for (index, path) in models().into_iter().enumerate() {
         let Some(device) = testing::device() else { return };
         let kv = if index % 2 == 0 { KvFormat::F16 } else { KvFormat::F32 };
         let expected = answer(&load(&path, Residency::Lazy), kv);
-        let found = answer(&load(&path, Residency::Gpu(device)), kv);
+        let found = answer(&load(&path, on_gpu(&path, device, index % 3)), kv);
         assert!(found.0 == expected.0, "{}: other logits", path.display());
         assert!(found.1 == expected.1, "{}: other choices", path.display());
         assert!(!found.1.is_empty(), "{}", path.display());
@@ -109,7 +124,7 @@ fn long_prompts_are_as_near_to_the_cpu_as_their_kernels_promise() {
     for path in paths.map(|path| golden::find(path).expect("it is in the repository")) {
         let Some(device) = testing::device() else { return };
         let cpu = long_prompt(&load(&path, Residency::Lazy));
-        let found = apart(&long_prompt(&load(&path, Residency::Gpu(device))), &cpu);
+        let found = apart(&long_prompt(&load(&path, on_gpu(&path, device, 0))), &cpu);
         let backend = Arc::new(pregate_kernels::Reference);
         let options = LoadOptions { backend, residency: Residency::Lazy };
         let reference = long_prompt(&Model::load(&path, options, &mut |_| {}).unwrap());

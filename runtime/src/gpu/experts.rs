@@ -49,43 +49,61 @@ pub struct Biases {
     pub down: Option<Span>,
 }
 
-/// The experts of a layer, all of them resident.
+/// The experts of a layer, of which the first are resident.
 pub struct DeviceExperts {
     pub count: usize,
     pub shape: BlockShape,
-    /// u64 `[experts]`
+    /// u64 `[experts]`; 0 for those that are not resident.
     pub table: Span,
     pub biases: Biases,
     /// What the table points at.
-    _blocks: Vec<Span>,
+    blocks: Vec<Span>,
 }
 
 /// A dense block: a table of one expert.
 pub type DeviceBlock = DeviceExperts;
 
 impl DeviceExperts {
-    pub fn upload(up: &mut Uploader<'_>, experts: &[GatedBlock]) -> Result<Self, CudaError> {
+    pub fn is_resident(&self, expert: usize) -> bool {
+        expert < self.blocks.len()
+    }
+
+    /// Whether all of them are resident.
+    pub fn is_whole(&self) -> bool {
+        self.blocks.len() == self.count
+    }
+
+    /// The first `resident` of them.
+    pub fn upload(
+        up: &mut Uploader<'_>,
+        experts: &[GatedBlock],
+        resident: usize,
+    ) -> Result<Self, CudaError> {
         let shape = BlockShape::of(&experts[0].view(up.files));
-        let mut blocks = Vec::with_capacity(experts.len());
-        for expert in experts {
+        let mut blocks = Vec::with_capacity(resident);
+        for (index, expert) in experts.iter().enumerate() {
             let weights = expert.view(up.files);
             let other = BlockShape::of(&weights);
             if [other.gate, other.up, other.down] != [shape.gate, shape.up, shape.down] {
                 return Err(CudaError::unsupported("experts of different formats in a layer"));
+            }
+            if index >= resident {
+                continue;
             }
             let ExpertWeights { gate, up: upper, down, .. } = weights;
             let parts =
                 [(gate, shape.gate.offset), (upper, shape.up.offset), (down, shape.down.offset)];
             blocks.push(up.block(shape.block_bytes, &parts)?);
         }
-        let addresses = blocks.iter().flat_map(|block| block.address().to_ne_bytes());
+        let address = |index: usize| blocks.get(index).map_or(0, Span::address);
+        let addresses = (0..experts.len()).flat_map(|index| address(index).to_ne_bytes());
         let table = up.bytes(&addresses.collect::<Vec<u8>>())?;
         let biases = Biases {
             gate: biases(up, experts, |block| block.gate.bias.as_deref())?,
             up: biases(up, experts, |block| block.up.bias.as_deref())?,
             down: biases(up, experts, |block| block.down.bias.as_deref())?,
         };
-        Ok(Self { count: experts.len(), shape, table, biases, _blocks: blocks })
+        Ok(Self { count: experts.len(), shape, table, biases, blocks })
     }
 }
 

@@ -2,8 +2,10 @@
 
 use super::buffers::{Buffers, Chosen, FEW_TOKENS};
 use super::experts::{DeviceBlock, DeviceExperts};
+use super::misses::Visit;
 use super::pass::Pass;
 use super::weights::{DeviceFeedForward, DeviceMoe, DeviceNorm};
+use crate::error::Result;
 use pregate_kernels::cuda::router::{self, RouterStep, RouterTable, router_step};
 use pregate_kernels::cuda::router_chunk::{ChunkChoice, ChunkGather, chunk_choose, chunk_gather};
 use pregate_kernels::cuda::{
@@ -16,9 +18,10 @@ use pregate_kernels::{Format, GatedActivation};
 /// `delta`. Whether `delta` holds what this block adds; else it was added.
 pub fn run(
     pass: &Pass<'_>,
+    layer: usize,
     norm: &DeviceNorm,
     weights: &DeviceFeedForward,
-) -> Result<bool, CudaError> {
+) -> Result<bool> {
     match weights {
         DeviceFeedForward::Dense(block) => {
             pass.norm(norm, true, pass.tokens, &[block.shape.gate.format])?;
@@ -28,7 +31,7 @@ pub fn run(
         }
         DeviceFeedForward::Moe(moe) => {
             pass.norm(norm, true, pass.tokens, &formats(pass, moe))?;
-            mixture(pass, moe)?;
+            mixture(pass, layer, moe)?;
             Ok(false)
         }
     }
@@ -46,11 +49,12 @@ fn routers<'a>(pass: &Pass<'a>) -> Option<&'a RouterTable> {
     pass.model.weights.routers.as_ref()
 }
 
-fn mixture(pass: &Pass<'_>, moe: &DeviceMoe) -> Result<(), CudaError> {
+fn mixture(pass: &Pass<'_>, layer: usize, moe: &DeviceMoe) -> Result<()> {
     let Buffers { x, answers, shared, shared_gate, choices, .. } = pass.buffers;
     let (device, stream, tokens) = (pass.device(), pass.stream(), pass.tokens);
     let chosen = &choices[moe.router];
     choose(pass, moe, chosen)?;
+    let visit = (!moe.experts.is_whole()).then(|| Visit::new(pass)).transpose()?;
     if let Some(block) = &moe.shared {
         dense(pass, block, moe.activation, shared)?;
     }
@@ -59,6 +63,9 @@ fn mixture(pass: &Pass<'_>, moe: &DeviceMoe) -> Result<(), CudaError> {
     }
     let routed = Choice { ids: Some(&chosen.ids), k: moe.top_k };
     experts(pass, &moe.experts, routed, moe.activation, answers)?;
+    if let Some(visit) = visit {
+        visit.compute(pass, layer, moe, chosen, answers)?;
+    }
     let shared = moe.shared.as_ref().map(|_| SharedAnswer {
         answers: shared,
         gate_logits: moe.shared_gate.as_ref().map(|_| shared_gate),
@@ -73,7 +80,7 @@ fn mixture(pass: &Pass<'_>, moe: &DeviceMoe) -> Result<(), CudaError> {
         residual: Some((x, pass.description.residual_scale)),
         out: None,
     };
-    cuda::combine(device, stream, call)
+    Ok(cuda::combine(device, stream, call)?)
 }
 
 /// Ids and weights of every token's experts.

@@ -1,5 +1,7 @@
 //! Models on a GPU: weights, KV cache and every activation stay on the
 //! device; of a pass the host gives the embedded tokens and takes the logits.
+//! Where a model is larger than the device's memory, the host keeps the rest
+//! of the experts and computes with them.
 //!
 //! The passes here compute what [`crate::forward`] computes, launch for
 //! operation, with the same bits (`runtime/tests/gpu_models.rs`).
@@ -10,13 +12,14 @@ mod delta_net;
 mod experts;
 mod feed_forward;
 mod latent;
+mod misses;
 mod needs;
 mod pass;
 mod session;
 mod upload;
 mod weights;
 
-pub use needs::{GpuParts, host_scratch_bytes};
+pub use needs::{GpuParts, GpuShare, all_resident, host_scratch_bytes};
 pub use session::{GpuPass, GpuSession};
 
 use crate::error::Result;
@@ -33,7 +36,8 @@ pub struct GpuModel {
 }
 
 impl GpuModel {
-    /// Uploads all weights; `tell` hears the bytes that are done, and how many
+    /// Uploads all weights but routed experts, and the first `resident` of the
+    /// experts of each layer of the model; `tell` hears the bytes that are done, and how many
     /// there are.
     ///
     /// # Errors
@@ -44,9 +48,10 @@ impl GpuModel {
         files: &ModelFiles,
         description: &ModelDescription,
         weights: &ModelWeights,
+        resident: &[usize],
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        let weights = DeviceWeights::upload(&device, files, description, weights, tell)?;
+        let weights = DeviceWeights::upload(&device, files, description, weights, resident, tell)?;
         Ok(Self { device, weights })
     }
 

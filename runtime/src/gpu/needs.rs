@@ -17,8 +17,10 @@ use serde::Serialize;
 /// Bytes of a GPU's memory, by use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct GpuParts {
-    /// All weights but the embedding rows, which the host looks up.
+    /// All weights but routed experts, and but the embedding rows, which the
+    /// host looks up.
     pub weights_bytes: u64,
+    pub experts_bytes: u64,
     /// Of the KV cache with a full context, and of recurrent layers.
     pub kv_bytes: u64,
     /// Buffers of passes.
@@ -26,24 +28,82 @@ pub struct GpuParts {
 }
 
 impl GpuParts {
+    pub fn total(&self) -> u64 {
+        self.weights_bytes + self.experts_bytes + self.kv_bytes + self.scratch_bytes
+    }
+}
+
+/// How a model uses a GPU's memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuShare {
+    pub parts: GpuParts,
+    /// Experts on the device per layer of the model, 0 for dense layers.
+    pub resident: Vec<usize>,
+}
+
+impl GpuShare {
+    /// Everything but routed experts, then as many of these as fit
+    /// `budget_bytes`: one by one to the layer with the smallest share of its
+    /// experts.
+    ///
+    /// Error: the smallest parts, which are larger than the budget.
     pub fn of(
         files: &ModelFiles,
         description: &ModelDescription,
         weights: &ModelWeights,
-        context: usize,
-        options: &SessionOptions,
-    ) -> Self {
+        (context, options): (usize, &SessionOptions),
+        budget_bytes: u64,
+    ) -> Result<Self, GpuParts> {
         let tokens = pass_tokens(options.prefill_chunk, context);
-        Self {
-            weights_bytes: weights_bytes(files, weights),
+        let mut parts = GpuParts {
+            weights_bytes: dense_bytes(files, weights),
+            experts_bytes: 0,
             kv_bytes: GpuSession::state_bytes(description, context, options.kv) as u64,
             scratch_bytes: Buffers::bytes(description, context, tokens) as u64,
+        };
+        let Some(mut left) = budget_bytes.checked_sub(parts.total()) else { return Err(parts) };
+        let mut resident = vec![0; weights.layers.len()];
+        let layers: Vec<(usize, usize, u64)> = (weights.moe_layers())
+            .map(|(index, moe)| (index, moe.experts.len(), block_bytes(files, &moe.experts)))
+            .collect();
+        let all: u64 = layers.iter().map(|(_, count, bytes)| *count as u64 * bytes).sum();
+        if all <= left {
+            layers.iter().for_each(|(index, count, _)| resident[*index] = *count);
+            parts.experts_bytes = all;
+            return Ok(Self { parts, resident });
         }
+        let open = |resident: &[usize]| {
+            let open = layers.iter().filter(|(index, count, _)| resident[*index] < *count);
+            // resident / count against resident / count.
+            open.min_by(|(a, x, _), (b, y, _)| (resident[*a] * y).cmp(&(resident[*b] * x))).copied()
+        };
+        while let Some((index, _, bytes)) = open(&resident) {
+            let Some(rest) = left.checked_sub(bytes) else { break };
+            left = rest;
+            parts.experts_bytes += bytes;
+            resident[index] += 1;
+        }
+        Ok(Self { parts, resident })
     }
+}
 
-    pub fn total(&self) -> u64 {
-        self.weights_bytes + self.kv_bytes + self.scratch_bytes
-    }
+/// Experts per layer of the model if all of them are on the device.
+pub fn all_resident(weights: &ModelWeights) -> Vec<usize> {
+    let mut resident = vec![0; weights.layers.len()];
+    weights.moe_layers().for_each(|(index, moe)| resident[index] = moe.experts.len());
+    resident
+}
+
+/// What an expert of a layer takes.
+fn block_bytes(files: &ModelFiles, experts: &[GatedBlock]) -> u64 {
+    padded(BlockShape::of(&experts[0].view(files)).block_bytes)
+}
+
+/// Of the first experts of each layer, as [`super::GpuModel::upload`] takes
+/// them.
+pub fn experts_bytes(files: &ModelFiles, weights: &ModelWeights, resident: &[usize]) -> u64 {
+    let layers = weights.moe_layers();
+    layers.map(|(index, moe)| resident[index] as u64 * block_bytes(files, &moe.experts)).sum()
 }
 
 /// Bytes that a session's passes keep on the host: logits, what is sent, and
@@ -64,18 +124,17 @@ pub fn host_scratch_bytes(
     (sent + tables + choices + logits) as u64
 }
 
-/// What [`super::GpuModel::upload`] takes, to the byte.
-pub fn weights_bytes(files: &ModelFiles, weights: &ModelWeights) -> u64 {
+/// What [`super::GpuModel::upload`] takes beside experts, to the byte.
+pub fn dense_bytes(files: &ModelFiles, weights: &ModelWeights) -> u64 {
     let layers = weights.layers.iter().map(|layer| {
         let feed_forward = match &layer.feed_forward {
-            FeedForwardWeights::Dense(block) => experts(files, std::slice::from_ref(&**block)),
+            FeedForwardWeights::Dense(block) => dense_block(files, block),
             FeedForwardWeights::Moe(moe) => {
-                let shared = moe.shared.as_slice();
                 let selection_bias = moe.rule.on_device().and_then(|(_, bias)| bias);
                 projection(&moe.router)
                     + floats(selection_bias)
-                    + experts(files, &moe.experts)
-                    + shared.iter().map(|_| experts(files, shared)).sum::<u64>()
+                    + beside_blocks(&moe.experts)
+                    + moe.shared.iter().map(|block| dense_block(files, block)).sum::<u64>()
                     + moe.shared_gate.iter().map(matrix).sum::<u64>()
             }
         };
@@ -138,15 +197,19 @@ fn mixer(weights: &MixerWeights) -> u64 {
     }
 }
 
-/// Blocks, their table, their biases.
-fn experts(files: &ModelFiles, blocks: &[GatedBlock]) -> u64 {
-    let block = padded(BlockShape::of(&blocks[0].view(files)).block_bytes);
+/// A block that every token takes.
+fn dense_block(files: &ModelFiles, block: &GatedBlock) -> u64 {
+    let block = std::slice::from_ref(block);
+    block_bytes(files, block) + beside_blocks(block)
+}
+
+/// The table of a layer's blocks, and their biases.
+fn beside_blocks(blocks: &[GatedBlock]) -> u64 {
     let biases = |of: fn(&GatedBlock) -> Option<&Vec<f32>>| {
         let count: usize = blocks.iter().filter_map(of).map(Vec::len).sum();
         if count == 0 { 0 } else { padded(4 * count) }
     };
-    block * blocks.len() as u64
-        + padded(8 * blocks.len())
+    padded(8 * blocks.len())
         + biases(|block| block.gate.bias.as_ref())
         + biases(|block| block.up.bias.as_ref())
         + biases(|block| block.down.bias.as_ref())

@@ -4,6 +4,7 @@ use super::GpuModel;
 use super::buffers::{Buffers, FEW_TOKENS};
 use super::upload::DeviceProjection;
 use super::weights::DeviceNorm;
+use crate::forward::Engine;
 use crate::model::description::{ModelDescription, NormKind, RopePairs};
 use crate::model::rope::Rope;
 use pregate_kernels::cuda::{
@@ -16,6 +17,8 @@ use pregate_kernels::{ActivationKind, Format};
 #[derive(Clone, Copy)]
 pub struct Pass<'a> {
     pub model: &'a GpuModel,
+    /// Of the host.
+    pub engine: Engine<'a>,
     pub description: &'a ModelDescription,
     pub buffers: &'a Buffers,
     pub ropes: &'a [Rope],

@@ -153,8 +153,15 @@ impl GpuSession {
             // Of this piece, those that are among the last `wanted`.
             let wanted = (before + pass.wanted).saturating_sub(pass.ids.len()).min(tokens);
             self.upload(model, gpu.device(), ropes, ids, first_position)?;
-            let buffers = &self.buffers;
-            let piece = Pass { model: gpu, description, buffers, ropes, tokens, first_position };
+            let piece = Pass {
+                model: gpu,
+                engine: model.engine(),
+                description,
+                buffers: &self.buffers,
+                ropes,
+                tokens,
+                first_position,
+            };
             launch(&piece, &self.layers, wanted)?;
             tell(&piece, observer)?;
             head(&piece, wanted, &mut self.logits)?;
@@ -233,11 +240,12 @@ fn state(
 
 /// All launches of a pass but the head's: leaves the final norm of the last
 /// `wanted` tokens in `normed`.
-fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<(), CudaError> {
+fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<()> {
     let weights = &pass.model.weights;
     // Whether `delta` holds what the last block adds.
     let mut has_delta = false;
-    for ((layer, state), of) in weights.layers.iter().zip(layers).zip(&pass.description.layers) {
+    let described = layers.iter().zip(&pass.description.layers);
+    for (index, (layer, (state, of))) in weights.layers.iter().zip(described).enumerate() {
         pass.norm(&layer.mixer_norm, has_delta, pass.tokens, &layer.mixer.first_formats())?;
         match (&layer.mixer, state, &of.mixer) {
             (
@@ -255,14 +263,14 @@ fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<(), C
             }
             _ => unreachable!("state and weights are made from one description"),
         }
-        has_delta = feed_forward::run(pass, &layer.feed_forward_norm, &layer.feed_forward)?;
+        has_delta = feed_forward::run(pass, index, &layer.feed_forward_norm, &layer.feed_forward)?;
     }
     if wanted == 0 {
         return Ok(());
     }
     // Of more rows only pieces are quantised, by `head`.
     let format = (wanted <= FEW_TOKENS).then_some(weights.head.weight.format);
-    pass.norm(&weights.final_norm, has_delta, wanted, format.as_slice())
+    Ok(pass.norm(&weights.final_norm, has_delta, wanted, format.as_slice())?)
 }
 
 /// Appends the logits of what [`launch`] left, a few tokens at a time: the

@@ -2,7 +2,7 @@
 //! [`crate::model::weights`] has them.
 
 use super::experts::{DeviceBlock, DeviceExperts};
-use super::needs::weights_bytes;
+use super::needs::{dense_bytes, experts_bytes};
 use super::upload::{DeviceProjection, Uploader};
 use crate::error::Result;
 use crate::files::ModelFiles;
@@ -107,18 +107,19 @@ impl DeviceWeights {
         files: &ModelFiles,
         description: &ModelDescription,
         weights: &ModelWeights,
+        resident: &[usize],
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        let bytes = weights_bytes(files, weights);
+        let bytes = dense_bytes(files, weights) + experts_bytes(files, weights, resident);
         let mut uploader = Uploader::new(device, files, bytes, tell)?;
         let up = &mut uploader;
         let mut routers = Vec::new();
         let mut layers = Vec::with_capacity(weights.layers.len());
-        for (layer, of) in weights.layers.iter().zip(&description.layers) {
+        for (index, (layer, of)) in weights.layers.iter().zip(&description.layers).enumerate() {
             let feed_forward_norm = norm(up, &layer.feed_forward_norm)?;
             let feed_forward = match (&layer.feed_forward, &of.feed_forward) {
                 (FeedForwardWeights::Dense(block), _) => {
-                    DeviceFeedForward::Dense(DeviceBlock::upload(up, from_ref(&**block))?)
+                    DeviceFeedForward::Dense(DeviceBlock::upload(up, from_ref(&**block), 1)?)
                 }
                 (FeedForwardWeights::Moe(moe), FeedForward::Moe(m)) => {
                     let norm = router_norm(description.norm, &feed_forward_norm);
@@ -128,9 +129,9 @@ impl DeviceWeights {
                         router: routers.len() - 1,
                         top_k: m.top_k,
                         activation: m.activation,
-                        experts: DeviceExperts::upload(up, &moe.experts)?,
+                        experts: DeviceExperts::upload(up, &moe.experts, resident[index])?,
                         shared: shared
-                            .map(|block| DeviceBlock::upload(up, from_ref(block)))
+                            .map(|block| DeviceBlock::upload(up, from_ref(block), 1))
                             .transpose()?,
                         shared_gate: moe.shared_gate.map(|gate| up.matrix(&gate)).transpose()?,
                     }))

@@ -15,7 +15,7 @@ pub mod weights;
 use crate::error::{Error, Result};
 use crate::files::{Container, ModelFiles};
 use crate::forward::Engine;
-use crate::gpu::GpuModel;
+use crate::gpu::{GpuModel, all_resident};
 use crate::store::disk::{self, DiskOptions};
 use crate::store::frames::Frames;
 use crate::store::layout::ModelLayout;
@@ -52,8 +52,9 @@ pub enum Residency {
     /// Routed experts come from disk just in time; all other weights are read
     /// into memory while loading. The fastest for a model that does not fit.
     Streamed(Streaming),
-    /// All weights are on a GPU.
-    Gpu(Device),
+    /// On a GPU, but for the experts that `resident` leaves to the host: so many
+    /// per layer of the model are on the device. `None`: all.
+    Gpu { device: Device, resident: Option<Vec<usize>> },
 }
 
 /// How experts are streamed. The numbers come from [`crate::budget`].
@@ -174,9 +175,12 @@ impl OpenedModel {
         let mut gpu = None;
         let store = match options.residency {
             Residency::Lazy => None,
-            Residency::Gpu(device) => {
+            Residency::Gpu { device, resident } => {
                 let Self { files, description, weights, .. } = &self;
-                gpu = Some(GpuModel::upload(device, files, description, weights, &mut tell)?);
+                let resident = resident.unwrap_or_else(|| all_resident(weights));
+                let on_gpu =
+                    GpuModel::upload(device, files, description, weights, &resident, &mut tell)?;
+                gpu = Some(on_gpu);
                 None
             }
             Residency::Resident => {
