@@ -2,7 +2,7 @@
 //! device computes the others, and both have the same bits.
 
 use super::buffers::Chosen;
-use super::pass::Pass;
+use super::pass::{Pass, words};
 use super::weights::DeviceMoe;
 use crate::error::Result;
 use crate::model::weights::{FeedForwardWeights, GatedBlock};
@@ -34,7 +34,7 @@ impl Visit {
         let (tokens, k, hidden) = (pass.tokens, moe.top_k, pass.description.hidden);
         let copy = pass.device().copy();
         copy.wait(&self.ready)?;
-        let ids = words(pass, &chosen.ids, tokens * k)?.map(u32::from_ne_bytes);
+        let ids = words(copy, &chosen.ids, tokens * k)?.map(u32::from_ne_bytes);
         let (mut routes, mut rows, mut missing) = (Routes::new(), Vec::new(), Vec::new());
         for (token, ids) in ids.collect::<Vec<_>>().chunks(k).enumerate() {
             missing.clear();
@@ -50,24 +50,13 @@ impl Visit {
             return Ok(());
         }
         let x: Vec<f32> =
-            words(pass, &pass.buffers.normed, tokens * hidden)?.map(f32::from_ne_bytes).collect();
+            words(copy, &pass.buffers.normed, tokens * hidden)?.map(f32::from_ne_bytes).collect();
         let mut grouping = Grouping::default();
         grouping.gather(&routes);
         let mut found = vec![0.0; grouping.rows() * hidden];
         self::rows(pass, layer, moe, &x, &grouping, &mut found);
         send(pass, &rows, &grouping, &found, answers)
     }
-}
-
-/// Words from the start of a span, behind what the copy stream waits for.
-fn words(
-    pass: &Pass<'_>,
-    span: &Span,
-    count: usize,
-) -> Result<impl Iterator<Item = [u8; 4]>, CudaError> {
-    let mut bytes = vec![0; 4 * count];
-    pass.device().copy().download(&span.part(0..bytes.len()), &mut bytes)?;
-    Ok(bytes.as_chunks::<4>().0.to_vec().into_iter())
 }
 
 /// What the missing experts answer, in the order of `grouping`.

@@ -184,3 +184,15 @@ impl<'a> Pass<'a> {
 pub fn from_row(span: &Span, first: usize, width: usize) -> Span {
     span.part(4 * first * width..span.bytes())
 }
+
+/// Words of four bytes from the start of a span, behind what was submitted to
+/// the stream.
+pub fn words(
+    stream: &Stream,
+    span: &Span,
+    count: usize,
+) -> Result<impl Iterator<Item = [u8; 4]> + use<>, CudaError> {
+    let mut bytes = vec![0; 4 * count];
+    stream.download(&span.part(0..bytes.len()), &mut bytes)?;
+    Ok(bytes.as_chunks::<4>().0.to_vec().into_iter())
+}

@@ -2,7 +2,7 @@
 
 use super::GpuModel;
 use super::buffers::{ALIGN, Buffers, FEW_TOKENS, pass_tokens};
-use super::pass::{Pass, from_row};
+use super::pass::{Pass, from_row, words};
 use super::weights::{DeviceFeedForward, DeviceMixer};
 use super::{attention, delta_net, feed_forward, latent};
 use crate::error::{Error, Result};
@@ -288,27 +288,15 @@ fn head(pass: &Pass<'_>, wanted: usize, logits: &mut Vec<f32>) -> Result<(), Cud
             _ => pass.input(format, &x, (tokens, cols), cols)?,
         };
         pass.product(projection, tokens, input, out)?;
-        logits.extend(download(pass, out, tokens * rows)?.map(f32::from_ne_bytes));
+        logits.extend(words(pass.stream(), out, tokens * rows)?.map(f32::from_ne_bytes));
     }
     Ok(())
-}
-
-/// Words of four bytes from the start of a span, once they are computed.
-fn download(
-    pass: &Pass<'_>,
-    span: &Span,
-    count: usize,
-) -> Result<impl Iterator<Item = [u8; 4]>, CudaError> {
-    let mut bytes = vec![0; 4 * count];
-    pass.stream().download(&span.part(0..bytes.len()), &mut bytes)?;
-    let words: Vec<[u8; 4]> = bytes.as_chunks::<4>().0.to_vec();
-    Ok(words.into_iter())
 }
 
 /// Tells the observer what the routers of a pass chose.
 fn tell(pass: &Pass<'_>, observer: &mut dyn Observer) -> Result<(), CudaError> {
     let all = &pass.buffers.all_choices;
-    let words: Vec<[u8; 4]> = download(pass, all, all.bytes() / 4)?.collect();
+    let words: Vec<[u8; 4]> = words(pass.stream(), all, all.bytes() / 4)?.collect();
     for (index, layer) in pass.model.weights.layers.iter().enumerate() {
         let DeviceFeedForward::Moe(moe) = &layer.feed_forward else { continue };
         let chosen = &pass.buffers.choices[moe.router];
