@@ -254,6 +254,12 @@ impl Planned {
         }
     }
 
+    /// Whether a GPU and the processor share the experts: then no one memory
+    /// says how fast they are read.
+    pub fn is_split(&self) -> bool {
+        self.gpu.as_ref().is_some_and(|gpu| gpu.experts.0 < gpu.experts.1)
+    }
+
     /// "gpu", "whole" or "streaming".
     pub fn placement(&self) -> &'static str {
         match (&self.gpu, self.plan.is_whole()) {

@@ -80,6 +80,10 @@ fn the_plan_tells_what_a_gpu_holds() {
     assert_eq!(plan["gpu"]["budget_bytes"], (400 - 256) << 20);
     assert!(plan["model_bytes"].as_u64().unwrap() > 12_000_000, "{plan}");
     assert!(plan["prediction"]["bound_tok_s"].as_f64().unwrap() > 0.0, "{plan}");
+    let split = ["plan", "--json", "--device", "cuda:0", "--vram", "270M", "--context", "512"];
+    let Some(output) = on_gpu("", &split) else { return };
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(plan["prediction"].is_null(), "{plan}");
 }
 
 #[test]

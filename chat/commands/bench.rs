@@ -32,7 +32,7 @@ struct Report {
     bytes_per_token: u64,
     read_bandwidth_gb_s: f64,
     /// bytes_per_token * median decode tok/s / bandwidth; `null` without
-    /// decode samples.
+    /// decode samples, and where a GPU and the processor share the experts.
     decode_bandwidth_share: Option<f64>,
     /// "gpu", "whole" or "streaming".
     placement: &'static str,
@@ -118,6 +118,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         n_prompt: args.n_prompt,
         n_gen: args.n_gen,
         decode_bandwidth_share: median(&decode_tok_s)
+            .filter(|_| !planned.is_split())
             .map(|speed| bytes_per_token as f64 * speed / (read_bandwidth_gb_s * 1e9)),
         prompt_tok_s,
         decode_tok_s,

@@ -48,7 +48,8 @@ struct Report {
     /// How experts are read; `null` where they are not.
     disk: Option<Disk>,
     read_bandwidth_gb_s: f64,
-    prediction: Prediction,
+    /// `null` where a GPU and the processor share the experts.
+    prediction: Option<Prediction>,
 }
 
 /// What the probe of the disk found.
@@ -96,8 +97,9 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         Some(probe(&model, &planned.streaming.disk())?)
     };
     let disk_rate = disk.as_ref().and_then(|disk| Some(disk.gb_s? * 1e9));
-    let prediction =
-        roofline::predict(model.bytes_per_token(), &planned.loads(), gb_s * 1e9, disk_rate);
+    let prediction = (!planned.is_split()).then(|| {
+        roofline::predict(model.bytes_per_token(), &planned.loads(), gb_s * 1e9, disk_rate)
+    });
     let report = Report {
         model: path.display().to_string(),
         model_bytes: planned.sizes.whole_bytes,
@@ -220,7 +222,13 @@ fn text(report: &Report, planned: &Planned, model: &OpenedModel) -> String {
     if let Some(disk) = &report.disk {
         add("disk", disk.line.clone());
     }
-    prediction(&report.prediction, report.slots.is_some(), &mut add);
+    match &report.prediction {
+        Some(found) => prediction(found, report.slots.is_some(), &mut add),
+        None => add(
+            "prediction",
+            "none: what the processor computes beside the GPU is not predicted yet".to_string(),
+        ),
+    }
     out
 }
 

@@ -78,9 +78,8 @@ fn present(gpu: &Gpu) -> Finding {
         gpu.multiprocessors,
         gpu.driver
     );
-    Finding::new("gpu", State::Note, found).next(
-        "used with --device cuda, for models that fit its memory; the GPU path was never tried on one",
-    )
+    Finding::new("gpu", State::Note, found)
+        .next("used with --device cuda; the GPU path was never tried on one")
 }
 
 /// The messages say what to do.
