@@ -59,6 +59,8 @@ struct FloatStage {
 struct Tile {
     int kv_head, shared, first, count;
     int chunk;       // absolute index
+    int part;        // index among the chunks that are seen
+    int position;    // of token 0, from the start of the chunk
     int start, end;  // positions of the chunk that any of the queries sees
 
     DEVICE int token(int i) const { return (first + i) / shared; }
@@ -68,9 +70,9 @@ struct Tile {
     }
     // Positions of the chunk that query `i` sees: `from .. to`.
     DEVICE void visible(const AttendCall& call, int i, int& from, int& to) const {
-        const int position = call.first_position + token(i);
-        from = max(call.first_visible(position) - chunk * CHUNK, 0);
-        to = min(position + 1 - chunk * CHUNK, CHUNK);
+        const int end = position + token(i) + 1;
+        from = call.window == 0 ? 0 : max(end - call.window, 0);
+        to = min(end, CHUNK);
         if (i >= count || to < from) to = from;
     }
 };
@@ -344,8 +346,7 @@ DEVICE void value_phase(const AttendCall& call, const Tile& tile, Stages<Stage>&
         for (int m = 0; m < M; m++) {
             if (first_query >= Q || from[m] >= to[m]) continue;
             const i64 row = tile.row(call, first_query + m);
-            float* to_row = call.partial +
-                            (row * call.chunks + tile.chunk - call.first_chunk) * call.value_width;
+            float* to_row = call.partial + (row * call.chunks + tile.part) * call.value_width;
 #pragma unroll
             for (int part = 0; part < 2; part++) {
                 float* at = to_row + first + part * (slab_cells / 2) + lane * PER;
@@ -388,7 +389,7 @@ DEVICE void chunk_parts(const AttendCall& call, const Tile& tile, uint4* memory)
         softmax_chunk(scores + i * CHUNK, from[m], to[m], top, sum);
         if (lane_id() == 0 && from[m] < to[m]) {
             const i64 row = tile.row(call, i);
-            float* stats = call.stats + (row * call.chunks + tile.chunk - call.first_chunk) * 2;
+            float* stats = call.stats + (row * call.chunks + tile.part) * 2;
             stats[0] = top;
             stats[1] = sum;
         }
@@ -397,30 +398,38 @@ DEVICE void chunk_parts(const AttendCall& call, const Tile& tile, uint4* memory)
     value_phase<Stage, Q, M>(call, tile, stages, scores, from, to);
 }
 
-// A block: tile blockIdx.x of cache head blockIdx.z in chunk blockIdx.y.
+// A block: tile blockIdx.x of cache head blockIdx.z in chunk blockIdx.y of
+// those that are seen; a grid may have blocks for more, which end at once.
 // `counters` [kv_heads, tiles], zero before and after: the last block of a
-// tile merges. Null: `attention_merge` follows.
+// tile that has a chunk merges. Null: `attention_merge` follows.
 template <class Stage, int Q>
 DEVICE void attend(const AttendCall& call, u32* counters) {
     DYNAMIC_SHARED(uint4, memory);
+    const int first = call.first_position();
+    if (static_cast<int>(blockIdx.y) >= call.seen_chunks(first)) return;
     Tile tile;
     tile.kv_head = static_cast<int>(blockIdx.z);
     tile.shared = call.heads / call.kv_heads;
     tile.first = static_cast<int>(blockIdx.x) * Q;
     tile.count = min(call.tokens * tile.shared - tile.first, Q);
-    tile.chunk = call.first_chunk + static_cast<int>(blockIdx.y);
+    tile.part = static_cast<int>(blockIdx.y);
+    tile.chunk = call.first_chunk(first) + tile.part;
     const int base = tile.chunk * CHUNK;
-    tile.start = max(call.first_visible(call.first_position + tile.token(0)) - base, 0);
-    tile.end = min(call.first_position + tile.token(tile.count - 1) + 1 - base, CHUNK);
+    tile.position = first - base;
+    tile.start = max(call.first_visible(first + tile.token(0)) - base, 0);
+    tile.end = min(tile.position + tile.token(tile.count - 1) + 1, CHUNK);
     if (tile.start < tile.end) chunk_parts<Stage, Q>(call, tile, memory);
     if (!counters) return;
 
     u32* last = reinterpret_cast<u32*>(memory);
     __threadfence();
     __syncthreads();
+    // Read again: no register holds it while the chunk is computed.
+    const int again = call.first_position();
     if (threadIdx.x == 0) {
         u32* counter = counters + blockIdx.z * gridDim.x + blockIdx.x;
-        *last = atomicInc(counter, gridDim.y - 1) == gridDim.y - 1;
+        const u32 others = static_cast<u32>(call.seen_chunks(again)) - 1u;
+        *last = atomicInc(counter, others) == others;
     }
     __syncthreads();
     if (*last == 0) return;
@@ -428,6 +437,6 @@ DEVICE void attend(const AttendCall& call, u32* counters) {
     const int slices = (call.value_width + 127) / 128;
     for (int i = warp_id(); i < tile.count * slices; i += ATTEND_WARPS) {
         const int row = tile.row(call, i / slices);
-        merge_slice(call, row / call.heads, row % call.heads, i % slices);
+        merge_slice(call, again, row / call.heads, row % call.heads, i % slices);
     }
 }

@@ -2,7 +2,7 @@
 // order, the sink last; then division and output gate. Bits as
 // kernels/src/cpu/attention.rs.
 #pragma once
-#include "common.cuh"
+#include "position.cuh"
 
 typedef long long i64;
 
@@ -17,7 +17,10 @@ struct AttendCall {
     float* stats;          // [tokens * heads, chunks, 2]: maximum and sum
     float* out;            // [tokens, heads, value_width]
     int tokens, heads, kv_heads, key_width, value_width;
-    int first_position, first_chunk, chunks, window;
+    const int* step;       // see first_position_of()
+    int first;
+    int chunks;  // room for those of a query in `partial`, and blocks
+    int window;
     float scale;
     int key_head_stride, key_position_stride, value_head_stride, value_position_stride;
     int gate_stride;
@@ -25,6 +28,13 @@ struct AttendCall {
     // The first position that a query at `position` sees; window 0: all.
     DEVICE int first_visible(int position) const {
         return window == 0 || position < window ? 0 : position + 1 - window;
+    }
+    DEVICE int first_position() const { return first_position_of(step, first); }
+    // The first chunk that a query sees, the first one being at `position`.
+    DEVICE int first_chunk(int position) const { return first_visible(position) / CHUNK; }
+    // Chunks from there that any query sees.
+    DEVICE int seen_chunks(int position) const {
+        return (position + tokens - 1) / CHUNK + 1 - first_chunk(position);
     }
 };
 
@@ -42,13 +52,14 @@ struct Running {
 };
 
 // Merges the chunks of one query for elements `128 * slice + 4 * lane ..` and
-// finishes them: sink, division, output gate. By a warp.
-DEVICE void merge_slice(const AttendCall& call, int token, int head, int slice) {
+// finishes them: sink, division, output gate. By a warp. `first` is
+// call.first_position().
+DEVICE void merge_slice(const AttendCall& call, int first, int token, int head, int slice) {
     const int d = 128 * slice + 4 * lane_id();
     if (d >= call.value_width) return;
-    const int position = call.first_position + token;
-    const int from = call.first_visible(position) / CHUNK - call.first_chunk;
-    const int to = position / CHUNK + 1 - call.first_chunk;
+    const int position = first + token, first_chunk = call.first_chunk(first);
+    const int from = call.first_visible(position) / CHUNK - first_chunk;
+    const int to = position / CHUNK + 1 - first_chunk;
     const i64 row = static_cast<i64>(token) * call.heads + head;
     const float2* stats = reinterpret_cast<const float2*>(call.stats) + row * call.chunks;
     const float* partial = call.partial + row * call.chunks * call.value_width + d;

@@ -2,7 +2,7 @@
 // cache. One warp per head; bits as runtime/src/forward/attention.rs and
 // latent.rs with kernels/src/ops.rs.
 #pragma once
-#include "common.cuh"
+#include "position.cuh"
 
 typedef long long i64;
 
@@ -103,14 +103,16 @@ struct PrepareCall {
     int tokens, heads, kv_heads, width, q_stride;
     int norm;
     float epsilon, limit;
-    int half, neighbours, first_position;
+    int half, neighbours;
+    const int* step;  // see first_position_of()
+    int first;
     int key_head_stride, key_position_stride, value_head_stride, value_position_stride;
 };
 
 // One warp: a query, key or value head of a token, in this order.
 template <class Cells>
 DEVICE void prepare_head(const PrepareCall& call, int token, int head) {
-    const int position = call.first_position + token;
+    const int position = first_position_of(call.step, call.first) + token;
     const float* angles = call.table + static_cast<i64>(token) * call.half * 2;
     const int width = call.width;
     if (head >= call.heads + call.kv_heads) {
@@ -155,7 +157,9 @@ struct LatentCall {
     u64 cells;
     int tokens, heads, nope, rope, rank;
     float epsilon;
-    int half, neighbours, first_position, position_stride;
+    int half, neighbours;
+    const int* step;  // see first_position_of()
+    int first, position_stride;
 };
 
 // One warp: the rotary part of a query head, or (head == heads) the token's
@@ -177,6 +181,7 @@ DEVICE void prepare_latent(const LatentCall& call, int token, int head) {
     const float factor = rms_factor(kv, call.rank, unlimited, call.epsilon);
     const Head raw = {kv, call.kv_norm, call.rank, factor, unlimited};
     rotate_head(raw, row_width, angles, call.half, call.rank, call.neighbours,
-                cell_store<Cells>(call.cells, 0, 0, call.first_position + token,
+                cell_store<Cells>(call.cells, 0, 0,
+                                  first_position_of(call.step, call.first) + token,
                                   call.position_stride));
 }

@@ -7,7 +7,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use lab::{Lab, assert_same_bits, numbers};
 use pregate_kernels::cuda::{
-    Attend, AttendPlan, CellFormat, CudaError, DeviceCells, HeadNorms, OutputGate, Pairs,
+    At, Attend, AttendPlan, CellFormat, CudaError, DeviceCells, HeadNorms, OutputGate, Pairs,
     PrepareHeads, PrepareLatent, Rotation, Span, attend, prepare_heads, prepare_latent,
 };
 use pregate_kernels::testing::Random;
@@ -201,7 +201,7 @@ fn prepare_case(lab: &Lab, case: Heads, format: CellFormat, first: usize, rng: &
         heads,
         kv_heads,
         width,
-        first_position: first,
+        at: At::Host(first),
     };
     let heads_bytes = 4 * tokens * width * 2 * (heads + kv_heads) + 8 * tokens * half;
     let cell_count = 2 * tokens * kv_heads * width;
@@ -272,7 +272,7 @@ fn rounding_to_half_cells_is_to_nearest_even() {
             heads: 1,
             kv_heads: 1,
             width,
-            first_position: 0,
+            at: At::Host(0),
         },
     )
     .unwrap();
@@ -339,7 +339,7 @@ fn latent_rows_are_prepared_with_the_bits_of_the_forward_pass() {
                 nope,
                 rope,
                 rank,
-                first_position: first,
+                at: At::Host(first),
             };
             prepare_latent(&lab.device, lab.device.compute(), call).unwrap();
             let what = format!("{heads} heads of {nope} + {rope}, rank {rank}, {format:?}");
@@ -482,7 +482,7 @@ impl Buffers {
             kv_heads: shape.kv_heads,
             keys: &self.keys,
             values: &self.values,
-            first_position: shape.first,
+            at: At::Host(shape.first),
             scale: 0.125,
             window: shape.window,
             sinks: shape.has_sinks.then_some(&self.sinks),
@@ -665,7 +665,7 @@ fn plans_fill_the_device_and_fit_shared_memory() {
         let context = Context::new(Shape { tokens: 1, first: 0, ..shape }, &mut Random::new(1));
         let buffers = context.upload(&lab);
         let call = buffers.call(&context.shape);
-        let call = Attend { tokens: shape.tokens, first_position: shape.first, ..call };
+        let call = Attend { tokens: shape.tokens, at: At::Host(shape.first), ..call };
         call.choose_plan(multiprocessors).unwrap()
     };
     // Qwen3-30B-A3B: 32 heads over 4 of the cache.
@@ -698,8 +698,8 @@ fn calls_whose_sizes_do_not_fit_are_errors() {
     assert!(is_shape(run(Attend { counters: &lab.space(8), ..call() })));
     assert!(is_shape(run(Attend { sinks: Some(&lab.space(8)), ..call() })));
     // One position more than there are cells.
-    assert!(is_shape(run(Attend { first_position: 301, ..call() })));
-    assert!(is_shape(run(Attend { first_position: usize::MAX, ..call() })));
+    assert!(is_shape(run(Attend { at: At::Host(301), ..call() })));
+    assert!(is_shape(run(Attend { at: At::Host(usize::MAX), ..call() })));
     let gate = OutputGate { span: &small, stride: 64 };
     assert!(is_shape(run(Attend { gate: Some(gate), ..call() })));
     for tile in [0, 2, 3, 16] {

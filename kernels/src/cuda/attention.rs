@@ -7,6 +7,7 @@ use super::cells::{CellFormat, DeviceCells};
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::Span;
+use super::position::At;
 use super::shape::{blocks, holds_floats, int, optional};
 use super::stream::{Grid, Stream};
 
@@ -44,7 +45,7 @@ pub struct AttendPlan {
 }
 
 /// Causal attention of `tokens` queries (1 to 8 is what it is made for) at
-/// positions `first_position ..` over cells that hold theirs already.
+/// positions `at ..` over cells that hold theirs already.
 pub struct Attend<'a> {
     /// `[tokens, heads, keys.width]`
     pub q: &'a Span,
@@ -55,7 +56,7 @@ pub struct Attend<'a> {
     /// Widths are multiples of 8 and rows start at multiples of 16 bytes.
     pub keys: &'a DeviceCells,
     pub values: &'a DeviceCells,
-    pub first_position: usize,
+    pub at: At<'a>,
     /// Multiplies `q . k` before the softmax.
     pub scale: f32,
     /// A query sees this many positions, itself included; `None`: all.
@@ -93,10 +94,23 @@ fn shared_bytes(tile: usize, key_width: usize) -> usize {
 }
 
 impl Attend<'_> {
-    /// First chunk that any query sees, and how many there are from there.
-    fn chunks(&self) -> (usize, usize) {
-        let first = first_visible(self.first_position, self.window) / CHUNK;
-        (first, (self.first_position + self.tokens).div_ceil(CHUNK) - first)
+    /// Positions that any query sees, and the chunks that they are in; with
+    /// [`At::Step`] the most of both that there may be.
+    fn seen(&self) -> (usize, usize) {
+        match self.at {
+            At::Host(position) => {
+                let first = first_visible(position, self.window);
+                let end = position + self.tokens;
+                (end - first, end.div_ceil(CHUNK) - first / CHUNK)
+            }
+            At::Step { most, .. } => {
+                let seen = self.window.map_or(most, |window| {
+                    most.min(window.max(1).saturating_add(self.tokens).saturating_sub(1))
+                });
+                // Those that follow each other may begin with a chunk's last.
+                (seen, most.div_ceil(CHUNK).min((seen + CHUNK - 2) / CHUNK + 1))
+            }
+        }
     }
 
     /// Bytes of [`Attend::scratch`] for contexts of up to `positions`.
@@ -110,13 +124,13 @@ impl Attend<'_> {
     }
 
     /// Bytes that the launches must move: the seen cells once, queries,
-    /// answers, and the chunks' parts out and in.
+    /// answers, and the chunks' parts out and in. With [`At::Step`] as late in
+    /// the context as it is made for.
     pub fn bytes(&self) -> u64 {
-        let seen =
-            self.first_position + self.tokens - first_visible(self.first_position, self.window);
+        let (seen, chunks) = self.seen();
         let cells = (self.keys.width + self.values.width) * self.keys.format.bytes();
         let rows = self.tokens * self.heads;
-        let parts = 2 * self.chunks().1 * (self.values.width + 2);
+        let parts = 2 * chunks * (self.values.width + 2);
         let floats = rows * (self.keys.width + self.values.width + parts);
         (self.kv_heads * seen * cells + 4 * floats) as u64
     }
@@ -125,7 +139,7 @@ impl Attend<'_> {
     /// would stand idle: its copies of the same cells come from L2.
     pub fn choose_plan(&self, multiprocessors: usize) -> Result<AttendPlan, CudaError> {
         let queries = self.tokens * (self.heads / self.kv_heads);
-        let chunks = self.chunks().1;
+        let chunks = self.seen().1;
         let fits = |tile: &usize| shared_bytes(*tile, self.keys.width) <= SHARED_BYTES;
         let tiles = tiles(self.keys.format);
         let largest = tiles.iter().rev().copied().find(fits).ok_or_else(|| {
@@ -144,12 +158,12 @@ impl Attend<'_> {
 
     fn check(&self) -> Result<(), CudaError> {
         const CALL: &str = "attend";
-        let Self { tokens, heads, kv_heads, keys, values, first_position, .. } = *self;
+        let Self { tokens, heads, kv_heads, keys, values, .. } = *self;
         let fail = |problem: String| Err(CudaError::shape(CALL, problem));
         if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
             return fail(format!("{heads} heads for {kv_heads} of the cache"));
         }
-        let positions = first_position.saturating_add(tokens);
+        let positions = self.at.positions(tokens);
         if positions > i32::MAX as usize / 2 {
             return fail(format!("{positions} positions"));
         }
@@ -166,7 +180,7 @@ impl Attend<'_> {
                 )));
             }
         }
-        let chunks = self.chunks().1;
+        let chunks = self.seen().1;
         let rows = tokens.saturating_mul(heads);
         holds_floats(CALL, "q", self.q, &[rows, keys.width], 4)?;
         holds_floats(CALL, "out", self.out, &[rows, values.width], 16)?;
@@ -209,7 +223,7 @@ pub fn attend(device: &Device, stream: &Stream, call: Attend<'_>) -> Result<(), 
         Some(plan) => plan,
         None => call.choose_plan(device.info().multiprocessors as usize)?,
     };
-    let (first_chunk, chunks) = call.chunks();
+    let chunks = call.seen().1;
     let rows = tokens * heads;
     // Parts `[rows, chunks, width]`, then maxima and sums `[rows, chunks, 2]`.
     let stats = call.scratch.address() + (4 * rows * chunks * values.width) as u64;
@@ -225,9 +239,8 @@ pub fn attend(device: &Device, stream: &Stream, call: Attend<'_>) -> Result<(), 
         .i32(int(CALL, "heads", heads)?)
         .i32(int(CALL, "kv heads", kv_heads)?)
         .i32(int(CALL, "keys width", keys.width)?)
-        .i32(int(CALL, "values width", values.width)?)
-        .i32(int(CALL, "first position", call.first_position)?)
-        .i32(int(CALL, "first chunk", first_chunk)?)
+        .i32(int(CALL, "values width", values.width)?);
+    let args = (call.at.args(CALL, args, tokens)?)
         .i32(int(CALL, "chunks", chunks)?)
         .i32(int(CALL, "window", window)?)
         .f32(call.scale)
@@ -253,9 +266,8 @@ pub fn attend(device: &Device, stream: &Stream, call: Attend<'_>) -> Result<(), 
         .span(call.out)
         .i32(int(CALL, "tokens", tokens)?)
         .i32(int(CALL, "heads", heads)?)
-        .i32(int(CALL, "values width", values.width)?)
-        .i32(int(CALL, "first position", call.first_position)?)
-        .i32(int(CALL, "first chunk", first_chunk)?)
+        .i32(int(CALL, "values width", values.width)?);
+    let args = (call.at.args(CALL, args, tokens)?)
         .i32(int(CALL, "chunks", chunks)?)
         .i32(int(CALL, "window", window)?)
         .i32(gate_stride);

@@ -8,6 +8,7 @@ use super::cells::DeviceCells;
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::Span;
+use super::position::At;
 use super::shape::{blocks, holds_floats, int, optional};
 use super::stream::{Grid, Stream};
 
@@ -44,7 +45,7 @@ pub struct HeadNorms<'a> {
 
 /// Queries, keys and values of a chunk of tokens after their projections:
 /// clamp, norm, rotation of the leading elements; keys and values join the
-/// cache at `first_position ..`.
+/// cache at `at ..`.
 pub struct PrepareHeads<'a> {
     /// `[tokens, heads, width]`, or with `is_gated` `[tokens, heads, 2 width]`:
     /// per head the query, then its gate, which stays where it is.
@@ -67,7 +68,7 @@ pub struct PrepareHeads<'a> {
     pub kv_heads: usize,
     /// Of a head.
     pub width: usize,
-    pub first_position: usize,
+    pub at: At<'a>,
 }
 
 impl PrepareHeads<'_> {
@@ -97,7 +98,7 @@ impl PrepareHeads<'_> {
             }
         }
         for cells in [self.keys, self.values] {
-            cells.check(CALL, kv_heads, self.first_position.saturating_add(tokens))?;
+            cells.check(CALL, kv_heads, self.at.positions(tokens))?;
             if cells.width != width || cells.format != self.keys.format {
                 let problem = format!("cells of {} for heads of {width}", cells.width);
                 return Err(CudaError::shape(CALL, problem));
@@ -144,8 +145,8 @@ pub fn prepare_heads(
         .f32(call.norms.map_or(0.0, |norms| norms.epsilon))
         .f32(call.limit.unwrap_or(f32::INFINITY))
         .i32(int(CALL, "half", call.rotation.half)?)
-        .i32(i32::from(call.rotation.pairs == Pairs::Neighbours))
-        .i32(int(CALL, "first position", call.first_position)?)
+        .i32(i32::from(call.rotation.pairs == Pairs::Neighbours));
+    let args = (call.at.args(CALL, args, tokens)?)
         .i32(int(CALL, "keys head stride", call.keys.head_stride)?)
         .i32(int(CALL, "keys position stride", call.keys.position_stride)?)
         .i32(int(CALL, "values head stride", call.values.head_stride)?)
@@ -189,7 +190,7 @@ pub struct PrepareLatent<'a> {
     pub nope: usize,
     pub rope: usize,
     pub rank: usize,
-    pub first_position: usize,
+    pub at: At<'a>,
 }
 
 impl PrepareLatent<'_> {
@@ -208,7 +209,7 @@ impl PrepareLatent<'_> {
         holds_floats(CALL, "kv_norm", self.kv_norm, &[rank], 4)?;
         holds_floats(CALL, "absorbed", self.absorbed, &[tokens, heads, rank + rope], 4)?;
         check_rotation(CALL, &self.rotation, tokens, rope)?;
-        self.cells.check(CALL, 1, self.first_position.saturating_add(tokens))?;
+        self.cells.check(CALL, 1, self.at.positions(tokens))?;
         if self.cells.width != rank + rope {
             let problem = format!("cells of {} for rows of {}", self.cells.width, rank + rope);
             return Err(CudaError::shape(CALL, problem));
@@ -248,9 +249,12 @@ pub fn prepare_latent(
         .i32(int(CALL, "rank", call.rank)?)
         .f32(call.epsilon)
         .i32(int(CALL, "half", call.rotation.half)?)
-        .i32(i32::from(call.rotation.pairs == Pairs::Neighbours))
-        .i32(int(CALL, "first position", call.first_position)?)
-        .i32(int(CALL, "cells position stride", call.cells.position_stride)?);
+        .i32(i32::from(call.rotation.pairs == Pairs::Neighbours));
+    let args = (call.at.args(CALL, args, tokens)?).i32(int(
+        CALL,
+        "cells position stride",
+        call.cells.position_stride,
+    )?);
     let jobs = tokens * (heads + 1);
     stream.launch(&kernel, Grid::new(blocks(CALL, jobs.div_ceil(WARPS))?, 128), args)
 }

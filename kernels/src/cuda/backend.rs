@@ -10,6 +10,7 @@ use super::device::Device;
 use super::error::CudaError;
 use super::experts::{self, Choices, Combine, Down, ExpertMatrix, GateUp};
 use super::memory::Span;
+use super::position::At;
 use super::rows::{Input, MOST_TOKENS};
 use super::workspace::{Prepared, Workspace, canonical};
 use crate::backend::{
@@ -179,7 +180,7 @@ impl Cuda {
                 kv_heads,
                 keys: &keys,
                 values: &values,
-                first_position: call.first_position + first,
+                at: At::Host(call.first_position + first),
                 scale: call.scale,
                 window: call.window,
                 sinks: sinks.as_ref(),

@@ -2,8 +2,8 @@
 
 use super::{Bench, Cost};
 use pregate_kernels::cuda::{
-    Attend, CellFormat, CudaError, DeltaDecode, DeltaInputs, DeltaPrefill, DeltaShape, DeviceCells,
-    attend, delta_decode, delta_prefill,
+    At, Attend, CellFormat, CudaError, DeltaDecode, DeltaInputs, DeltaPrefill, DeltaShape,
+    DeviceCells, attend, delta_decode, delta_prefill,
 };
 
 pub fn measure(bench: &mut Bench<'_>) -> Result<(), CudaError> {
@@ -63,7 +63,7 @@ fn attention(
             kv_heads,
             keys,
             values,
-            first_position: positions - 1,
+            at: At::Host(positions - 1),
             scale: 0.1,
             window: None,
             sinks: None,
