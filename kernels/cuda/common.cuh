@@ -122,6 +122,29 @@ DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 // Asks for the 128 bytes around `p` to come to the second-level cache.
 DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// Words that the host and other work on the device read and write while a
+// kernel runs. What a thread has written, and what its block wrote before a
+// barrier in front of the store, is seen by who reads the stored word (PTX
+// manual, memory consistency model; .sys reaches the host).
+DEVICE u64 load_acquire_system(const u64* p) {
+    u64 v;
+    asm volatile("ld.acquire.sys.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+DEVICE void store_release_system(u64* p, u64 v) {
+    asm volatile("st.release.sys.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+// The device's clock. Its steps may be as long as a microsecond.
+DEVICE u64 nanoseconds() {
+    u64 t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+
+// A rest in a loop that waits for the host: reads of its memory cross the link.
+DEVICE void pause() { __nanosleep(100); }
+
 #else
 
 DEVICE void prefetch_l2(const void*) {}

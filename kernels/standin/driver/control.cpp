@@ -88,6 +88,7 @@ static bool set(State& s, const std::string& key, const std::string& value) {
   uint64_t n = 0;
   if (!number(value, &n)) return false;
   if (key == "order") return s.settings.order_seed = n, true;
+  if (key == "spins") return s.settings.spins = n, true;
   if (key == "vram") return s.settings.vram_bytes = n, true;
   if (key == "pinned") return s.settings.pinned_bytes = n, true;
   if (key == "driver") return s.settings.driver_version = int(n), true;

@@ -175,6 +175,7 @@ API cuCtxGetDevice(int* device) {
 
 API cuCtxSynchronize() {
   ENTER("cuCtxSynchronize");
+  OUTSIDE_CAPTURES();
   return synchronise_all();
 }
 

@@ -2,14 +2,41 @@
 // its submission: one of the orders that the real one may run in.
 #include "state.h"
 
+namespace standin {
+
+static thread_local int thread_mode = GLOBAL;
+
+bool spoils_a_capture() {
+  if (thread_mode == RELAXED) return false;
+  bool spoiled = false;
+  for (auto& stream : all_streams()) {
+    if (!stream->capture || !stream->origin) continue;
+    Graph& graph = *stream->capture;
+    const bool is_own = graph.owner == std::this_thread::get_id();
+    if (graph.mode == GLOBAL || (is_own && graph.mode == THREAD_LOCAL)) spoiled = graph.invalid = true;
+  }
+  return spoiled;
+}
+
+}  // namespace standin
+
 using namespace standin;
 
-API cuStreamBeginCapture_v2(void* handle, int) {
+API cuThreadExchangeStreamCaptureMode(int* mode) {
+  ENTER("cuThreadExchangeStreamCaptureMode");
+  if (!mode || *mode < GLOBAL || *mode > RELAXED) return INVALID_VALUE;
+  std::swap(*mode, thread_mode);
+  return SUCCESS;
+}
+
+API cuStreamBeginCapture_v2(void* handle, int mode) {
   ENTER("cuStreamBeginCapture");
   auto stream = state().streams.get(handle);  // not the null stream
   if (!stream) return handle ? INVALID_HANDLE : CAPTURE_UNSUPPORTED;
-  if (stream->capture) return INVALID_VALUE;
+  if (stream->capture || mode < GLOBAL || mode > RELAXED) return INVALID_VALUE;
   stream->capture = std::make_shared<Graph>();
+  stream->capture->mode = mode;
+  stream->capture->owner = std::this_thread::get_id();
   stream->origin = true;
   return SUCCESS;
 }
@@ -28,6 +55,7 @@ API cuStreamEndCapture(void* handle, void** out) {
   if (!stream) return INVALID_HANDLE;
   if (!stream->capture || !stream->origin || !out) return INVALID_VALUE;
   const std::shared_ptr<Graph> graph = stream->capture;
+  if (graph->mode != RELAXED && graph->owner != std::this_thread::get_id()) return CAPTURE_WRONG_THREAD;
   for (auto& other : all_streams()) {
     if (other->capture == graph) other->capture = nullptr;
   }

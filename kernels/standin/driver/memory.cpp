@@ -245,12 +245,14 @@ API cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
 
 API cuMemAlloc_v2(uint64_t* out, size_t bytes) {
   ENTER("cuMemAlloc");
+  OUTSIDE_CAPTURES();
   return allocate(out, bytes);
 }
 
 // Waits for all work first, as the driver does.
 API cuMemFree_v2(uint64_t base) {
   ENTER("cuMemFree");
+  OUTSIDE_CAPTURES();
   if (base == 0) return SUCCESS;
   if (!state().device.count(base)) return INVALID_VALUE;
   synchronise_all();
@@ -276,6 +278,7 @@ API cuMemFreeAsync(uint64_t base, void* handle) {
 
 API cuMemHostAlloc(void** out, size_t bytes, unsigned flags) {
   ENTER("cuMemHostAlloc");
+  OUTSIDE_CAPTURES();
   State& s = state();
   if (!out || bytes == 0 || flags > 7) return INVALID_VALUE;
   if (bytes > s.settings.pinned_bytes || s.pinned_used > s.settings.pinned_bytes - bytes) return OUT_OF_MEMORY;
@@ -291,6 +294,7 @@ API cuMemHostAlloc(void** out, size_t bytes, unsigned flags) {
 // Does not wait: nothing promises that it would.
 API cuMemFreeHost(void* pointer) {
   ENTER("cuMemFreeHost");
+  OUTSIDE_CAPTURES();
   State& s = state();
   const uint64_t base = address(pointer);
   auto it = s.pinned.find(base);
@@ -357,21 +361,35 @@ API cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
   return synchronise(state().null_stream);
 }
 
-API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* handle) {
-  ENTER("cuMemsetD8Async");
+// `count` values of `size` bytes.
+static Result fill(const char* call, uint64_t to, uint32_t value, uint64_t size, uint64_t count, void* handle) {
   auto stream = stream_of(handle);
   if (!stream) return INVALID_HANDLE;
-  if (bytes == 0) return SUCCESS;
-  if (!on_device(to, bytes)) return INVALID_VALUE;
+  if (count == 0) return SUCCESS;
+  if (to % size != 0 || count > UINT64_MAX / size || !on_device(to, count * size)) return INVALID_VALUE;
   Work work;
-  work.call = "cuMemsetD8Async";
-  work.touches = {{to, bytes}};
+  work.call = call;
+  work.touches = {{to, count * size}};
   work.end = [=]() -> Result {
-    if (!state().map.find(to, bytes)) return ILLEGAL_ADDRESS;
-    memset(reinterpret_cast<void*>(to), value, bytes);
+    if (!state().map.find(to, count * size)) return ILLEGAL_ADDRESS;
+    auto* bytes = reinterpret_cast<unsigned char*>(to);
+    if (size == 1) memset(bytes, int(value), count);
+    for (uint64_t i = 0; size == 4 && i < count; i++) {
+      __atomic_store_n(reinterpret_cast<uint32_t*>(bytes) + i, value, __ATOMIC_RELEASE);
+    }
     return SUCCESS;
   };
   return enqueue(stream, std::move(work));
+}
+
+API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* handle) {
+  ENTER("cuMemsetD8Async");
+  return fill("cuMemsetD8Async", to, value, 1, bytes, handle);
+}
+
+API cuMemsetD32Async(uint64_t to, unsigned value, size_t words, void* handle) {
+  ENTER("cuMemsetD32Async");
+  return fill("cuMemsetD32Async", to, value, 4, words, handle);
 }
 
 API cuMemsetD8_v2(uint64_t to, unsigned char value, size_t bytes) {

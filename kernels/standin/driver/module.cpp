@@ -21,16 +21,20 @@ static std::shared_ptr<std::vector<uint64_t>> pack(const KernelSource& kernel, v
   return packed;
 }
 
-static Result run_kernel(const KernelSource& kernel, const Dim3& grid, const Dim3& block, uint32_t dynamic_bytes,
-                         uint32_t limit, const std::vector<uint64_t>& packed) {
+// Begins the launch, or goes on with it.
+static Result run_kernel(const Launch& launch, std::shared_ptr<Running>& running) {
   State& s = state();
-  s.launches++;
-  s.launches_by_name[kernel.name]++;
-  const Launch launch{&kernel, grid, block, dynamic_bytes, limit,
-                      reinterpret_cast<const unsigned char*>(packed.data()), packed.size() * 8};
-  const uint64_t seed = s.settings.order_seed == 0 ? 0 : s.settings.order_seed * 1000003 + s.launches;
+  if (!running) {
+    s.launches++;
+    s.launches_by_name[launch.kernel->name]++;
+    const uint64_t seed = s.settings.order_seed == 0 ? 0 : s.settings.order_seed * 1000003 + s.launches;
+    running = std::make_shared<Running>(launch, seed, s.map);
+  }
   Violation violation;
-  if (Machine::run(launch, seed, s.map, &violation)) return SUCCESS;
+  const Outcome outcome = running->go_on(&violation);
+  if (outcome == Outcome::suspended) return SUSPENDED;
+  running = nullptr;
+  if (outcome == Outcome::ended) return SUCCESS;
   s.violation(violation.text, violation.fault == Fault::race);
   switch (violation.fault) {
     case Fault::memory: return ILLEGAL_ADDRESS;
@@ -53,9 +57,12 @@ static Result launch(Function& function, const Dim3& grid, const Dim3& block, ui
   if (kernel.params > 0 && !params) return INVALID_VALUE;
   const uint32_t limit = uint32_t(shared_optin(state().settings));
   auto packed = pack(kernel, params);
+  const Launch launch{&kernel, grid, block, dynamic_bytes, limit,
+                      reinterpret_cast<const unsigned char*>(packed->data()), packed->size() * 8,
+                      state().settings.spins};
   Work work;
   work.call = kernel.name;
-  work.end = [=, &kernel] { return run_kernel(kernel, grid, block, dynamic_bytes, limit, *packed); };
+  work.run = [launch, packed](std::shared_ptr<Running>& running) { return run_kernel(launch, running); };
   return enqueue(stream, std::move(work));
 }
 
@@ -109,12 +116,14 @@ using namespace standin;
 
 API cuModuleLoadData(void** out, const void* image) {
   ENTER("cuModuleLoadData");
+  OUTSIDE_CAPTURES();
   std::string log;
   return load(out, static_cast<const char*>(image), &log);
 }
 
 API cuModuleLoadDataEx(void** out, const void* image, unsigned count, int* options, void** values) {
   ENTER("cuModuleLoadDataEx");
+  OUTSIDE_CAPTURES();
   std::string log;
   const Result code = load(out, static_cast<const char*>(image), &log);
   char* buffer = nullptr;
@@ -132,6 +141,7 @@ API cuModuleLoadDataEx(void** out, const void* image, unsigned count, int* optio
 
 API cuModuleUnload(void* handle) {
   ENTER("cuModuleUnload");
+  OUTSIDE_CAPTURES();
   auto module = state().modules.get(handle);
   if (!module) return INVALID_HANDLE;
   for (auto& [name, function] : module->functions) state().functions.remove(function);

@@ -76,9 +76,16 @@ bool advance(const std::shared_ptr<Stream>& stream) {
     settle(*stream);
     return true;
   }
-  const Work work = std::move(head);
-  stream->queue.pop_front();
-  const Result code = work.end();
+  Result code;
+  if (head.run) {
+    code = head.run(head.running);
+    if (code == SUSPENDED) return false;
+    stream->queue.pop_front();
+  } else {
+    const Work work = std::move(head);
+    stream->queue.pop_front();
+    code = work.end();
+  }
   if (code != SUCCESS) abandon(*stream, code);
   settle(*stream);
   return true;
@@ -96,10 +103,21 @@ Result enqueue(const std::shared_ptr<Stream>& stream, Work work) {
   return SUCCESS;
 }
 
-// Waits while a hung event stands in the way; another thread lets it go.
+void rest() {
+  State& s = state();
+  for (auto& stream : all_streams()) {
+    if (stream->queue.empty() || !stream->queue.front().running) continue;
+    s.changed.wait_for(s.mutex, std::chrono::microseconds(20));
+    return;
+  }
+  s.changed.wait(s.mutex);
+}
+
+// Waits while a hung event or a launch that is suspended stands in the way;
+// another thread lets it go on.
 static Result drain(const std::shared_ptr<Stream>& stream) {
   while (!stream->queue.empty()) {
-    if (!advance(stream) && !stream->queue.empty()) state().changed.wait(state().mutex);
+    if (!advance(stream) && !stream->queue.empty()) rest();
   }
   return stream->failed;
 }
@@ -207,6 +225,10 @@ API cuStreamQuery(void* handle) {
   ENTER("cuStreamQuery");
   auto stream = stream_of(handle);
   if (!stream) return INVALID_HANDLE;
+  if (stream->capture) {
+    stream->capture->invalid = true;
+    return CAPTURE_UNSUPPORTED;
+  }
   if (stream->failed != SUCCESS) return stream->failed;
   if (!stream->queue.empty()) advance(stream);  // one piece a question
   return stream->failed != SUCCESS ? stream->failed : stream->queue.empty() ? SUCCESS : NOT_READY;
@@ -273,6 +295,7 @@ API cuStreamWaitEvent(void* stream_handle, void* handle, unsigned) {
 
 API cuEventQuery(void* handle) {
   ENTER("cuEventQuery");
+  OUTSIDE_CAPTURES();
   auto event = state().events.get(handle);
   if (!event) return INVALID_HANDLE;
   // A loop of questions ends, but not at the first one.
@@ -283,10 +306,11 @@ API cuEventQuery(void* handle) {
 
 API cuEventSynchronize(void* handle) {
   ENTER("cuEventSynchronize");
+  OUTSIDE_CAPTURES();
   auto event = state().events.get(handle);
   if (!event) return INVALID_HANDLE;
   const uint64_t ticket = event->recorded;
-  while (!complete(*event, ticket)) state().changed.wait(state().mutex);
+  while (!complete(*event, ticket)) rest();
   return state().sticky != SUCCESS ? state().sticky : event->error;
 }
 

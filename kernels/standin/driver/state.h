@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../host/machine.h"
@@ -22,7 +23,7 @@ constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALI
                  INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_PTX = 218,
                  UNSUPPORTED_PTX_VERSION = 222, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600,
                  ILLEGAL_ADDRESS = 700, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719, NOT_PERMITTED = 800,
-                 NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901;
+                 NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_WRONG_THREAD = 908;
 // Fills memory whose contents nobody may use yet.
 constexpr unsigned char POISON = 0xcd;
 
@@ -32,6 +33,7 @@ struct Settings {
   Drain drain = Drain::lazy;
   uint64_t drain_seed = 1;
   uint64_t order_seed = 1;  // of threads and blocks; 0: in order
+  uint64_t spins = 1'000'000;  // resumptions of a launch in a row that change nothing
   uint64_t vram_bytes = 8ull << 30;
   uint64_t pinned_bytes = 8ull << 30;
   int driver_version = 12040;
@@ -51,6 +53,8 @@ struct Rule {
 };
 
 struct Stream;
+// Of a launch: it goes on when the driver is called next. No CUresult.
+constexpr Result SUSPENDED = -1;
 
 struct Event {
   std::shared_ptr<Stream> stream;  // of the last record
@@ -68,6 +72,10 @@ struct Work {
   const char* call = "";
   std::function<void()> begin;
   std::function<Result()> end;
+  // Of launches, in the place of `end`: may answer SUSPENDED, and is asked
+  // again then.
+  std::function<Result(std::shared_ptr<Running>&)> run;
+  std::shared_ptr<Running> running;
   std::shared_ptr<Event> event;  // waited for or recorded
   uint64_t ticket = 0;
   enum Kind { effect, wait, record } kind = effect;
@@ -86,9 +94,13 @@ struct Stream {
   bool origin = false;             // the capture began here
 };
 
+enum CaptureMode { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
+
 struct Graph {
   std::vector<Work> work;  // in the order of submission, which is a legal one
   bool invalid = false;
+  int mode = GLOBAL;
+  std::thread::id owner;  // who began the capture
 };
 
 struct Function {
@@ -186,6 +198,12 @@ Result synchronise_all();
 bool advance(const std::shared_ptr<Stream>& stream);
 bool complete(Event& event, uint64_t ticket);
 void let_run();  // as the drain policy wants, after each call
+// Lets other threads call the driver, until a launch that is suspended may go
+// on, or a hung event was let go.
+void rest();
+// Whether a capture forbids this thread a call that might wait or allocate
+// (CUDA driver API, cuThreadExchangeStreamCaptureMode); it spoils the capture.
+bool spoils_a_capture();
 std::vector<std::shared_ptr<Stream>> all_streams();
 void abandon(Stream& stream, Result code);  // nothing of it will have an effect
 // Whether work that has not ended uses any of these bytes; names the call.
@@ -206,3 +224,5 @@ bool context_current();
 #define ENTER_FREE(name)           \
   standin::Call call(name, false); \
   if (call.result != standin::SUCCESS) return call.result
+#define OUTSIDE_CAPTURES() \
+  if (standin::spoils_a_capture()) return standin::CAPTURE_UNSUPPORTED

@@ -55,6 +55,10 @@ void* shared_static(SharedSite& site);
 void* shared_dynamic();
 
 void block_barrier(const char* file, unsigned line);
+void pause_thread(const char* file, unsigned line);
+uint64_t nanoseconds();
+uint64_t load_acquire(const void* address);
+void store_release(void* address, uint64_t value);
 void warp_barrier(unsigned mask, const char* file, unsigned line);
 
 enum class Shuffle : unsigned { index, up, down, exclusive_or };
@@ -181,6 +185,7 @@ inline int __all_sync(unsigned mask, int predicate, PREGATE_HERE) {
 inline void __trap(PREGATE_HERE) { standin::trap(file, line); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+inline void __threadfence_system() {}
 
 #include "cuda_math.h"
 
@@ -207,4 +212,16 @@ inline void cp_async_commit() { ::standin::async_commit(); }
 template <int left>
 inline void cp_async_wait() {
   ::standin::async_wait(unsigned(left));
+}
+
+// What a thread that waits for the host calls. A launch whose threads all rest
+// is suspended until the next call of the driver.
+inline void pause(PREGATE_HERE) { standin::pause_thread(file, line); }
+// How often the launch has gone on, in the place of the time.
+inline unsigned long long nanoseconds() { return standin::nanoseconds(); }
+inline unsigned long long load_acquire_system(const unsigned long long* at) {
+  return standin::load_acquire(at);
+}
+inline void store_release_system(unsigned long long* at, unsigned long long value) {
+  standin::store_release(at, value);
 }

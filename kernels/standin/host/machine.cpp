@@ -53,51 +53,80 @@ Machine::~Machine() {
   munmap(shared, SHARED_BYTES);
 }
 
-bool Machine::run(const Launch& launch, uint64_t seed, const MemoryMap& memory, Violation* violation) {
-  static std::mutex mutex;
-  static std::vector<std::unique_ptr<Machine>> idle;
-  std::unique_ptr<Machine> machine;
+static std::mutex idle_mutex;
+static std::vector<std::unique_ptr<Machine>> idle_machines;
+
+Running::Running(const Launch& what, uint64_t seed, const MemoryMap& memory) : launch(what) {
   {
-    std::lock_guard guard(mutex);
-    if (!idle.empty()) {
-      machine = std::move(idle.back());
-      idle.pop_back();
+    std::lock_guard guard(idle_mutex);
+    if (!idle_machines.empty()) {
+      machine = std::move(idle_machines.back());
+      idle_machines.pop_back();
     }
   }
   if (!machine) machine.reset(new Machine);
-  active = machine.get();
-  machine->prepare_launch(launch, seed, memory);
-  const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
-  std::vector<uint32_t> order;
-  if (seed != 0 && blocks <= (1u << 20)) {
-    order.resize(blocks);
-    std::iota(order.begin(), order.end(), 0u);
-    for (size_t i = blocks; i > 1; i--) {
-      std::swap(order[i - 1], order[next_random(machine->random) % i]);
-    }
-  }
-  bool whole = true;
-  for (uint64_t i = 0; whole && i < blocks; i++) {
-    const uint64_t block = order.empty() ? i : order[i];
-    machine->block_number = uint32_t(block);
-    machine->block_at = {unsigned(block % launch.grid.x), unsigned(block / launch.grid.x % launch.grid.y),
-                         unsigned(block / launch.grid.x / launch.grid.y)};
-    whole = machine->run_block();
-  }
-  active = nullptr;
-  if (!whole) *violation = machine->found;
-  std::lock_guard guard(mutex);
-  idle.push_back(std::move(machine));
-  return whole;
+  machine->begin(launch, seed, memory);
 }
 
-void Machine::prepare_launch(const Launch& what, uint64_t seed, const MemoryMap& memory) {
+Running::~Running() {
+  machine->abandon();
+  std::lock_guard guard(idle_mutex);
+  idle_machines.push_back(std::move(machine));
+}
+
+Outcome Machine::go_on(Violation* violation) {
+  active = this;
+#if defined(__SANITIZE_ADDRESS__)
+  pthread_attr_t attributes;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &main_bottom, &main_size);
+  pthread_attr_destroy(&attributes);
+#endif
+  // Memory may have been freed since.
+  for (Region& region : recent) region = {};
+  progress = false;
+  if (in_block) resumed++, wake_paused();
+  Outcome outcome = Outcome::ended;
+  while (outcome == Outcome::ended && next_block < blocks) {
+    if (!in_block) begin_block();
+    outcome = run_block();
+    if (outcome == Outcome::ended) in_block = false, next_block++;
+  }
+  active = nullptr;
+  if (outcome == Outcome::suspended) {
+    idle = progress ? 0 : idle + 1;
+    if (idle > launch->spins) {
+      found = {heading() + "spins for ever: " + waiting(), Fault::other};
+      outcome = Outcome::failed;
+    }
+  }
+  if (outcome == Outcome::failed) *violation = found, abandon();
+  return outcome;
+}
+
+void Machine::abandon() {
+  if (!in_block) return;
+  for (unsigned i = 0; i < threads; i++) {
+    for (const PendingCopy& copy : fibers[i].copies) shadow.set_in_flight(size_t(copy.shared - shared), 16, false);
+  }
+  in_block = false;
+}
+
+void Machine::begin(const Launch& what, uint64_t seed, const MemoryMap& memory) {
   launch = &what;
   map = &memory;
   random = seed * 0x9e3779b97f4a7c15ull + 0x1234567;
   in_order = seed == 0;
   failed = false;
-  for (Region& region : recent) region = {};
+  blocks = uint64_t(what.grid.x) * what.grid.y * what.grid.z;
+  next_block = resumed = idle = 0;
+  in_block = false;
+  order.clear();
+  if (seed != 0 && blocks <= (1u << 20)) {
+    order.resize(blocks);
+    std::iota(order.begin(), order.end(), 0u);
+    for (size_t i = blocks; i > 1; i--) std::swap(order[i - 1], order[next_random(random) % i]);
+  }
   threads = what.block.x * what.block.y * what.block.z;
   while (fibers.size() < threads) {
     Fiber fiber;
@@ -119,14 +148,8 @@ void Machine::prepare_launch(const Launch& what, uint64_t seed, const MemoryMap&
   give_shared(dynamic_at, what.dynamic_bytes);
   static_bytes = 0;
   launch_number++;
-  global.clear(uint64_t(what.grid.x) * what.grid.y * what.grid.z);
+  global.clear(blocks);
   suspect.bytes = 0;
-#if defined(__SANITIZE_ADDRESS__)
-  pthread_attr_t attributes;
-  pthread_getattr_np(pthread_self(), &attributes);
-  pthread_attr_getstack(&attributes, &main_bottom, &main_size);
-  pthread_attr_destroy(&attributes);
-#endif
 }
 
 void Machine::give_shared(size_t at, size_t bytes) {
@@ -136,7 +159,11 @@ void Machine::give_shared(size_t at, size_t bytes) {
   memset(shared + at, poison, bytes);
 }
 
-bool Machine::run_block() {
+void Machine::begin_block() {
+  const uint64_t block = order.empty() ? next_block : order[next_block];
+  const Dim3& grid = launch->grid;
+  block_number = uint32_t(block);
+  block_at = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
   static const unsigned char poisons[] = {0xcd, 0xff, 0x7f, 0x00};
   poison = in_order ? 0xcd : poisons[next_random(random) % 4];
   for (const Region& piece : pieces) memset(shared + piece.base, poison, piece.bytes);
@@ -154,16 +181,33 @@ bool Machine::run_block() {
     ready[i] = i;
   }
   at_barrier = exited = barriers = 0;
-  now = nullptr;
-  switch_to(pick());
-  if (failed || exited < threads) {
-    if (!failed) found = {heading() + "deadlock: " + waiting(), Fault::other};
-    for (unsigned i = 0; i < threads; i++) {
-      for (const PendingCopy& copy : fibers[i].copies) shadow.set_in_flight(size_t(copy.shared - shared), 16, false);
+  paused.clear();
+  in_block = true;
+}
+
+Outcome Machine::run_block() {
+  for (;;) {
+    now = nullptr;
+    switch_to(pick());
+    if (failed) return Outcome::failed;
+    if (exited == threads) return Outcome::ended;
+    if (paused.empty()) {
+      found = {heading() + "deadlock: " + waiting(), Fault::other};
+      return Outcome::failed;
     }
-    return false;
+    if (!progress) return Outcome::suspended;
+    progress = false;
+    idle = 0;
+    wake_paused();
   }
-  return true;
+}
+
+void Machine::wake_paused() {
+  for (const unsigned number : paused) {
+    fibers[number].wait = Wait::run;
+    ready.push_back(number);
+  }
+  paused.clear();
 }
 
 Fiber* Machine::pick() {
@@ -208,6 +252,7 @@ void Machine::end_fiber() {
   check_suspect();
   if (!now->copies.empty()) fail(thread_name(now->number) + " ends while its cp_async copies are in flight");
   now->wait = Wait::done;
+  progress = true;
   exited++;
   warps[now->number / WARP].exited++;
   switch_to(pick());
@@ -234,7 +279,13 @@ void Machine::release(Wait wait, unsigned first, unsigned end) {
   }
 }
 
+void Machine::pause(Place place) {
+  paused.push_back(now->number);
+  leave(Wait::pause, "pause", place);
+}
+
 void Machine::block_barrier(Place place) {
+  progress = true;
   if (exited > 0) {
     fail(format("__syncthreads at %s after %u of %u threads have ended",
                 source_line(place.file, place.line).c_str(), exited, threads));
@@ -253,6 +304,7 @@ void Machine::block_barrier(Place place) {
 }
 
 void Machine::collective(Request& request) {
+  progress = true;
   Warp& warp = warps[now->number / WARP];
   const auto refuse = [&](const std::string& why) {
     fail(thread_name(now->number) + ": " + request.what + " at " + source_line(request.place.file, request.place.line) +

@@ -1,8 +1,10 @@
 // The machine that runs a kernel: one fiber per CUDA thread, block after
-// block, the next fiber picked at random wherever one has to wait. One machine
-// per operating system thread; a fiber never changes its thread.
+// block, the next fiber picked at random wherever one has to wait. A launch
+// whose threads all pause is suspended, its fibers kept; it may go on on
+// another thread of the system.
 #pragma once
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -35,7 +37,7 @@ struct PendingCopy {
   unsigned group;
 };
 
-enum class Wait : unsigned char { run, block, warp, done };
+enum class Wait : unsigned char { run, block, warp, pause, done };
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -77,7 +79,11 @@ struct Launch {
   size_t shared_limit;  // static and dynamic together
   const unsigned char* args;  // pointers, then values: one piece of memory
   size_t args_bytes;
+  uint64_t spins;  // resumptions in a row that may change nothing
 };
+
+// How a launch came out of a stretch of its run.
+enum class Outcome { ended, failed, suspended };
 
 class Machine {
  public:
@@ -85,13 +91,23 @@ class Machine {
   ~Machine();
   Machine(const Machine&) = delete;
   void operator=(const Machine&) = delete;
-  // Runs all blocks. Answers what was wrong first; the launch ends there.
-  static bool run(const Launch& launch, uint64_t seed, const MemoryMap& memory, Violation* violation);
+  void begin(const Launch& launch, uint64_t seed, const MemoryMap& memory);
+  // Runs blocks until all have ended, something was wrong (what came first;
+  // the launch ends there), or every thread of a block pauses. After the last
+  // it may go on, on any thread of the system.
+  Outcome go_on(Violation* violation);
+  // The launch ends where it is.
+  void abandon();
   static Machine* current() { return active; }
 
   Fiber& fiber() { return *now; }
   unsigned lane() const { return now->number % WARP; }
   void block_barrier(Place place);
+  // Lets others run; goes on when they have done something, or when the
+  // suspended launch does.
+  void pause(Place place);
+  // How often the launch has gone on: its clock.
+  uint64_t resumptions() const { return resumed; }
   void collective(Request& request);
   void access(const void* address, size_t bytes, Access kind, const void* pc);
   void* static_shared(SharedSite& site);
@@ -107,8 +123,9 @@ class Machine {
   Dim3 block_at{};
 
  private:
-  void prepare_launch(const Launch& what, uint64_t seed, const MemoryMap& map);
-  bool run_block();
+  void begin_block();
+  Outcome run_block();
+  void wake_paused();
   void leave(Wait wait, const char* what, Place place);
   void switch_to(Fiber* next);
   Fiber* pick();
@@ -135,6 +152,12 @@ class Machine {
   void* main_bottom = nullptr;
   size_t main_size = 0;
   unsigned threads = 0, at_barrier = 0, exited = 0;
+  std::vector<unsigned> paused;
+  bool progress = false;  // a thread did more than pause since all were woken
+  uint64_t resumed = 0, idle = 0;
+  std::vector<uint32_t> order;  // of blocks
+  uint64_t blocks = 0, next_block = 0;
+  bool in_block = false;
   uint32_t block_number = 0, barriers = 0;
   bool failed = false;
   Violation found;
@@ -161,6 +184,20 @@ class Machine {
   std::vector<uint32_t> site_at;
   uint32_t launch_number = 0;
   unsigned char poison = 0xcd;
+};
+
+// A launch that has begun: a machine of its own until it has ended.
+class Running {
+ public:
+  Running(const Launch& launch, uint64_t seed, const MemoryMap& memory);
+  ~Running();
+  Running(const Running&) = delete;
+  void operator=(const Running&) = delete;
+  Outcome go_on(Violation* violation) { return machine->go_on(violation); }
+
+ private:
+  const Launch launch;
+  std::unique_ptr<Machine> machine;
 };
 
 }  // namespace standin

@@ -19,6 +19,8 @@ void* shared_static(SharedSite& site) { return machine().static_shared(site); }
 void* shared_dynamic() { return machine().dynamic_shared(); }
 
 void block_barrier(const char* file, unsigned line) { machine().block_barrier({file, line}); }
+void pause_thread(const char* file, unsigned line) { machine().pause({file, line}); }
+uint64_t nanoseconds() { return machine().resumptions(); }
 
 static Request request(const char* what, unsigned mask, const char* file, unsigned line,
                        void (*run)(Request* const*)) {
@@ -211,6 +213,16 @@ int32_t atomic_signed(Atomic how, void* address, int32_t value) {
 uint64_t atomic_64(Atomic how, void* address, uint64_t value) {
   check_atomic(address, 8, __builtin_return_address(0));
   return update(how, static_cast<uint64_t*>(address), value);
+}
+
+uint64_t load_acquire(const void* address) {
+  check_atomic(const_cast<void*>(address), 8, __builtin_return_address(0));
+  return __atomic_load_n(static_cast<const uint64_t*>(address), __ATOMIC_ACQUIRE);
+}
+
+void store_release(void* address, uint64_t value) {
+  check_atomic(address, 8, __builtin_return_address(0));
+  __atomic_store_n(static_cast<uint64_t*>(address), value, __ATOMIC_RELEASE);
 }
 
 uint32_t atomic_compare(void* address, uint32_t expected, uint32_t value) {

@@ -151,6 +151,13 @@ impl Standin {
         self.command(&format!("order={seed}"));
     }
 
+    /// How often in a row a launch may go on without a thread doing more than
+    /// to pause again; once more is a violation. The clock that kernels see
+    /// counts how often theirs has gone on.
+    pub fn set_spins(&self, spins: u64) {
+        self.command(&format!("spins={spins}"));
+    }
+
     /// Device memory there is.
     pub fn set_vram(&self, bytes: u64) {
         self.command(&format!("vram={bytes}"));

@@ -3,4 +3,5 @@
 
 mod driver;
 mod kernels;
+mod spins;
 mod support;

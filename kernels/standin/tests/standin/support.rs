@@ -44,11 +44,28 @@ pub struct Pinned {
     bytes: usize,
 }
 
+// SAFETY: `store`, the only method that takes it shared and writes, is atomic.
+unsafe impl Sync for Pinned {}
+
 impl Pinned {
     pub fn set(&mut self, at: usize, byte: u8) {
         assert!(at < self.bytes);
         // SAFETY: inside the block; the stand-in touches it only in calls.
         unsafe { *self.at.add(at) = byte }
+    }
+
+    /// Where kernels find it.
+    pub fn address(&self) -> u64 {
+        self.at as u64
+    }
+
+    /// Word `index` of 8 bytes, which a kernel may read meanwhile.
+    pub fn store(&self, index: usize, word: u64) {
+        assert!(8 * index + 8 <= self.bytes);
+        // SAFETY: inside the block, which is page-aligned; others touch the
+        // word as an atomic one as well.
+        unsafe { std::sync::atomic::AtomicU64::from_ptr(self.at.cast::<u64>().add(index)) }
+            .store(word, std::sync::atomic::Ordering::Release);
     }
 
     pub fn fill(&mut self, byte: u8) {
@@ -131,6 +148,27 @@ impl Machine {
     pub fn read_words(&self, address: u64, count: usize) -> Vec<u32> {
         let bytes = self.read(address, 4 * count);
         bytes.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
+    }
+
+    /// Sets words of 4 bytes.
+    pub fn fill_words(&self, to: u64, word: u32, count: usize, stream: Stream) -> Code<()> {
+        // SAFETY: see above.
+        code(unsafe { sys::cuMemsetD32Async(to, word, count, stream.0).result() })
+    }
+
+    /// Whether everything in `stream` has ended.
+    pub fn query_stream(&self, stream: Stream) -> Code<()> {
+        // SAFETY: see above.
+        code(unsafe { sys::cuStreamQuery(stream.0).result() })
+    }
+
+    pub fn synchronize_event(&self, event: Event) -> Code<()> {
+        // SAFETY: see above.
+        code(unsafe { result::event::synchronize(event.0) })
+    }
+
+    pub fn synchronize_all(&self) -> Code<()> {
+        code(result::ctx::synchronize())
     }
 
     pub fn copy_in(&self, to: u64, from: &Pinned, stream: Stream) -> Code<()> {
@@ -225,9 +263,9 @@ impl Machine {
         self.synchronize(stream)
     }
 
-    /// What `work` puts into `stream`, as a graph.
+    /// What `work` puts into `stream`, as a graph. `work` may load modules.
     pub fn capture(&self, stream: Stream, work: impl FnOnce()) -> Code<Graph> {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: see above.
         unsafe {
             code(result::stream::begin_capture(stream.0, mode))?;
