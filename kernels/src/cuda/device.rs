@@ -2,6 +2,7 @@
 
 use super::driver::Driver;
 use super::error::{CudaError, Version};
+use super::mapped::Mapped;
 use super::memory::{Arena, Pinned};
 use super::module::{Kernel, ModuleCache, Modules};
 use super::stream::{Events, Stream};
@@ -138,6 +139,15 @@ impl Device {
     /// [`CudaError::OutOfPinned`], and the driver's.
     pub fn pinned(&self, bytes: usize) -> Result<Pinned, CudaError> {
         Pinned::new(&self.0.driver, bytes)
+    }
+
+    /// Allocates page-locked host memory that kernels and the host use at the
+    /// same time; all zeros.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfPinned`], and the driver's.
+    pub fn mapped(&self, bytes: usize) -> Result<Mapped, CudaError> {
+        Mapped::new(&self.0.driver, bytes)
     }
 
     /// Kernel `name` of `kernels/cuda/<module>.cu`; its module is loaded when

@@ -15,9 +15,11 @@
 //! gone; [`Driver::open`] is the only way to a `Driver`, and makes one only
 //! when the library is there and has every function.
 
+mod graphs;
 mod kernels;
 mod opening;
 
+pub(super) use graphs::GraphHandle;
 pub(super) use kernels::{FunctionAttributes, Launch};
 
 use super::error::{self, CudaError};
@@ -26,7 +28,7 @@ use cudarc::driver::sys;
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// A GPU's context.
 pub(super) struct Driver {
@@ -37,12 +39,19 @@ pub(super) struct Driver {
     sticky: OnceLock<CudaError>,
     /// Calls that were made.
     calls: AtomicU64,
+    /// Captures under way.
+    captures: AtomicUsize,
 }
 
 /// Device memory of [`Driver::allocate`], in bytes behind its address.
 pub(super) struct Block(u64);
 /// Page-locked host memory of [`Driver::allocate_pinned`].
 pub(super) struct PinnedBlock(usize);
+/// The same of [`Driver::allocate_mapped`], and where the device finds it.
+pub(super) struct MappedBlock {
+    host: PinnedBlock,
+    address: u64,
+}
 pub(super) struct StreamHandle(usize);
 pub(super) struct EventHandle(usize);
 pub(super) struct ModuleHandle(usize);
@@ -59,6 +68,16 @@ impl Block {
 impl PinnedBlock {
     pub fn pointer(&self) -> *mut u8 {
         self.0 as *mut u8
+    }
+}
+
+impl MappedBlock {
+    pub fn pointer(&self) -> *mut u8 {
+        self.host.pointer()
+    }
+
+    pub fn address(&self) -> u64 {
+        self.address
     }
 }
 
@@ -166,8 +185,45 @@ impl Driver {
     /// Page-locked memory of every context, cached by the CPU as usual,
     /// page-aligned.
     pub fn allocate_pinned(&self, bytes: usize) -> Result<PinnedBlock, CudaError> {
+        self.allocate_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE as c_uint)
+    }
+
+    /// The same that kernels may read and write.
+    pub fn allocate_mapped(&self, bytes: usize) -> Result<MappedBlock, CudaError> {
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        let host = self.allocate_host(bytes, flags as c_uint)?;
+        let mut address: sys::CUdeviceptr = 0;
+        // SAFETY: pointer to a local; a live block; no flags.
+        let found = self.with_context("cuMemHostGetDevicePointer", || unsafe {
+            (self.functions.cuMemHostGetDevicePointer_v2)(
+                &mut address,
+                host.pointer().cast(),
+                0,
+            )
+        });
+        match found {
+            Ok(()) => Ok(MappedBlock { host, address }),
+            Err(error) => {
+                self.free_pinned(host);
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits for the device, which may be using the block.
+    pub fn free_mapped(&self, block: MappedBlock) {
+        // SAFETY: no arguments.
+        let ended = self.with_context("cuCtxSynchronize", || unsafe {
+            (self.functions.cuCtxSynchronize)()
+        });
+        // Else it is leaked: the device may go on using it.
+        if ended.is_ok() {
+            self.free_pinned(block.host);
+        }
+    }
+
+    fn allocate_host(&self, bytes: usize, flags: c_uint) -> Result<PinnedBlock, CudaError> {
         let mut pointer: *mut c_void = ptr::null_mut();
-        let flags = sys::CU_MEMHOSTALLOC_PORTABLE as c_uint;
         // SAFETY: pointer to a local.
         let result = self.with_context("cuMemHostAlloc", || unsafe {
             (self.functions.cuMemHostAlloc)(&mut pointer, bytes, flags)
@@ -183,9 +239,9 @@ impl Driver {
     }
 
     pub fn free_pinned(&self, block: PinnedBlock) {
-        // SAFETY: the block is of `allocate_pinned` and gone after this; no
-        // copy uses it (`Ticket` and `Link` own what copies use). Errors as in
-        // `free`.
+        // SAFETY: the block is of `allocate_host` and gone after this; no
+        // copy uses it (`Ticket` and `Link` own what copies use), and no
+        // kernel (`free_mapped` has waited). Errors as in `free`.
         let _ = self.with_context("cuMemFreeHost", || unsafe {
             (self.functions.cuMemFreeHost)(block.0 as *mut c_void)
         });
@@ -220,6 +276,17 @@ impl Driver {
         self.with_context("cuStreamSynchronize", || unsafe {
             (self.functions.cuStreamSynchronize)(stream.raw())
         })
+    }
+
+    /// Whether everything that was submitted has ended.
+    pub fn is_idle(&self, stream: &StreamHandle) -> Result<bool, CudaError> {
+        // SAFETY: a live stream.
+        let query = || unsafe { (self.functions.cuStreamQuery)(stream.raw()) };
+        match self.with_context("cuStreamQuery", query) {
+            Ok(()) => Ok(true),
+            Err(CudaError::Api { code: error::NOT_READY, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     pub fn event(&self, kind: EventKind) -> Result<EventHandle, CudaError> {
@@ -329,6 +396,15 @@ impl Driver {
         // `Stream::copy`, takes them from there.
         self.with_context("cuMemcpyDtoDAsync", || unsafe {
             (self.functions.cuMemcpyDtoDAsync_v2)(to, from, bytes, stream.raw())
+        })
+    }
+
+    /// Sets a word of device memory.
+    pub fn set_word(&self, to: u64, word: u32, stream: &StreamHandle) -> Result<(), CudaError> {
+        // SAFETY: the word lies in a span of a live arena: the only caller,
+        // `flight.rs`, takes it from there.
+        self.with_context("cuMemsetD32Async", || unsafe {
+            (self.functions.cuMemsetD32Async)(to, word, 1, stream.raw())
         })
     }
 

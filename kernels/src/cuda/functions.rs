@@ -7,7 +7,7 @@
 //! enumeration.
 
 use cudarc::driver::sys;
-use std::ffi::{c_char, c_int, c_uchar, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 
 /// What is not on this machine.
 pub(super) enum Missing {
@@ -75,6 +75,7 @@ macro_rules! functions {
 functions! {
     fn cuCtxGetStreamPriorityRange(*mut c_int, *mut c_int);
     fn cuCtxSetCurrent(sys::CUcontext);
+    fn cuCtxSynchronize();
     fn cuDeviceGet(*mut sys::CUdevice, c_int);
     fn cuDeviceGetAttribute(*mut c_int, sys::CUdevice_attribute, sys::CUdevice);
     fn cuDeviceGetCount(*mut c_int);
@@ -92,6 +93,10 @@ functions! {
     fn cuFuncGetAttribute(*mut c_int, sys::CUfunction_attribute, sys::CUfunction);
     fn cuFuncGetParamInfo(sys::CUfunction, usize, *mut usize, *mut usize);
     fn cuFuncSetAttribute(sys::CUfunction, sys::CUfunction_attribute, c_int);
+    fn cuGraphDestroy(sys::CUgraph);
+    fn cuGraphExecDestroy(sys::CUgraphExec);
+    fn cuGraphInstantiateWithFlags(*mut sys::CUgraphExec, sys::CUgraph, c_ulonglong);
+    fn cuGraphLaunch(sys::CUgraphExec, sys::CUstream);
     fn cuInit(c_uint);
     fn cuLaunchKernel(sys::CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, sys::CUstream, *mut *mut c_void, *mut *mut c_void);
     fn cuMemAlloc_v2(*mut sys::CUdeviceptr, usize);
@@ -99,15 +104,21 @@ functions! {
     fn cuMemFree_v2(sys::CUdeviceptr);
     fn cuMemGetInfo_v2(*mut usize, *mut usize);
     fn cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
+    fn cuMemHostGetDevicePointer_v2(*mut sys::CUdeviceptr, *mut c_void, c_uint);
     fn cuMemcpyDtoDAsync_v2(sys::CUdeviceptr, sys::CUdeviceptr, usize, sys::CUstream);
     fn cuMemcpyDtoHAsync_v2(*mut c_void, sys::CUdeviceptr, usize, sys::CUstream);
     fn cuMemcpyHtoDAsync_v2(sys::CUdeviceptr, *const c_void, usize, sys::CUstream);
+    fn cuMemsetD32Async(sys::CUdeviceptr, c_uint, usize, sys::CUstream);
     fn cuMemsetD8Async(sys::CUdeviceptr, c_uchar, usize, sys::CUstream);
     fn cuModuleGetFunction(*mut sys::CUfunction, sys::CUmodule, *const c_char);
     fn cuModuleLoadDataEx(*mut sys::CUmodule, *const c_void, c_uint, *mut sys::CUjit_option, *mut *mut c_void);
     fn cuModuleUnload(sys::CUmodule);
+    fn cuStreamBeginCapture_v2(sys::CUstream, sys::CUstreamCaptureMode);
     fn cuStreamCreateWithPriority(*mut sys::CUstream, c_uint, c_int);
     fn cuStreamDestroy_v2(sys::CUstream);
+    fn cuStreamEndCapture(sys::CUstream, *mut sys::CUgraph);
+    fn cuStreamQuery(sys::CUstream);
     fn cuStreamSynchronize(sys::CUstream);
     fn cuStreamWaitEvent(sys::CUstream, sys::CUevent, c_uint);
+    fn cuThreadExchangeStreamCaptureMode(*mut sys::CUstreamCaptureMode);
 }

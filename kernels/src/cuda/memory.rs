@@ -5,7 +5,7 @@
 //! one owner; copies take that owner by value and give it back when they have
 //! ended (`ticket.rs`, `link.rs`), so no slice of it exists meanwhile.
 
-use super::driver::{Block, Driver, PinnedBlock};
+use super::driver::{Block, Driver, MappedBlock, PinnedBlock};
 use super::error::CudaError;
 use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
@@ -28,7 +28,14 @@ pub struct Arena {
 struct Memory {
     driver: Arc<Driver>,
     /// Taken by `drop`.
-    block: Option<Block>,
+    block: Option<Held>,
+}
+
+/// What a span lies in.
+enum Held {
+    Device(Block),
+    /// Of [`super::Mapped`].
+    Host(MappedBlock),
 }
 
 impl fmt::Debug for Arena {
@@ -51,8 +58,10 @@ impl fmt::Debug for Pinned {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if let Some(block) = self.block.take() {
-            self.driver.free(block);
+        match self.block.take() {
+            Some(Held::Device(block)) => self.driver.free(block),
+            Some(Held::Host(block)) => self.driver.free_mapped(block),
+            None => {}
         }
     }
 }
@@ -63,7 +72,7 @@ impl Arena {
             .checked_add(PADDING_BYTES)
             .ok_or_else(|| CudaError::shape("arena", format!("{bytes} bytes overflow")))?;
         let block = driver.allocate(padded)?;
-        let memory = Memory { driver: driver.clone(), block: Some(block) };
+        let memory = Memory { driver: driver.clone(), block: Some(Held::Device(block)) };
         Ok(Self { memory: Arc::new(memory), bytes, taken: Mutex::new(0) })
     }
 
@@ -121,7 +130,8 @@ impl Arena {
     }
 }
 
-/// A range of an [`Arena`], which it keeps alive.
+/// A range of an [`Arena`] or of [`super::Mapped`] memory, which it keeps
+/// alive.
 #[derive(Clone)]
 pub struct Span {
     memory: Arc<Memory>,
@@ -131,10 +141,29 @@ pub struct Span {
 }
 
 impl Span {
+    /// All of a mapped block, whose `bytes` have the padding behind them.
+    pub(super) fn of_mapped(driver: &Arc<Driver>, block: MappedBlock, bytes: usize) -> Self {
+        let memory = Memory { driver: driver.clone(), block: Some(Held::Host(block)) };
+        Self { memory: Arc::new(memory), offset: 0, bytes }
+    }
+
     /// Where it starts, for the device.
     pub fn address(&self) -> u64 {
-        let block = self.memory.block.as_ref();
-        block.map_or(0, |block| block.address() + self.offset as u64)
+        match &self.memory.block {
+            Some(Held::Device(block)) => block.address() + self.offset as u64,
+            Some(Held::Host(block)) => block.address() + self.offset as u64,
+            None => 0,
+        }
+    }
+
+    /// Whether it is memory of the host, of [`super::Mapped`].
+    pub(super) fn is_mapped(&self) -> bool {
+        matches!(self.memory.block, Some(Held::Host(_)))
+    }
+
+    /// Whether both keep the same allocation alive.
+    pub(super) fn shares_memory(&self, other: &Span) -> bool {
+        Arc::ptr_eq(&self.memory, &other.memory)
     }
 
     pub fn bytes(&self) -> usize {

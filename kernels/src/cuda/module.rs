@@ -116,15 +116,18 @@ impl ModuleCache {
         let handle = loaded.module.handle.as_ref();
         let handle = handle.ok_or_else(|| bad("is being unloaded".to_string()))?;
         let name_bytes = CString::new(name).map_err(|error| bad(error.to_string()))?;
-        let function = driver.function(handle, &name_bytes).map_err(|error| match error {
-            CudaError::Api { code: NOT_FOUND, .. } => bad(format!("has no kernel {name}")),
-            error => error,
+        let (function, attributes) = driver.beside_captures(|| {
+            let function = driver.function(handle, &name_bytes).map_err(|error| match error {
+                CudaError::Api { code: NOT_FOUND, .. } => bad(format!("has no kernel {name}")),
+                error => error,
+            })?;
+            Ok((function, driver.function_attributes(function)?))
         })?;
         let kernel = Kernel(Arc::new(Entry {
             module: loaded.module.clone(),
             name: name.to_string(),
             function,
-            attributes: driver.function_attributes(function)?,
+            attributes,
             shared_bytes_limit: self.shared_bytes_limit,
             shared_bytes_allowed: AtomicU32::new(0),
         }));
@@ -145,7 +148,8 @@ impl ModuleCache {
         module: &str,
     ) -> Result<&'a mut Loaded, CudaError> {
         if !modules.contains_key(module) {
-            let handle = driver.load(module, &self.image(module)?)?;
+            let image = self.image(module)?;
+            let handle = driver.beside_captures(|| driver.load(module, &image))?;
             let handle = Module { driver: driver.clone(), handle: Some(handle) };
             let loaded = Loaded { module: Arc::new(handle), kernels: HashMap::new() };
             modules.insert(module.to_string(), loaded);
@@ -199,6 +203,10 @@ impl fmt::Debug for Kernel {
 impl Kernel {
     pub(super) fn function(&self) -> FunctionHandle {
         self.0.function
+    }
+
+    pub(super) fn is_same(&self, other: &Kernel) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// Refuses a launch that the kernel cannot take.

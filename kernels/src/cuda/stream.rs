@@ -1,8 +1,9 @@
 //! Queues of work on the device, and events that mark a place in them.
 
 use super::args::{Args, MOST};
-use super::driver::{Driver, EventHandle, EventKind, Launch, StreamHandle};
+use super::driver::{Driver, EventHandle, EventKind, GraphHandle, Launch, StreamHandle};
 use super::error::CudaError;
+use super::graph::Kept;
 use super::memory::{Pinned, Span};
 use super::module::Kernel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,8 @@ struct Inner {
     events: Arc<Events>,
     /// What `upload` and `download` copy through; made by the first of them.
     staging: Mutex<Option<Pinned>>,
+    /// What the launches use, while they are captured.
+    capture: Mutex<Option<Kept>>,
 }
 
 impl Drop for Inner {
@@ -57,16 +60,44 @@ impl Stream {
     ) -> Result<Self, CudaError> {
         let handle = Some(driver.stream(urgent)?);
         let (driver, events) = (driver.clone(), events.clone());
-        Ok(Self(Arc::new(Inner { driver, handle, events, staging: Mutex::new(None) })))
+        let (staging, capture) = (Mutex::default(), Mutex::default());
+        Ok(Self(Arc::new(Inner { driver, handle, events, staging, capture })))
     }
 
     pub(super) fn driver(&self) -> &Arc<Driver> {
         &self.0.driver
     }
 
+    /// For everything but launches.
     pub(super) fn handle(&self) -> Result<&StreamHandle, CudaError> {
+        if self.capture().is_some() {
+            let problem = "only launches can be captured: no copies, no waiting, no events";
+            return Err(CudaError::shape("stream", problem));
+        }
+        self.any_handle()
+    }
+
+    fn any_handle(&self) -> Result<&StreamHandle, CudaError> {
         let gone = || CudaError::shape("stream", "used while it is dropped");
         self.0.handle.as_ref().ok_or_else(gone)
+    }
+
+    fn capture(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.0.capture.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Launches of this thread are kept from now on.
+    pub(super) fn begin_capture(&self) -> Result<(), CudaError> {
+        self.driver().begin_capture(self.handle()?)?;
+        *self.capture() = Some(Kept::default());
+        Ok(())
+    }
+
+    /// What was launched since, and what it uses.
+    pub(super) fn end_capture(&self) -> Result<(GraphHandle, Kept), CudaError> {
+        let kept = self.capture().take();
+        let graph = self.driver().end_capture(self.any_handle()?)?;
+        Ok((graph, kept.unwrap_or_default()))
     }
 
     /// Launches a kernel; returns before it runs. For launchers alone: number
@@ -90,7 +121,17 @@ impl Stream {
             shared_bytes: grid.shared_bytes,
             cells: args.cells(),
         };
-        self.driver().launch(&launch, self.handle()?)
+        self.driver().launch(&launch, self.any_handle()?)?;
+        if let Some(kept) = self.capture().as_mut() {
+            kept.launch(kernel, args.spans());
+        }
+        Ok(())
+    }
+
+    /// Whether everything that was submitted here has ended. Does not wait;
+    /// finds errors of the work.
+    pub fn query(&self) -> Result<bool, CudaError> {
+        self.driver().is_idle(self.handle()?)
     }
 
     /// Waits until everything that was submitted here has ended.
@@ -198,6 +239,9 @@ impl Stream {
         }
         if !span.is_of(self.driver()) {
             return Err(CudaError::shape(call, "the span is of another device"));
+        }
+        if span.is_mapped() {
+            return Err(CudaError::shape(call, "the span is mapped memory of the host"));
         }
         Ok(())
     }

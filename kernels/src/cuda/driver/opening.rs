@@ -7,7 +7,7 @@ use cudarc::driver::sys;
 use std::ffi::c_int;
 use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 /// Numbers of a device that never change.
 pub(in crate::cuda) struct Attributes {
@@ -77,7 +77,8 @@ impl Driver {
         opening("cuDevicePrimaryCtxRetain", code)?;
         let context = context as usize;
         let (sticky, calls) = (OnceLock::new(), AtomicU64::new(0));
-        let driver = Self { functions, device, context, sticky, calls };
+        let captures = AtomicUsize::new(0);
+        let driver = Self { functions, device, context, sticky, calls, captures };
         driver.bind()?;
         Ok((driver, attributes))
     }
