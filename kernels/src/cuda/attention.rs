@@ -255,8 +255,13 @@ pub fn attend(device: &Device, stream: &Stream, call: Attend<'_>) -> Result<(), 
         threads: [128, 1, 1],
         shared_bytes: shared_bytes(plan.tile, keys.width) as u32,
     };
-    let name = format!("attend_{}_q{}", keys.format.suffix(), plan.tile);
-    stream.launch(&device.kernel(MODULE, &name)?, grid, args)?;
+    let ending = match plan.tile {
+        1 => "_q1",
+        4 => "_q4",
+        _ => "_q8",
+    };
+    let pieces = ["attend_", keys.format.suffix(), ending];
+    stream.launch(&device.kernel(MODULE, &pieces)?, grid, args)?;
     if !plan.merges_apart {
         return Ok(());
     }
@@ -273,5 +278,5 @@ pub fn attend(device: &Device, stream: &Stream, call: Attend<'_>) -> Result<(), 
         .i32(gate_stride);
     let jobs = rows * values.width.div_ceil(128);
     let grid = Grid::new(blocks(CALL, jobs.div_ceil(WARPS))?, 128);
-    stream.launch(&device.kernel(MODULE, "attention_merge")?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["attention_merge"])?, grid, args)
 }

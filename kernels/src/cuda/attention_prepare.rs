@@ -127,8 +127,7 @@ pub fn prepare_heads(
         return Ok(());
     }
     let norm = call.norms.map_or(0, |norms| 1 + i32::from(norms.is_whole));
-    let name = format!("attention_prepare_{}", call.keys.format.suffix());
-    let kernel = device.kernel(MODULE, &name)?;
+    let kernel = device.kernel(MODULE, &["attention_prepare_", call.keys.format.suffix()])?;
     let args = Args::new().span(call.q_raw).span(call.k_raw).span(call.v_raw);
     let args = optional(args, call.norms.map(|norms| norms.q));
     let args = optional(args, call.norms.map(|norms| norms.k))
@@ -233,8 +232,7 @@ pub fn prepare_latent(
     if tokens == 0 {
         return Ok(());
     }
-    let kernel =
-        device.kernel(MODULE, &format!("latent_prepare_{}", call.cells.format.suffix()))?;
+    let kernel = device.kernel(MODULE, &["latent_prepare_", call.cells.format.suffix()])?;
     let args = Args::new()
         .span(call.q_raw)
         .span(call.kv_raw)

@@ -157,7 +157,7 @@ pub fn delta_conv(device: &Device, stream: &Stream, call: DeltaConv<'_>) -> Resu
         threads: [128, 1, 1],
         shared_bytes: 0,
     };
-    stream.launch(&device.kernel(MODULE, "delta_conv")?, grid, args)?;
+    stream.launch(&device.kernel(MODULE, &["delta_conv"])?, grid, args)?;
     if rows == 1 {
         return Ok(());
     }
@@ -168,7 +168,7 @@ pub fn delta_conv(device: &Device, stream: &Stream, call: DeltaConv<'_>) -> Resu
         .i32(int(CALL, "channels", channels)?)
         .i32(int(CALL, "kernel", kernel)?);
     let grid = Grid::new(blocks(CALL, channels.div_ceil(128))?, 128);
-    stream.launch(&device.kernel(MODULE, "delta_conv_keep")?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["delta_conv_keep"])?, grid, args)
 }
 
 /// What steps and chunks share.
@@ -271,7 +271,7 @@ pub fn delta_decode(
         threads: [32, 1, 1],
         shared_bytes: (4 * shape.key_dim * (COLUMNS + 2)) as u32,
     };
-    stream.launch(&device.kernel(MODULE, "delta_decode")?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["delta_decode"])?, grid, args)
 }
 
 /// A prompt, or a piece of one, in chunks of 64 tokens.
@@ -327,7 +327,7 @@ pub fn delta_prefill(
         .i32(int(CALL, "tokens", tokens)?);
     let args = shape.args(CALL, args)?.i32(i32::from(shape.is_tiled));
     let grid = Grid { blocks: [blocks(CALL, chunks)?, heads, 1], threads, shared_bytes: 0 };
-    stream.launch(&device.kernel(MODULE, "delta_chunk_scores")?, grid, args)?;
+    stream.launch(&device.kernel(MODULE, &["delta_chunk_scores"])?, grid, args)?;
 
     let args = Args::new()
         .span(inputs.mixed)
@@ -338,7 +338,7 @@ pub fn delta_prefill(
     let args = shape.args(CALL, args)?.i32(i32::from(shape.is_tiled));
     let shared_bytes = (4 * shape.key_dim * COLUMNS + TILES_BYTES) as u32;
     let grid = Grid { blocks: [heads, blocks(CALL, shape.slices())?, 1], threads, shared_bytes };
-    stream.launch(&device.kernel(MODULE, "delta_chunk_scan")?, grid, args)?;
+    stream.launch(&device.kernel(MODULE, &["delta_chunk_scan"])?, grid, args)?;
 
     let args = Args::new()
         .span(inputs.norm)
@@ -350,5 +350,5 @@ pub fn delta_prefill(
         .f32(inputs.norm_epsilon);
     let rows = tokens * shape.value_heads;
     let grid = Grid::new(blocks(CALL, rows.div_ceil(WARPS))?, 128);
-    stream.launch(&device.kernel(MODULE, "delta_norm_gate")?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["delta_norm_gate"])?, grid, args)
 }

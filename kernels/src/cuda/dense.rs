@@ -138,7 +138,7 @@ pub fn norm(device: &Device, stream: &Stream, call: Norm<'_>) -> Result<(), Cuda
         threads: [threads, 1, 1],
         shared_bytes: 4 * (width as u32 + 48),
     };
-    stream.launch(&device.kernel(MODULE, "norm_rows")?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["norm_rows"])?, grid, args)
 }
 
 /// `x += factor * delta`, both f32 of `count` elements; moves 12 bytes each.
@@ -163,7 +163,7 @@ pub fn add_scaled(
     int(CALL, "count", count.saturating_add(1024))?;
     let args = Args::new().span(x).span(delta).f32(factor).i32(count as i32);
     let grid = Grid::new(count.div_ceil(4 * THREADS as usize) as u32, THREADS);
-    stream.launch(&device.kernel(MODULE, "add_scaled")?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["add_scaled"])?, grid, args)
 }
 
 /// Quantises rows of f32.
@@ -212,7 +212,8 @@ pub fn quantise(device: &Device, stream: &Stream, call: Quantise<'_>) -> Result<
     let threads = 64;
     let blocks = [cols.div_ceil(8 * threads as usize) as u32, int(CALL, "rows", rows)? as u32, 1];
     let grid = Grid { blocks, threads: [threads, 1, 1], shared_bytes: 0 };
-    stream.launch(&device.kernel(MODULE, &format!("quantise_{}", to.group))?, grid, args)
+    let name = if to.group == 32 { "quantise_32" } else { "quantise_256" };
+    stream.launch(&device.kernel(MODULE, &[name])?, grid, args)
 }
 
 /// Elements between the inputs, or outputs, of neighbouring tokens and
@@ -327,17 +328,16 @@ pub fn gemv(device: &Device, stream: &Stream, call: Gemv<'_>) -> Result<(), Cuda
     }
     let args =
         Args::new().span(&call.weight.span.part(call.weight.offset..call.weight.span.bytes()));
-    let (args, name) = match call.x {
-        Input::Floats(x) if call.tokens == 1 => (args.span(x), format!("gemv_{}", suffix(format))),
-        Input::Floats(x) => (args.span(x), format!("gemv_{}_many", suffix(format))),
-        Input::Quantised(x) => {
-            (args.span(&x.q).span(&x.scales).span(&x.sums), format!("gemv_{}", suffix(format)))
-        }
+    let (args, ending) = match call.x {
+        Input::Floats(x) if call.tokens == 1 => (args.span(x), ""),
+        Input::Floats(x) => (args.span(x), "_many"),
+        Input::Quantised(x) => (args.span(&x.q).span(&x.scales).span(&x.sums), ""),
     };
     let args = call.sizes(CALL, optional(args, call.bias).span(call.out))?;
     let (tokens, count) = (call.tokens, call.matrices);
     let grid = Rows { format, rows, cols, tokens, count, is_paired: false }.grid(device);
-    stream.launch(&device.kernel(MODULE, &name)?, grid, args)
+    let kernel = device.kernel(MODULE, &["gemv_", suffix(format), ending])?;
+    stream.launch(&kernel, grid, args)
 }
 
 /// `out[t, m, c] = sum_r x[t, m, r] * W[m, r, c]`, one fused multiply-add per
@@ -363,7 +363,7 @@ pub fn transposed(device: &Device, stream: &Stream, call: Gemv<'_>) -> Result<()
     let each = if format.block_len() == 256 { 256 } else { 64 };
     let blocks = [cols.div_ceil(each) as u32, int(CALL, "matrices", call.matrices)? as u32, 1];
     let grid = Grid { blocks, threads: [each as u32, 1, 1], shared_bytes: 0 };
-    stream.launch(&device.kernel(MODULE, &format!("transposed_{}", suffix(format)))?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["transposed_", suffix(format)])?, grid, args)
 }
 
 /// Rows of a table as floats.
@@ -410,5 +410,5 @@ pub fn embed(device: &Device, stream: &Stream, call: Embed<'_>) -> Result<(), Cu
         .span(out);
     let blocks = [cols.div_ceil(THREADS as usize) as u32, int(CALL, "tokens", tokens)? as u32, 1];
     let grid = Grid { blocks, threads: [THREADS, 1, 1], shared_bytes: 0 };
-    stream.launch(&device.kernel(MODULE, &format!("embed_{}", suffix(format)))?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["embed_", suffix(format)])?, grid, args)
 }

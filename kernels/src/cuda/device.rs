@@ -2,6 +2,7 @@
 
 use super::driver::Driver;
 use super::error::{CudaError, Version};
+use super::kernel_table::KernelName;
 use super::mapped::Mapped;
 use super::memory::{Arena, Pinned};
 use super::module::{Kernel, ModuleCache, Modules};
@@ -150,14 +151,14 @@ impl Device {
         Mapped::new(&self.0.driver, bytes)
     }
 
-    /// Kernel `name` of `kernels/cuda/<module>.cu`; its module is loaded when
-    /// it is first asked for.
+    /// A kernel of `kernels/cuda/<module>.cu`, whose name is `pieces` one
+    /// behind the other; its module is loaded when it is first asked for.
     ///
     /// # Errors
     /// [`CudaError::BadModule`] when there is no such module or kernel, or the
     /// driver does not take it.
-    pub(super) fn kernel(&self, module: &str, name: &str) -> Result<Kernel, CudaError> {
-        self.0.modules.kernel(&self.0.driver, module, name)
+    pub(super) fn kernel(&self, module: &str, pieces: &[&str]) -> Result<Kernel, CudaError> {
+        self.0.modules.kernel(&self.0.driver, KernelName { module, pieces })
     }
 
     /// Loads `kernels/cuda/<module>.cu` now: a driver that has not seen its PTX

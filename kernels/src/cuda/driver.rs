@@ -195,11 +195,7 @@ impl Driver {
         let mut address: sys::CUdeviceptr = 0;
         // SAFETY: pointer to a local; a live block; no flags.
         let found = self.with_context("cuMemHostGetDevicePointer", || unsafe {
-            (self.functions.cuMemHostGetDevicePointer_v2)(
-                &mut address,
-                host.pointer().cast(),
-                0,
-            )
+            (self.functions.cuMemHostGetDevicePointer_v2)(&mut address, host.pointer().cast(), 0)
         });
         match found {
             Ok(()) => Ok(MappedBlock { host, address }),
@@ -213,9 +209,8 @@ impl Driver {
     /// Waits for the device, which may be using the block.
     pub fn free_mapped(&self, block: MappedBlock) {
         // SAFETY: no arguments.
-        let ended = self.with_context("cuCtxSynchronize", || unsafe {
-            (self.functions.cuCtxSynchronize)()
-        });
+        let ended = self
+            .with_context("cuCtxSynchronize", || unsafe { (self.functions.cuCtxSynchronize)() });
         // Else it is leaked: the device may go on using it.
         if ended.is_ok() {
             self.free_pinned(block.host);

@@ -174,8 +174,8 @@ pub fn gate_up(device: &Device, stream: &Stream, call: GateUp<'_>) -> Result<(),
         is_paired: true,
     }
     .grid(device);
-    let name = format!("expert_gate_up_{}", suffix(gate.format));
-    stream.launch(&device.kernel(MODULE, &name)?, grid, args)
+    let kernel = device.kernel(MODULE, &["expert_gate_up_", suffix(gate.format)])?;
+    stream.launch(&kernel, grid, args)
 }
 
 /// The second half of experts: down.
@@ -232,8 +232,8 @@ pub fn down(device: &Device, stream: &Stream, call: Down<'_>) -> Result<(), Cuda
         is_paired: false,
     }
     .grid(device);
-    let name = format!("expert_down_{}", suffix(down.format));
-    stream.launch(&device.kernel(MODULE, &name)?, grid, args)
+    let kernel = device.kernel(MODULE, &["expert_down_", suffix(down.format)])?;
+    stream.launch(&kernel, grid, args)
 }
 
 /// What a block's experts add to the stream.
@@ -303,5 +303,5 @@ pub fn combine(device: &Device, stream: &Stream, call: Combine<'_>) -> Result<()
     let args = optional(args, out);
     let blocks = [hidden.div_ceil(COMBINE_THREADS) as u32, int(CALL, "tokens", tokens)? as u32, 1];
     let grid = Grid { blocks, threads: [COMBINE_THREADS as u32, 1, 1], shared_bytes: 0 };
-    stream.launch(&device.kernel(MODULE, "combine")?, grid, args)
+    stream.launch(&device.kernel(MODULE, &["combine"])?, grid, args)
 }

@@ -125,7 +125,7 @@ pub fn flash(device: &Device, stream: &Stream, call: &Flash<'_>) -> Result<(), C
         threads: [THREADS, 1, 1],
         shared_bytes: shape.shared_bytes(),
     };
-    stream.launch(&device.kernel("flash", shape.name)?, grid, args)
+    stream.launch(&device.kernel("flash", &[shape.name])?, grid, args)
 }
 
 impl Flash<'_> {

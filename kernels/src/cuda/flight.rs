@@ -19,6 +19,8 @@ pub(super) enum Start {
     Refused(CudaError),
     /// The copy runs, but its end could not be marked.
     Unmarked(CudaError),
+    /// The copy runs unmarked, and what was to be published was not.
+    Unpublished(CudaError),
 }
 
 /// A device's copies, in the order in which they are started.
@@ -32,19 +34,23 @@ impl Copies {
     }
 
     /// Starts copying bytes `from` of `memory` to `to`, of the same length,
-    /// after the work that `after` marks. The caller keeps both until the
-    /// event has completed.
+    /// after the work that `after` marks; then the word `publish` gets its
+    /// value. The caller keeps all until the event has completed.
     pub fn start(
         &self,
         memory: &impl HostMemory,
         from: Range<usize>,
         to: &Span,
         after: Option<&Event>,
+        publish: Option<&(Span, u32)>,
     ) -> Result<Event, Start> {
         let bytes = memory.bytes().get(from).ok_or_else(|| {
             Start::Refused(CudaError::shape("link", "a part is outside its memory"))
         })?;
         self.stream.check_spans("link", to, bytes.len()).map_err(Start::Refused)?;
+        if let Some((word, _)) = publish {
+            self.stream.check_spans("link", word, 4).map_err(Start::Refused)?;
+        }
         if let Some(event) = after {
             self.stream.wait(event).map_err(Start::Refused)?;
         }
@@ -55,6 +61,9 @@ impl Copies {
         // its owner and is not written (`HostMemory`).
         unsafe { driver.copy_in(to.address(), bytes.as_ptr(), bytes.len(), handle) }
             .map_err(Start::Refused)?;
+        if let Some((word, value)) = publish {
+            driver.set_word(word.address(), *value, handle).map_err(Start::Unpublished)?;
+        }
         self.stream.record_into(&mark).map_err(Start::Unmarked)?;
         Ok(mark)
     }

@@ -126,7 +126,7 @@ pub fn group_tiles(device: &Device, stream: &Stream, call: &Groups<'_>) -> Resul
         .i32(int(CALL, "experts", call.experts)?)
         .i32(int(CALL, "tiles", Groups::most_tiles(call.experts, call.choices))?)
         .span(call.tiles);
-    stream.launch(&device.kernel(MODULE, "group_tiles")?, Grid::new(1, THREADS), args)
+    stream.launch(&device.kernel(MODULE, &["group_tiles"])?, Grid::new(1, THREADS), args)
 }
 
 /// Launches a product.
@@ -210,7 +210,7 @@ pub fn group_gemm(device: &Device, stream: &Stream, call: &GroupGemm<'_>) -> Res
         .span(out)
         .span(scratch);
     let blocks = int(CALL, "tiles", Groups::most_tiles(groups.experts, groups.choices))? as u32;
-    stream.launch(&device.kernel(MODULE, "gate_rows")?, Grid::new(blocks, THREADS), args)
+    stream.launch(&device.kernel(MODULE, &["gate_rows"])?, Grid::new(blocks, THREADS), args)
 }
 
 impl GroupGemm<'_> {
@@ -316,8 +316,8 @@ impl Launch<'_> {
             .i32(int(call, "cols", cols)?)
             .i32(int(call, "tokens", tokens)?)
             .span(out);
-        let name = format!("gemm_{}", suffix(format));
-        self.stream.launch(&device.kernel(MODULE, &name)?, grid, args)
+        let kernel = device.kernel(MODULE, &["gemm_", suffix(format)])?;
+        self.stream.launch(&kernel, grid, args)
     }
 }
 

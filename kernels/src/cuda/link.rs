@@ -56,6 +56,11 @@ pub struct Transfer<M> {
     /// Work that still reads what the destination held: the first chunk is
     /// copied after it.
     pub after: Option<Event>,
+    /// A word of the device, 4 bytes, and what is stored there when the last
+    /// byte has arrived and before the transfer lands: kernels that see the
+    /// value see the destination's new contents. Stored for no transfer but
+    /// those that land `Ok` (and perhaps for one whose device failed).
+    pub publish: Option<(Span, u32)>,
 }
 
 /// What became of a [`Transfer`].

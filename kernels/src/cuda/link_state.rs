@@ -4,6 +4,7 @@
 use super::error::CudaError;
 use super::flight::{Copies, Start};
 use super::link::{Landed, LinkCounters, LinkError, Transfer, Urgency};
+use super::link_job::{Job, check};
 use super::memory::HostMemory;
 use super::stream::Event;
 use std::collections::{HashMap, VecDeque};
@@ -27,22 +28,6 @@ pub(super) struct State<M> {
     pub counters: LinkCounters,
 }
 
-struct Job<M> {
-    transfer: Transfer<M>,
-    /// The part that is being cut, and the bytes of it that were started.
-    part: usize,
-    at: usize,
-    /// Chunks that are with the device.
-    flying: usize,
-    /// Bytes that have arrived.
-    bytes: u64,
-    submitted_ns: u64,
-    /// The last chunk was refused once.
-    retried: bool,
-    /// Why it brings nothing.
-    failure: Option<LinkError>,
-}
-
 struct Flight {
     /// Counts chunks: the worker names the one that it waited for.
     number: u64,
@@ -51,27 +36,6 @@ struct Flight {
     prefetch: bool,
     since_ns: u64,
     mark: Event,
-}
-
-impl<M> Job<M> {
-    fn has_more(&self) -> bool {
-        self.part < self.transfer.parts.len()
-    }
-
-    /// Bytes of the next chunk: parts are cut evenly, at whole pages.
-    fn chunk(&self, longest: usize) -> usize {
-        const PAGE: usize = 4096;
-        let part = self.transfer.parts[self.part].from.len();
-        let even = part.div_ceil(part.div_ceil(longest)).next_multiple_of(PAGE);
-        even.min(longest).min(part - self.at)
-    }
-
-    fn advance(&mut self, bytes: usize) {
-        self.at += bytes;
-        if self.at == self.transfer.parts[self.part].from.len() {
-            (self.part, self.at) = (self.part + 1, 0);
-        }
-    }
 }
 
 impl<M: HostMemory> State<M> {
@@ -99,16 +63,7 @@ impl<M: HostMemory> State<M> {
         self.counters.transfers += 1;
         self.counters.outstanding += 1;
         let queue = transfer.urgency as usize;
-        let job = Job {
-            transfer,
-            part: 0,
-            at: 0,
-            flying: 0,
-            bytes: 0,
-            submitted_ns: now_ns,
-            retried: false,
-            failure: self.stopped.clone(),
-        };
+        let job = Job::new(transfer, self.stopped.clone(), now_ns);
         let stopped = job.failure.is_some();
         self.jobs.insert(key, job);
         if stopped {
@@ -212,12 +167,13 @@ impl<M: HostMemory> State<M> {
             return self.unqueue(key);
         };
         let bytes = job.chunk(self.chunk_bytes);
-        let Transfer { memory, parts, destination, after, urgency, .. } = &job.transfer;
+        let Transfer { memory, parts, destination, after, urgency, publish, .. } = &job.transfer;
         let part = &parts[job.part];
         let from = part.from.start + job.at..part.from.start + job.at + bytes;
         let to = destination.part(part.to + job.at..part.to + job.at + bytes);
         let prefetch = *urgency == Urgency::Prefetch;
-        match copies.start(memory, from, &to, after.as_ref()) {
+        let publish = publish.as_ref().filter(|_| job.is_last(bytes));
+        match copies.start(memory, from, &to, after.as_ref(), publish) {
             Ok(mark) => {
                 job.transfer.after = None;
                 job.retried = false;
@@ -253,18 +209,29 @@ impl<M: HostMemory> State<M> {
                         if !job.has_more() {
                             self.unqueue(key);
                         }
-                        while let Some(flight) = self.flights.pop_front() {
-                            self.arrive(flight.key, flight.bytes, now_ns);
-                        }
+                        self.arrive_all(now_ns);
                         self.arrive(key, bytes, now_ns);
                         self.counters.retries += 1;
                     }
-                    Err(worse) => {
-                        let error = if worse.is_sticky() { worse } else { error };
-                        self.stop(&error.into(), now_ns);
-                    }
+                    Err(worse) => self.stop_after(error, worse, now_ns),
                 }
             }
+            Err(Start::Unpublished(error)) => match copies.finish_all() {
+                // The chunk has ended and counts for nothing: once more.
+                Ok(()) => {
+                    let retried = mem::replace(&mut job.retried, true);
+                    self.arrive_all(now_ns);
+                    if retried {
+                        self.fail(key, error.into(), now_ns);
+                    } else {
+                        self.counters.retries += 1;
+                    }
+                }
+                Err(worse) => {
+                    job.flying += 1;
+                    self.stop_after(error, worse, now_ns);
+                }
+            },
         }
     }
 
@@ -298,6 +265,13 @@ impl<M: HostMemory> State<M> {
         }
     }
 
+    /// All chunks have ended.
+    fn arrive_all(&mut self, now_ns: u64) {
+        while let Some(flight) = self.flights.pop_front() {
+            self.arrive(flight.key, flight.bytes, now_ns);
+        }
+    }
+
     /// A chunk has ended.
     fn arrive(&mut self, key: u64, bytes: usize, now_ns: u64) {
         self.counters.chunks += 1;
@@ -328,6 +302,12 @@ impl<M: HostMemory> State<M> {
                 self.land_job(key, now_ns);
             }
         }
+    }
+
+    /// Ends everything, after an error behind which waiting failed as well.
+    fn stop_after(&mut self, error: CudaError, worse: CudaError, now_ns: u64) {
+        let error = if worse.is_sticky() { worse } else { error };
+        self.stop(&error.into(), now_ns);
     }
 
     /// Ends everything, after an error that leaves the device's state in the
@@ -364,12 +344,12 @@ impl<M: HostMemory> State<M> {
         if failure.is_some() {
             self.counters.wasted_bytes += bytes;
         }
-        let Transfer { memory, destination, .. } = transfer;
+        let Transfer { memory, destination, publish, .. } = transfer;
         let memory = if flying == 0 {
             Some(memory)
         } else {
             // The device may be reading and writing them for ever.
-            mem::forget((memory, destination));
+            mem::forget((memory, destination, publish));
             None
         };
         let result = failure.map_or(Ok(()), Err);
@@ -394,25 +374,4 @@ impl<M> Drop for State<M> {
             }
         }
     }
-}
-
-/// Mistakes of the caller.
-fn check<M: HostMemory>(transfer: &Transfer<M>) {
-    let Transfer { key, memory, parts, destination, .. } = transfer;
-    let (bytes, room) = (memory.bytes().len(), destination.bytes());
-    assert!(!parts.is_empty(), "transfer {key} has no parts");
-    let mut targets = Vec::with_capacity(parts.len());
-    for part in parts {
-        assert!(part.from.start < part.from.end, "transfer {key}: an empty part");
-        assert!(part.from.end <= bytes, "transfer {key}: a part ends behind its memory");
-        let end = part.to.checked_add(part.from.len());
-        assert!(
-            end.is_some_and(|end| end <= room),
-            "transfer {key}: a part does not lie in its destination"
-        );
-        targets.push(part.to..part.to + part.from.len());
-    }
-    targets.sort_unstable_by_key(|target| target.start);
-    let disjoint = targets.windows(2).all(|pair| pair[0].end <= pair[1].start);
-    assert!(disjoint, "transfer {key}: parts overlap");
 }

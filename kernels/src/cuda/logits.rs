@@ -121,7 +121,7 @@ pub fn argmax(device: &Device, stream: &Stream, call: BestLogits<'_>) -> Result<
     let args = call.answers(call.row(slice));
     let blocks = [blocks as u32, call.rows as u32, 1];
     let grid = Grid { blocks, threads: [ARGMAX_THREADS, 1, 1], shared_bytes: 0 };
-    stream.launch(&device.kernel("logits", "logits_argmax")?, grid, args)
+    stream.launch(&device.kernel("logits", &["logits_argmax"])?, grid, args)
 }
 
 /// The `wanted` largest logits of each row, best first: ids and best are
@@ -141,7 +141,7 @@ pub fn top_k(
     let args = call.answers(call.row(slice).i32(wanted as i32));
     let blocks = [blocks as u32, call.rows as u32, 1];
     let grid = Grid { blocks, threads: [TOP_THREADS, 1, 1], shared_bytes: 0 };
-    stream.launch(&device.kernel("logits", "logits_top_k")?, grid, args)
+    stream.launch(&device.kernel("logits", &["logits_top_k"])?, grid, args)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use super::compile;
 use super::device::DeviceInfo;
 use super::driver::{Driver, FunctionAttributes, FunctionHandle, ModuleHandle};
 use super::error::CudaError;
+use super::kernel_table::{KernelName, KernelTable};
 use super::stream::Grid;
 use flate2::read::ZlibDecoder;
 use std::collections::HashMap;
@@ -48,6 +49,8 @@ pub(super) struct ModuleCache {
     target: u32,
     shared_bytes_limit: u32,
     modules: Mutex<HashMap<String, Loaded>>,
+    /// The kernels of all modules that were asked for.
+    table: KernelTable,
 }
 
 struct Loaded {
@@ -75,6 +78,7 @@ pub(super) struct Kernel(Arc<Entry>);
 
 struct Entry {
     module: Arc<Module>,
+    module_name: String,
     name: String,
     function: FunctionHandle,
     attributes: FunctionAttributes,
@@ -97,16 +101,21 @@ impl ModuleCache {
             target: target.unwrap_or(TARGETS[TARGETS.len() - 1]),
             shared_bytes_limit: info.shared_bytes_limit,
             modules: Mutex::default(),
+            table: KernelTable::new(),
         }
     }
 
-    /// Kernel `name` of `module`, loaded on first use.
-    pub fn kernel(
-        &self,
-        driver: &Arc<Driver>,
-        module: &str,
-        name: &str,
-    ) -> Result<Kernel, CudaError> {
+    /// A kernel, loaded on first use, and found without a lock after that.
+    pub fn kernel(&self, driver: &Arc<Driver>, name: KernelName<'_>) -> Result<Kernel, CudaError> {
+        if let Some(kernel) = self.table.find(name) {
+            return Ok(kernel.clone());
+        }
+        let kernel = self.find(driver, name.module, &name.pieces.concat())?;
+        self.table.keep(name, &kernel);
+        Ok(kernel)
+    }
+
+    fn find(&self, driver: &Arc<Driver>, module: &str, name: &str) -> Result<Kernel, CudaError> {
         let bad = |problem: String| CudaError::BadModule { module: module.to_string(), problem };
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let loaded = self.loaded(&mut modules, driver, module)?;
@@ -125,6 +134,7 @@ impl ModuleCache {
         })?;
         let kernel = Kernel(Arc::new(Entry {
             module: loaded.module.clone(),
+            module_name: module.to_string(),
             name: name.to_string(),
             function,
             attributes,
@@ -203,6 +213,15 @@ impl fmt::Debug for Kernel {
 impl Kernel {
     pub(super) fn function(&self) -> FunctionHandle {
         self.0.function
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Of the file of `kernels/cuda`.
+    pub(super) fn module_name(&self) -> &str {
+        &self.0.module_name
     }
 
     pub(super) fn is_same(&self, other: &Kernel) -> bool {

@@ -13,7 +13,7 @@ const WORD: usize = 16;
 
 /// Launches nothing: what a launch costs.
 pub fn probe_empty(device: &Device, stream: &Stream) -> Result<(), CudaError> {
-    let kernel = device.kernel(MODULE, "probe_empty")?;
+    let kernel = device.kernel(MODULE, &["probe_empty"])?;
     stream.launch(&kernel, Grid::new(1, 32), Args::new().i32(0))
 }
 
@@ -34,7 +34,7 @@ pub fn probe_copy(
     let words = words(CALL, from)?;
     holds(CALL, "to", to, words, WORD, WORD as u64)?;
     let args = Args::new().span(to).span(from).u64(words as u64);
-    stream.launch(&device.kernel(MODULE, CALL)?, Grid::new(blocks, THREADS), args)
+    stream.launch(&device.kernel(MODULE, &[CALL])?, Grid::new(blocks, THREADS), args)
 }
 
 /// Reads `from` in `blocks` blocks of 256 threads, each of which leaves the
@@ -55,7 +55,7 @@ pub fn probe_read(
     let words = words(CALL, from)?;
     one_each(CALL, "sums", sums, blocks)?;
     let args = Args::new().span(sums).span(from).u64(words as u64);
-    stream.launch(&device.kernel(MODULE, CALL)?, Grid::new(blocks, THREADS), args)
+    stream.launch(&device.kernel(MODULE, &[CALL])?, Grid::new(blocks, THREADS), args)
 }
 
 /// Products of 16 x 8 elements whose operands are ones in registers.
@@ -106,7 +106,7 @@ pub fn probe_products(
     let name = product.kernel();
     one_each(name, "sums", sums, blocks)?;
     let args = Args::new().span(sums).i32(int(name, "rounds", rounds)?);
-    stream.launch(&device.kernel(MODULE, name)?, Grid::new(blocks, THREADS), args)
+    stream.launch(&device.kernel(MODULE, &[name])?, Grid::new(blocks, THREADS), args)
 }
 
 /// Refuses a span that does not hold four bytes for each thread.

@@ -393,5 +393,5 @@ pub fn router_step(
     };
     let blocks = [experts.div_ceil(ROWS_PER_BLOCK) as u32, targets.len() as u32, 1];
     let grid = Grid { blocks, threads: [THREADS, 1, 1], shared_bytes: 0 };
-    stream.launch(&device.kernel("router", "router_step")?, grid, args)
+    stream.launch(&device.kernel("router", &["router_step"])?, grid, args)
 }

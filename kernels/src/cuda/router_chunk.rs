@@ -68,7 +68,7 @@ pub fn chunk_logits(
     let rows = router.experts().div_ceil(ROWS_PER_BLOCK) as u32;
     let blocks = [rows, tokens.div_ceil(TOKENS_PER_BLOCK) as u32, 1];
     let grid = Grid { blocks, threads: [THREADS, 1, 1], shared_bytes: 0 };
-    stream.launch(&device.kernel("router_chunk", "chunk_logits")?, grid, args)
+    stream.launch(&device.kernel("router_chunk", &["chunk_logits"])?, grid, args)
 }
 
 /// A layer's rule on the logits of many tokens.
@@ -108,7 +108,7 @@ pub fn chunk_choose(
     fills("chunk_choose", "the weights", weights, tokens * top_k)?;
     let args = Args::new().span(&table.record(layer)).span(logits).span(ids).span(weights);
     let grid = Grid::new(tokens as u32, THREADS);
-    stream.launch(&device.kernel("router_chunk", "chunk_choose")?, grid, args)
+    stream.launch(&device.kernel("router_chunk", &["chunk_choose"])?, grid, args)
 }
 
 /// The experts that a layer's rule would prefer for rows of logits.
@@ -151,7 +151,7 @@ pub fn chunk_rank(device: &Device, stream: &Stream, call: ChunkRank<'_>) -> Resu
     let record = table.record(layer);
     let args = Args::new().span(&record).span(logits).i32(experts as i32).span(ids).span(scores);
     let grid = Grid::new(rows as u32, THREADS);
-    stream.launch(&device.kernel("router_chunk", "chunk_rank")?, grid, args)
+    stream.launch(&device.kernel("router_chunk", &["chunk_rank"])?, grid, args)
 }
 
 /// Sorts a chunk's choices by expert: [`crate::Grouping::gather`] on the
@@ -212,5 +212,5 @@ pub fn chunk_gather(
         .span(row_of)
         .span(choice_of);
     let grid = Grid::new(experts as u32, GATHER_THREADS);
-    stream.launch(&device.kernel("router_chunk", "chunk_gather")?, grid, args)
+    stream.launch(&device.kernel("router_chunk", &["chunk_gather"])?, grid, args)
 }

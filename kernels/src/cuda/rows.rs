@@ -113,8 +113,25 @@ pub(super) fn activation_bytes(format: Format, cols: usize) -> u64 {
 }
 
 /// The ending of kernels' names for a format.
-pub(super) fn suffix(format: Format) -> String {
-    format.name().to_ascii_lowercase()
+pub(super) fn suffix(format: Format) -> &'static str {
+    match format {
+        Format::F32 => "f32",
+        Format::F16 => "f16",
+        Format::Bf16 => "bf16",
+        Format::Q8_0 => "q8_0",
+        Format::Q4_0 => "q4_0",
+        Format::Q4_1 => "q4_1",
+        Format::Q5_0 => "q5_0",
+        Format::Q5_1 => "q5_1",
+        Format::Q2K => "q2_k",
+        Format::Q3K => "q3_k",
+        Format::Q4K => "q4_k",
+        Format::Q5K => "q5_k",
+        Format::Q6K => "q6_k",
+        Format::Iq4Nl => "iq4_nl",
+        Format::Iq4Xs => "iq4_xs",
+        Format::Mxfp4 => "mxfp4",
+    }
 }
 
 /// Shared memory of `Stage` and `FloatStage` in bytes.

@@ -224,6 +224,7 @@ impl Stream {
     }
 
     fn take_staging(&self, staging: &mut Option<Pinned>) -> Result<Pinned, CudaError> {
+        self.handle()?;
         staging.take().map_or_else(|| Pinned::new(self.driver(), STAGING_BYTES), Ok)
     }
 

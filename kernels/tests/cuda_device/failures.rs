@@ -4,8 +4,8 @@
 
 use crate::world::{Drain, Fault, Settings, World, drains, pattern, standin};
 use pregate_kernels::cuda::{
-    CudaError, Device, Landed, Link, LinkError, LinkOptions, Part, Pinned, Span, Transfer, Urgency,
-    probe_copy, probe_empty,
+    CudaError, Device, Graph, Landed, Link, LinkError, LinkOptions, Part, Pinned, Span, Transfer,
+    Urgency, probe_copy, probe_empty,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -37,7 +37,23 @@ fn everything(device: &Device) -> Result<Vec<u8>, CudaError> {
     device.compute().upload(a, &pattern(2, BYTES))?;
     bytes.resize(2 * BYTES, 0);
     compute.download(a, &mut bytes[BYTES..])?;
+    bytes.extend(in_place(device, a, b)?);
     bytes.extend(through_link(device, block, b)?);
+    Ok(bytes)
+}
+
+/// The bytes of `a`, through a graph that a kernel of mapped memory ends.
+fn in_place(device: &Device, a: &Span, b: &Span) -> Result<Vec<u8>, CudaError> {
+    let compute = device.compute();
+    let mapped = device.mapped(BYTES)?;
+    let graph = Graph::capture(compute, || {
+        probe_copy(device, compute, 2, a, b)?;
+        probe_copy(device, compute, 2, b, &mapped.span())
+    })?;
+    graph.launch(compute)?;
+    while !compute.query()? {}
+    let mut bytes = vec![0; BYTES];
+    mapped.read(0..BYTES, &mut bytes);
     Ok(bytes)
 }
 
@@ -46,6 +62,8 @@ fn through_link(device: &Device, block: Pinned, to: &Span) -> Result<Vec<u8>, Cu
     let options = LinkOptions { chunk_bytes: 400, thread: false, ..LinkOptions::default() };
     let mut link = Link::new(device, &options)?;
     let block = std::sync::Arc::new(block);
+    let words = device.arena(12)?.take(12, 4)?;
+    device.copy().fill(&words, 0)?;
     for (key, urgency) in [(0, Urgency::Prefetch), (1, Urgency::Prefetch), (2, Urgency::Demand)] {
         let third = BYTES / 3;
         let from = key as usize * third..(key as usize + 1) * third;
@@ -53,21 +71,28 @@ fn through_link(device: &Device, block: Pinned, to: &Span) -> Result<Vec<u8>, Cu
         let parts = vec![Part { from: 0..third, to: 0 }];
         let destination = to.part(from);
         let after = Some(device.compute().record()?);
-        link.submit(Transfer { key, memory, parts, destination, urgency, after });
+        let publish = Some((words.part(4 * key as usize..4 * key as usize + 4), 70 + key as u32));
+        link.submit(Transfer { key, memory, parts, destination, urgency, after, publish });
     }
     link.discard(1);
-    let mut seen = [false; 3];
+    let (mut seen, mut published) = ([false; 3], [0u32; 3]);
     let mut failure = None;
     while let Some(landed) = link.next(u64::MAX) {
         let key = landed.key as usize;
         assert!(!std::mem::replace(&mut seen[key], true), "transfer {key} landed twice");
         match landed.result {
-            Ok(()) | Err(LinkError::Discarded) => {}
+            Ok(()) => published[key] = 70 + key as u32,
+            Err(LinkError::Discarded) => {}
             Err(LinkError::Cuda(error)) => failure = failure.or(Some(error)),
             Err(error @ LinkError::Stopped(_)) => panic!("{error}"),
         }
     }
     assert_eq!(seen, [true; 3], "every transfer lands");
+    if failure.as_ref().is_none_or(|error| !error.is_sticky()) {
+        let mut found = [0; 12];
+        device.copy().download(&words, &mut found)?;
+        assert_eq!(found.as_chunks::<4>().0, published.map(u32::to_ne_bytes), "words of what came");
+    }
     if let Some(error) = failure {
         return Err(error);
     }
@@ -109,6 +134,7 @@ fn every_call_may_fail_once() {
     let expected = run(&world).unwrap();
     assert!(expected[..BYTES] == pattern(1, BYTES), "through the kernel");
     assert!(expected[BYTES..2 * BYTES] == pattern(2, BYTES), "up and down");
+    assert!(expected[2 * BYTES..3 * BYTES] == pattern(2, BYTES), "through a graph");
     world.assert_nothing_alive();
     let calls = world.calls();
     assert!(calls >= 200, "a run of {calls} calls");
@@ -240,6 +266,7 @@ fn a_panic_between_copies_frees_everything() {
                 destination: span.part(0..10),
                 urgency: Urgency::Demand,
                 after: None,
+                publish: None,
             });
             panic!("with copies in flight");
         }));
@@ -292,6 +319,7 @@ fn a_device_that_hangs_is_given_up() {
             destination: span.part(key as usize * 10..key as usize * 10 + 10),
             urgency: Urgency::Demand,
             after: None,
+            publish: None,
         });
     }
     for _ in 0..2 {

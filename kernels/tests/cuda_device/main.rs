@@ -5,7 +5,9 @@
 
 mod copies;
 mod failures;
+mod graphs;
 mod links;
+mod mapped;
 mod memory;
 mod opening;
 mod world;

@@ -50,9 +50,8 @@ impl Driver {
         });
         // SAFETY: a graph of the driver, gone after this; what was made of it
         // stays.
-        let _ = self.with_context("cuGraphDestroy", || unsafe {
-            (self.functions.cuGraphDestroy)(graph)
-        });
+        let _ = self
+            .with_context("cuGraphDestroy", || unsafe { (self.functions.cuGraphDestroy)(graph) });
         made.map(|()| GraphHandle(executable as usize))
     }
 

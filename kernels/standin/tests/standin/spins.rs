@@ -117,7 +117,9 @@ fn a_launch_that_nobody_answers_is_a_violation() {
         let _ = wait(&machine, how, stream);
         assert_eq!(machine.synchronize(stream), Err(LAUNCH_FAILED), "{how}");
         let found = machine.standin.take_violations().join("\n");
-        for words in ["standin_spin", "spins for ever", "standin_spins.cu:", "1 threads wait in pause"] {
+        for words in
+            ["standin_spin", "spins for ever", "standin_spins.cu:", "1 threads wait in pause"]
+        {
             assert!(found.contains(words), "{words:?} is not in {found}");
         }
         // The machine of the launch is free for the next one.
