@@ -1,5 +1,5 @@
 //! Decisions only: the vocabulary of routing, residency, eviction policies,
-//! forecasts and the planner.
+//! forecasts, the planner, and the split of misses between CPU and link.
 //!
 //! No GPU, no file, no clock, no thread.
 
@@ -9,6 +9,7 @@ pub mod ledger;
 pub mod observer;
 pub mod planner;
 pub mod policy;
+pub mod split;
 pub mod vocabulary;
 
 pub use cache::{Admission, Cache, CapacityError, Scope};

@@ -1,0 +1,259 @@
+//! Who brings the experts that a decoded token misses: the CPU computes them,
+//! or the link copies them to the GPU, or some of both.
+//!
+//! [`Split`] is told what each worker took and how long the layer took from
+//! the decision to the last row, and chooses the way of sharing that is
+//! expected to end first. It has no clock, no thread and no chance: what it
+//! answers follows from what it was told.
+//!
+//! - **Prices.** A worker's time for `n` experts is a line (seeded by the
+//!   probes at start) times corrections that are learned: its level lately,
+//!   the count, the other worker beside it on the same memory, the pair of
+//!   counts, the layer (`split/worker.rs`). Layers of one shape learn
+//!   together.
+//! - **A copy stays.** What it saves later, less what the expert that leaves
+//!   for it would have, is learned from the routing and counted
+//!   (`split/reuse.rs`). It needs no copies to be learned.
+//! - **Wall time decides.** What a layer took beyond its workers' own times
+//!   is learned for each way; so a way that loses in wall time is left,
+//!   whatever the prices say. A profile alone has chosen ways ten and more
+//!   times too slow in other engines (issues #436 and #151 of FreeToken).
+//! - **Outliers and drift.** A measurement that is off by more than a factor
+//!   of 1.5 moves an estimate by a clipped step; three in a row on one side
+//!   (two where only the seed speaks) are a changed machine, and the estimate
+//!   jumps to their median (`split/track.rs`).
+//! - **Exploring** ([`Options`]): each shape starts with two measurements of
+//!   each worker, with as few experts as can be, and two of each worker
+//!   alone, unless that is a disaster (four times the best). Then ways that
+//!   may be better than the best are tried while an allowance lasts: what
+//!   exploring is expected to cost stays below `explore_share` of the layers'
+//!   time, plus the first trials. A disaster is left at its second
+//!   measurement and looked at again after `disaster_tokens`, then after
+//!   twice as many, if the allowance has room for it.
+//!
+//! # Calls
+//! ```text
+//! next_token()                      a token enters the first layer
+//! for each MoE layer, when the host learns its routing:
+//!     routed(layer, experts)        all of them; also where nothing is missing
+//!     if some are missing:
+//!         choose(&Asked { .. }, &mut choice)
+//!             Cpu:  compute it, write its row, say so to the device
+//!             Link: order its copy
+//!             Wait: its copy is under way; promote it
+//!         ...
+//!         measured(layer, &Outcome { .. })      when the last row is there
+//!         admitted(layer, expert, &admission)   of each copied expert, when
+//!                                               the cache has decided
+//! ```
+//! [`Split::measured`] may come after later layers' choices. What a caller
+//! cannot measure it leaves 0. A copy ordered ahead of need is told by
+//! [`Split::copied`] when it has landed and by [`Split::admitted`]. For a
+//! prompt: [`Split::choose_chunk`], then [`Split::measured_chunk`].
+//!
+//! After the first tokens nothing is allocated.
+
+use crate::cache::Admission;
+use crate::vocabulary::{LayerShape, Shape};
+pub use chunk::{Chunk, ChunkOutcome};
+use class::{Candidate, Class, Pick};
+pub use reason::Reason;
+pub use report::LayerSplit;
+use reuse::Marks;
+pub use terms::{Asked, Choice, Miss, Options, Outcome, Place, Seed};
+use worker::MOST;
+
+mod chunk;
+mod class;
+mod reason;
+mod report;
+mod reuse;
+mod terms;
+mod track;
+mod worker;
+
+/// What a layer was given so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Given {
+    /// Its class, and its place among the layers of the class.
+    class: usize,
+    at: usize,
+    decisions: u64,
+    misses: u64,
+    cpu: u64,
+    waits: u64,
+    wall_ns: u64,
+    measured: u64,
+    reason: Reason,
+}
+
+/// The controller of one GPU.
+pub struct Split {
+    options: Options,
+    classes: Vec<Class>,
+    /// `[layers of the model]`; `None` is a dense layer.
+    layers: Vec<Option<Given>>,
+    /// `[layers of the model]`
+    marks: Vec<Marks>,
+    token: u64,
+    sorted: Sorted,
+}
+
+/// The misses of a decision by where they may go; scratch.
+#[derive(Default)]
+struct Sorted {
+    /// Ranks that a copy would have to be ordered for, and what it gains.
+    order: Vec<(f64, usize)>,
+    /// Ranks with a copy under way, and when it lands.
+    waits: Vec<(f64, usize)>,
+    gains: Vec<f64>,
+    waits_ns: Vec<f64>,
+}
+
+impl Sorted {
+    fn sort(&mut self, misses: &[Miss], gain: impl Fn(u32) -> f64) {
+        self.order.clear();
+        self.waits.clear();
+        for (rank, miss) in misses.iter().enumerate() {
+            match miss.remaining_ns {
+                Some(ns) => self.waits.push((worker::sane(ns as f64), rank)),
+                None => self.order.push((gain(miss.expert), rank)),
+            }
+        }
+        // Equal ones in rank order: a higher weight returns sooner.
+        self.order.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        self.waits.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        self.gains.clear();
+        self.gains.extend(self.order.iter().map(|one| one.0));
+        self.waits_ns.clear();
+        self.waits_ns.extend(self.waits.iter().map(|one| one.0));
+    }
+}
+
+impl Split {
+    pub fn new(shape: &Shape, seed: &Seed, options: Options) -> Self {
+        let mut shapes: Vec<(LayerShape, usize)> = Vec::new();
+        let mut layers = vec![None; shape.layers.len()];
+        for (index, layer) in shape.moe() {
+            let alike = |one: &LayerShape| {
+                (one.class, one.expert_bytes) == (layer.class, layer.expert_bytes)
+            };
+            let class = shapes.iter().position(|(one, _)| alike(one)).unwrap_or_else(|| {
+                shapes.push((*layer, 0));
+                shapes.len() - 1
+            });
+            layers[index] = Some(Given { class, at: shapes[class].1, ..Given::default() });
+            shapes[class].1 += 1;
+        }
+        let class =
+            |(shape, layers): &(LayerShape, usize)| Class::new(shape, *layers, seed, &options);
+        let marks = |layer: &Option<LayerShape>| Marks::new(layer.map_or(0, |layer| layer.experts));
+        Self {
+            classes: shapes.iter().map(class).collect(),
+            options,
+            marks: shape.layers.iter().map(marks).collect(),
+            layers,
+            token: 0,
+            sorted: Sorted::default(),
+        }
+    }
+
+    /// A token enters the first layer.
+    pub fn next_token(&mut self) {
+        self.token += 1;
+        self.classes.iter_mut().for_each(|class| class.reuse.refresh(self.token));
+    }
+
+    /// The router of `layer` chose `experts`; before [`Split::choose`], and
+    /// also where nothing is missing.
+    pub fn routed(&mut self, layer: usize, experts: &[u32]) {
+        let Some(class) = self.given(layer).map(|given| given.class) else { return };
+        let (marks, token) = (&mut self.marks[layer], self.token);
+        self.classes[class].reuse.routed(marks, token, layer, experts);
+    }
+
+    /// What the cache did with an expert of `layer` that a copy has brought.
+    pub fn admitted(&mut self, layer: usize, expert: u32, got: &Admission) {
+        let Some(class) = self.given(layer).map(|given| given.class) else { return };
+        let reuse = &mut self.classes[class].reuse;
+        reuse.admitted(&mut self.marks[layer], expert, got);
+        if let Admission::Replaced(victim) = got
+            && let Some(marks) = self.marks.get_mut(victim.layer())
+        {
+            reuse.evicted(marks, self.token, victim.expert);
+        }
+    }
+
+    /// The machine is another one (woke up, has other cores): what was left
+    /// may be tried again.
+    pub fn changed(&mut self) {
+        self.classes.iter_mut().for_each(Class::changed);
+    }
+
+    fn given(&mut self, layer: usize) -> Option<&mut Given> {
+        self.layers.get_mut(layer)?.as_mut()
+    }
+
+    /// Shares the misses of a layer. A layer that has no experts, and misses
+    /// beyond 32, go to the CPU.
+    pub fn choose(&mut self, asked: &Asked<'_>, out: &mut Choice) {
+        out.places.clear();
+        out.places.resize(asked.misses.len(), Place::Cpu);
+        (out.reason, out.expected_ns) = (Reason::Nothing, 0);
+        let misses = &asked.misses[..asked.misses.len().min(MOST)];
+        let Some(given) = self.given(asked.layer).map(|given| *given) else { return };
+        if misses.is_empty() {
+            return;
+        }
+        let Self { sorted, classes, marks, token, .. } = self;
+        let (class, marks) = (&mut classes[given.class], &mut marks[asked.layer]);
+        sorted.sort(misses, |expert| class.reuse.gain(marks, expert));
+        let first = Asked { misses, ..*asked };
+        let lists = (&sorted.gains[..], &sorted.waits_ns[..]);
+        let (chosen, pick) = class.choose((given.at, *token), &first, lists, &self.options);
+        for &(_, rank) in &sorted.order[..chosen.way.copies] {
+            out.places[rank] = Place::Link;
+        }
+        for &(_, rank) in &sorted.waits[..chosen.way.waits] {
+            out.places[rank] = Place::Wait;
+        }
+        for miss in misses {
+            class.reuse.missed(marks, *token, miss.expert, asked.resident);
+        }
+        out.reason = reason::of(class, given.at, &chosen, pick);
+        out.expected_ns = chosen.wall_ns as u64;
+        let reason = out.reason;
+        if let Some(given) = self.given(asked.layer) {
+            given.decisions += 1;
+            given.misses += asked.misses.len() as u64;
+            given.cpu += out.count(Place::Cpu) as u64;
+            given.waits += out.count(Place::Wait) as u64;
+            given.reason = reason;
+        }
+    }
+
+    /// Tells what a decision for `layer` led to; also one that was changed on
+    /// its way, as when a copy failed and the CPU stood in.
+    pub fn measured(&mut self, layer: usize, told: &Outcome) {
+        let Some(given) = self.given(layer) else { return };
+        given.measured += 1;
+        given.wall_ns = given.wall_ns.saturating_add(told.wall_ns);
+        let (class, at) = (given.class, given.at);
+        self.classes[class].learn(at, told, &self.options);
+    }
+
+    /// A copy that nobody waited for, ordered ahead of need, was `ns` on the
+    /// link: the link's price without trying it.
+    pub fn copied(&mut self, layer: usize, ns: u64) {
+        let Some(&mut Given { class, at, .. }) = self.given(layer) else { return };
+        self.classes[class].copied(at, ns);
+    }
+
+    /// What exploring was expected to cost, and what all layers with misses
+    /// took, in ns. The first stays below [`Options::explore_share`] of the
+    /// second, and the first trials.
+    pub fn explored_ns(&self) -> (u64, u64) {
+        let sum = |of: fn(&Class) -> f64| self.classes.iter().map(of).sum::<f64>() as u64;
+        (sum(|class| class.explored_ns), sum(|class| class.wall_ns))
+    }
+}

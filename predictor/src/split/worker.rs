@@ -1,0 +1,142 @@
+//! What one of the two workers takes for the experts of one class.
+
+use super::track::{Slope, Step, Track};
+use crate::vocabulary::LayerShape;
+
+/// Experts of one layer and token that are told apart; more cost the same
+/// per expert.
+pub const MOST: usize = 32;
+
+/// Memory of estimates, in observations: how fast the machine may change,
+/// and how slowly its structure does.
+const LEVEL: f64 = 24.0;
+const STRUCTURE: f64 = 64.0;
+
+/// A time in ns that estimates can live with.
+pub fn sane(ns: f64) -> f64 {
+    if ns.is_finite() { ns.clamp(1.0, 1e12) } else { 1e12 }
+}
+
+/// The time of `count` experts at once is the seed's line, times corrections:
+/// the level (what the machine does lately), the count (experts that share
+/// bandwidth, or do not fill the cores), the other worker beside it, exactly
+/// this pair of counts, and the layer.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    start_ns: f64,
+    each_ns: f64,
+    level: Track,
+    /// `[MOST + 1]`
+    counts: Vec<Track>,
+    beside: Slope,
+    /// `[MOST + 1][MOST + 1]`: own experts, the other's.
+    pairs: Vec<Track>,
+    /// `[layers of the class]`
+    layers: Vec<Track>,
+}
+
+/// What is known of the other worker at the same time.
+#[derive(Clone, Copy, Debug)]
+pub struct Other {
+    /// Its experts.
+    pub count: usize,
+    /// The share of our time in which it is busy.
+    pub share: f64,
+}
+
+impl Worker {
+    /// `beside`: factor of the time while the other is always busy.
+    pub fn new(start_ns: f64, ns_per_byte: f64, beside: f64, of: &LayerShape, n: usize) -> Self {
+        let rate = if ns_per_byte.is_finite() { ns_per_byte.clamp(1e-6, 1e6) } else { 1.0 };
+        let beside = if beside.is_finite() { beside.clamp(1.0, 100.0) } else { 1.0 };
+        Self {
+            start_ns: if start_ns.is_finite() { start_ns.clamp(0.0, 1e9) } else { 0.0 },
+            each_ns: sane(rate * of.expert_bytes as f64),
+            level: Track::default(),
+            counts: vec![Track::default(); MOST + 1],
+            beside: Slope::new(beside.ln()),
+            pairs: vec![Track::default(); (MOST + 1) * (MOST + 1)],
+            layers: vec![Track::default(); n],
+        }
+    }
+
+    /// Times that were told, doubted ones included.
+    pub fn seen(&self) -> u64 {
+        self.level.seen()
+    }
+
+    fn line(&self, count: usize) -> f64 {
+        sane(self.start_ns + self.each_ns * count as f64)
+    }
+
+    /// Of an untried count, what the nearest tried one deviates by.
+    fn of_count(&self, count: usize) -> f64 {
+        let tried = |at: usize| self.counts.get(at).filter(|track| track.seen() > 0);
+        let near = (0..=MOST).find_map(|by| match (tried(count + by), count.checked_sub(by)) {
+            (Some(track), _) => Some(track.mean()),
+            (None, Some(below)) => tried(below).map(Track::mean),
+            (None, None) => None,
+        });
+        near.unwrap_or(0.0)
+    }
+
+    /// ns of `count` experts in `layer` (of the class), nothing beside them.
+    pub fn alone(&self, layer: usize, count: usize) -> f64 {
+        if count == 0 {
+            return 0.0;
+        }
+        let layer = self.layers.get(layer).map_or(0.0, Track::mean);
+        let count_or_most = count.min(MOST);
+        sane(self.line(count) * (self.level.mean() + self.of_count(count_or_most) + layer).exp())
+    }
+
+    fn pair(&self, count: usize, other: usize) -> usize {
+        count.min(MOST) * (MOST + 1) + other.min(MOST)
+    }
+
+    /// ns of `count` experts in `layer` beside the other worker.
+    pub fn time(&self, layer: usize, count: usize, other: Other) -> f64 {
+        let pair = self.pairs[self.pair(count, other.count)].mean();
+        sane(self.alone(layer, count) * (self.beside.at(other.share) + pair).exp())
+    }
+
+    /// How often exactly this pair of counts was seen, lately.
+    pub fn known(&self, count: usize, other: usize) -> f64 {
+        self.pairs[self.pair(count, other)].weight()
+    }
+
+    /// `count` experts took `ns`.
+    pub fn learn(&mut self, layer: usize, count: usize, other: Other, ns: f64) -> Step {
+        let logarithm = sane(ns).ln();
+        let error = |this: &Self| logarithm - this.time(layer, count, other).ln();
+        let (at, pair) = (count.min(MOST), self.pair(count, other.count));
+        if self.counts[at].seen() == 0 {
+            // From here on it answers for itself.
+            let inherited = self.of_count(at);
+            self.counts[at].begin_at(inherited);
+        }
+        let first = error(self);
+        let step = self.level.note(first, 1.0, LEVEL);
+        if step == Step::Jumped {
+            self.counts.iter_mut().for_each(Track::trust);
+            return step;
+        }
+        let left = error(self);
+        if step == Step::Doubted {
+            return self.counts[at].note(left, 0.25, STRUCTURE);
+        }
+        self.counts[at].trust();
+        if other.share > 0.0 {
+            self.beside.note(left, other.share, STRUCTURE);
+        }
+        let left = error(self);
+        self.counts[at].follow(left, 0.25, STRUCTURE);
+        let left = error(self);
+        self.pairs[pair].follow(left, 2.0, STRUCTURE);
+        let left = error(self);
+        if let Some(track) = self.layers.get_mut(layer) {
+            track.follow(left, 8.0, STRUCTURE);
+        }
+        step
+    }
+}
