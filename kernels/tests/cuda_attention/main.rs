@@ -2,6 +2,7 @@
 //! forward pass, in bits.
 
 mod attend;
+mod graph;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod prepare;

@@ -2,7 +2,7 @@
 //! changes from token to token, against those that are told the position.
 
 use crate::lab::{Lab, assert_same_bits, numbers, set_order};
-use crate::support::{Buffers, Context, FORMATS, Shape, angles, cell_values, shape};
+use crate::support::{Buffers, Context, FORMATS, Shape, angles, begin, cell_values, shape};
 use pregate_kernels::cuda::{
     At, Attend, AttendPlan, CellFormat, CudaError, DeviceCells, HeadNorms, OutputGate, Pairs,
     PrepareHeads, PrepareLatent, Rotation, STEP_WORDS, Span, attend, prepare_heads, prepare_latent,
@@ -11,13 +11,6 @@ use pregate_kernels::testing::Random;
 
 /// Around the borders of chunks and windows.
 const BORDERS: [usize; 13] = [0, 1, 69, 127, 255, 256, 257, 511, 512, 513, 514, 767, 768];
-
-/// What `begin_step` leaves.
-fn begin(lab: &Lab, words: &Span, position: i32) {
-    let step: [i32; STEP_WORDS] = [1, position, 0, 0];
-    let bytes: Vec<u8> = step.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    lab.device.compute().upload(words, &bytes).unwrap();
-}
 
 /// [`BORDERS`] that a call can start at and the last start of all, late and
 /// early ones in turn.

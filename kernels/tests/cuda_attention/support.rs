@@ -4,7 +4,7 @@ use crate::lab::Lab;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use pregate_kernels::cuda::{
-    At, Attend, AttendPlan, CellFormat, DeviceCells, OutputGate, Span, attend,
+    At, Attend, AttendPlan, CellFormat, DeviceCells, OutputGate, STEP_WORDS, Span, attend,
 };
 use pregate_kernels::testing::Random;
 use pregate_kernels::{AttentionCall, Backend, Cpu, CpuOptions, Isa, KvCells, KvView};
@@ -51,6 +51,13 @@ pub fn angles(tokens: usize, half: usize, rng: &mut Random) -> Vec<f32> {
             [cos * 1.1, sin * 1.1]
         })
         .collect()
+}
+
+/// What `begin_step` leaves.
+pub fn begin(lab: &Lab, words: &Span, position: i32) {
+    let step: [i32; STEP_WORDS] = [1, position, 0, 0];
+    let bytes: Vec<u8> = step.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    lab.device.compute().upload(words, &bytes).unwrap();
 }
 
 /// A context on both sides.
