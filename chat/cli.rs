@@ -2,6 +2,7 @@
 
 use crate::{size::Size, streaming::MemoryArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pregate_runtime::Misses;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -147,9 +148,32 @@ pub struct DeviceArgs {
     /// of the card's [default: what is free]
     #[arg(long, value_name = "SIZE")]
     pub vram: Option<Size>,
+    /// What becomes of an expert that a token needs and the GPU does not hold; never changes tokens
+    #[arg(long, value_enum, default_value = "auto")]
+    pub misses: MissesArg,
     /// Threads [default: one per core that this process may use]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MissesArg {
+    /// Whatever is faster, as measured while running
+    Auto,
+    /// The processor computes it
+    Cpu,
+    /// It is copied to the GPU
+    Copy,
+}
+
+impl From<MissesArg> for Misses {
+    fn from(misses: MissesArg) -> Self {
+        match misses {
+            MissesArg::Auto => Misses::Auto,
+            MissesArg::Cpu => Misses::Host,
+            MissesArg::Copy => Misses::Copied,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use pregate_kernels::{
     Backend, Cpu, CpuOptions, Reference,
     cuda::{self, CudaError, DeviceOptions},
 };
-use pregate_runtime::gpu::GpuParts;
+use pregate_runtime::{Misses, gpu::GpuParts};
 use std::sync::Arc;
 
 pub struct Device {
@@ -26,6 +26,7 @@ pub struct Device {
 pub struct Gpu {
     pub device: cuda::Device,
     pub budget: GpuBudget,
+    pub misses: Misses,
 }
 
 /// How much of a GPU's memory may be taken.
@@ -67,14 +68,14 @@ impl GpuBudget {
     }
 }
 
-/// "weights without experts 0.8 GB, 512 of 1024 experts 3.4 GB (50 %), KV cache
-/// for 4096 tokens 268.4 MB, scratch 9.1 MB".
+/// "weights without experts 0.8 GB, 512 of 1024 experts 3.4 GB (50 %), ring 53.5
+/// MB, KV cache for 4096 tokens 268.4 MB, scratch 9.1 MB".
 pub fn parts_line(
     parts: &GpuParts,
     experts: Option<(usize, usize)>,
     context: Option<usize>,
 ) -> String {
-    let GpuParts { weights_bytes, experts_bytes, kv_bytes, scratch_bytes } = *parts;
+    let GpuParts { weights_bytes, experts_bytes, ring_bytes, kv_bytes, scratch_bytes } = *parts;
     let weights = match experts {
         Some((resident, all)) if resident == all => {
             format!("all weights {}", bytes(weights_bytes + experts_bytes))
@@ -89,7 +90,11 @@ pub fn parts_line(
     };
     let tokens = context.map_or(String::new(), |context| format!(" for {context} tokens"));
     let (kv, scratch) = (bytes(kv_bytes), bytes(scratch_bytes));
-    format!("{weights}, KV cache{tokens} {kv}, scratch {scratch}")
+    let ring = match ring_bytes {
+        0 => String::new(),
+        some => format!(", ring {}", bytes(some)),
+    };
+    format!("{weights}{ring}, KV cache{tokens} {kv}, scratch {scratch}")
 }
 
 impl Device {
@@ -128,7 +133,8 @@ impl Device {
         let (free_bytes, total_bytes) = device.memory().map_err(failed)?;
         let cap_bytes = args.vram.map(|size| size.of(total_bytes));
         let line = format!("{} (chosen by --device cuda)", device.info().describe());
-        let gpu = Some(Gpu { device, budget: GpuBudget { free_bytes, cap_bytes } });
+        let budget = GpuBudget { free_bytes, cap_bytes };
+        let gpu = Some(Gpu { device, budget, misses: args.misses.into() });
         Ok(Self { line, gpu, ..Self::cpu(args.threads, "beside a GPU")? })
     }
 

@@ -4,6 +4,7 @@ use crate::{
     demo,
     device::Device,
     exit::Failure,
+    output::bytes,
     plan::{self, Needs, Planned},
     progress::Progress,
 };
@@ -50,6 +51,13 @@ pub fn place(opened: OpenedModel, device: &Device, planned: &Planned) -> Result<
         .set(megabytes(progress.bytes_done));
     })?;
     drop(bar);
+    if let Some((pageable, why)) = model.gpu().and_then(|gpu| gpu.host_bytes().1) {
+        eprintln!(
+            "warning: {} of experts are in memory that is not page-locked ({why}): copies of \
+             these to the GPU are slower",
+            bytes(pageable)
+        );
+    }
     if let Some(disk) = model.store().and_then(ExpertStore::disk) {
         eprintln!("disk: {}", plan::disk_line(disk));
     }

@@ -13,7 +13,7 @@ use pregate_runtime::{
     OpenedModel, Residency, SessionOptions,
     budget::{self, Chunk, Parts, Placement, Plan, Request, Sizes},
     forward::cache::cache_bytes,
-    gpu::{GpuParts, GpuShare, host_scratch_bytes},
+    gpu::{GpuParts, GpuRoom, GpuShare, host_scratch_bytes},
     store::disk::DiskReport,
 };
 use serde::Serialize;
@@ -55,12 +55,20 @@ pub struct Planned {
 pub struct GpuPlan {
     pub parts: GpuParts,
     pub budget_bytes: u64,
-    /// Experts on the device per layer of the model, 0 for dense layers; the
-    /// others are computed by the host.
-    pub resident: Vec<usize>,
+    /// Experts that stay on the device, per layer of the model.
+    pub fixed: Vec<usize>,
+    /// Slots that the other experts come to, per layer of the model; none
+    /// where the processor computes all of them.
+    pub slots: Vec<usize>,
+    /// Further frames of each size, which experts come to first.
+    pub ring: usize,
+    /// Of the experts that do not stay there; the host has all of them.
+    pub host_bytes: u64,
     #[serde(skip)]
     pub budget: GpuBudget,
-    /// Experts on the device, and of the model.
+    #[serde(skip)]
+    pub share: GpuShare,
+    /// Experts that can be on the device at once, and of the model.
     #[serde(skip)]
     pub experts: (usize, usize),
 }
@@ -74,7 +82,6 @@ const USUAL_BYTES: u64 = 32 << 20;
 /// Plans for `model`, whose weights are still on disk.
 pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Planned, Failure> {
     let context = needs.session.positions(model.description())?;
-    let gpu = device.gpu.as_ref().map(|gpu| on_gpu(model, gpu, needs, context)).transpose()?;
     let sizes = Sizes::of(model);
     let held = memory::held_bytes().unwrap_or(USUAL_BYTES);
     let (budget_bytes, source) = match needs.ram {
@@ -96,26 +103,35 @@ pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Plann
         ring: needs.streaming.ring,
     };
     let mut on_host = sizes.clone();
-    if let Some(gpu) = &gpu {
-        // The host keeps what it sends and gets, and the experts that the GPU
-        // has no room for; other weights pass through its page cache.
-        on_host.whole_bytes = on_host_bytes(&sizes, gpu);
-        request.kv_bytes = 0;
+    let mut gpu_plan = None;
+    if let Some(gpu) = &device.gpu {
+        // The host keeps what it sends and gets, and the experts that do not
+        // stay on the GPU; other weights pass through its page cache.
         let (session, rows) = (&needs.session, chunk.logit_rows);
-        let cpu = if on_host.whole_bytes == 0 { 0 } else { request.scratch_bytes };
-        request.scratch_bytes =
-            host_scratch_bytes(model.description(), session, context, rows) + STAGING_BYTES + cpu;
+        let sent = host_scratch_bytes(model.description(), session, context, rows) + STAGING_BYTES;
+        let beside = request.process_bytes + sent + request.scratch_bytes;
+        let room = GpuRoom {
+            vram_bytes: gpu.budget.bytes(),
+            host_bytes: budget_bytes.saturating_sub(beside),
+            ring: needs.streaming.ring,
+        };
+        let plan = on_gpu(model, gpu, needs, context, room)?;
+        on_host.whole_bytes = plan.host_bytes;
+        request.kv_bytes = 0;
+        request.scratch_bytes = sent + if plan.host_bytes == 0 { 0 } else { request.scratch_bytes };
+        gpu_plan = Some(plan);
     }
     let plan = budget::divide(&on_host, &request)
         .map_err(|error| Failure::Resources(format!("{source}: {error} (--ram, --context)")))?;
-    if gpu.is_some() && !plan.is_whole() {
+    if gpu_plan.is_some() && !plan.is_whole() {
         return Err(Failure::Resources(format!(
             "--device cuda: the experts that the GPU has no room for take {} of memory, which is \
              more than {source} leaves: --device cpu streams them from disk",
             bytes(on_host.whole_bytes)
         )));
     }
-    Ok(Planned { plan, sizes, source, context, streaming: needs.streaming.clone(), gpu })
+    let streaming = needs.streaming.clone();
+    Ok(Planned { plan, sizes, source, context, streaming, gpu: gpu_plan })
 }
 
 /// What a GPU's driver keeps of this process's memory for copies.
@@ -126,22 +142,26 @@ fn on_gpu(
     gpu: &Gpu,
     needs: &Needs,
     context: usize,
+    room: GpuRoom,
 ) -> Result<GpuPlan, Failure> {
     let (description, weights) = (model.description(), model.weights());
     let (session, budget) = ((context, &needs.session), gpu.budget);
-    let share = GpuShare::of(model.files(), description, weights, session, budget.bytes());
-    let GpuShare { parts, resident } = share.map_err(|smallest| budget.too_small(&smallest))?;
+    let share = GpuShare::of(model.files(), description, weights, session, room);
+    let share = share.map_err(|smallest| budget.too_small(&smallest))?;
     let all = description.moe_layers().map(|(_, moe)| moe.experts).sum();
-    let experts = (resident.iter().sum(), all);
-    Ok(GpuPlan { parts, budget_bytes: budget.bytes(), resident, budget, experts })
-}
-
-/// Of the experts that the host computes.
-fn on_host_bytes(sizes: &Sizes, gpu: &GpuPlan) -> u64 {
-    let layers = sizes.shape.moe();
-    layers
-        .map(|(index, layer)| (layer.experts - gpu.resident[index]) as u64 * layer.expert_bytes)
-        .sum()
+    let there = share.fixed.iter().chain(&share.slots).sum();
+    let GpuShare { parts, ref fixed, ref slots, ring, host_bytes } = share;
+    Ok(GpuPlan {
+        parts,
+        budget_bytes: budget.bytes(),
+        fixed: fixed.clone(),
+        slots: slots.clone(),
+        ring,
+        host_bytes,
+        budget,
+        share,
+        experts: (there, all),
+    })
 }
 
 fn asked_for(size: Size, model_bytes: u64) -> String {
@@ -194,6 +214,10 @@ impl Planned {
     /// Says on standard error which wishes the plan does not follow.
     pub fn notes(&self) {
         let note = match &self.plan.placement {
+            Placement::Whole if self.gpu.as_ref().is_some_and(|gpu| gpu.share.moves()) => {
+                let given = self.streaming.disk.is_some();
+                given.then(|| "experts come from memory: --disk has no effect".to_string())
+            }
             Placement::Whole => self.streaming.without_effect(),
             Placement::Streaming { ring, .. } => {
                 let short = self.streaming.ring.filter(|asked| asked > ring);
@@ -206,8 +230,8 @@ impl Planned {
     /// What to load the model with.
     pub fn residency(&self, device: &Device) -> Residency {
         if let Some((gpu, plan)) = device.gpu.as_ref().zip(self.gpu.as_ref()) {
-            let (device, resident) = (gpu.device.clone(), Some(plan.resident.clone()));
-            return Residency::Gpu { device, resident };
+            let experts = plan.share.experts(self.streaming.streaming(), gpu.misses);
+            return Residency::Gpu { device: gpu.device.clone(), experts };
         }
         self.plan.residency_with(self.streaming.streaming())
     }
@@ -257,7 +281,7 @@ impl Planned {
     /// Whether a GPU and the processor share the experts: then no one memory
     /// says how fast they are read.
     pub fn is_split(&self) -> bool {
-        self.gpu.as_ref().is_some_and(|gpu| gpu.experts.0 < gpu.experts.1)
+        self.gpu.as_ref().is_some_and(|gpu| !gpu.share.is_whole())
     }
 
     /// "gpu", "whole" or "streaming".

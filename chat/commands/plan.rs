@@ -149,14 +149,27 @@ type Part = (char, String, u64);
 fn parts(report: &Report, planned: &Planned) -> Vec<Part> {
     let Parts { process_bytes, weights_bytes, kv_bytes, scratch_bytes, slots_bytes, ring_bytes } =
         report.parts;
-    if let Some(GpuPlan { parts, budget_bytes, experts: (resident, all), .. }) = &report.gpu {
-        return vec![
-            ('w', "weights of every token".to_string(), parts.weights_bytes),
-            ('E', format!("{resident} of {all} experts"), parts.experts_bytes),
+    if let Some(gpu) = &report.gpu {
+        let GpuPlan { parts, budget_bytes, experts: (there, all), share, .. } = gpu;
+        let experts = match share.moves() {
+            true => format!("room for {there} of {all} experts"),
+            false => format!("{there} of {all} experts"),
+        };
+        let mut ring = Vec::new();
+        if share.moves() {
+            let name = format!("ring of {} frames a size", share.ring);
+            ring.push(('r', name, parts.ring_bytes));
+        }
+        let rest = vec![
             ('k', format!("KV cache, {} tokens", report.context), parts.kv_bytes),
             ('s', "scratch".to_string(), parts.scratch_bytes),
             ('.', "left".to_string(), budget_bytes - parts.total()),
         ];
+        let weights = [
+            ('w', "weights of every token".to_string(), parts.weights_bytes),
+            ('E', experts, parts.experts_bytes),
+        ];
+        return weights.into_iter().chain(ring).chain(rest).collect();
     }
     let is_whole = report.slots.is_none();
     let weights = if is_whole { "all weights, mapped" } else { "weights of every token" };

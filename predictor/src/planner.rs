@@ -45,6 +45,8 @@ enum State {
     Early,
     /// Ready outside the slots, and the open event uses it.
     InUse,
+    /// In memory for good and no business of the slots.
+    Fixed,
 }
 
 /// Who waits for a fill.
@@ -153,6 +155,13 @@ impl Planner {
         &self.ledger
     }
 
+    /// `id` is in memory for good, outside the slots: it is never fetched.
+    /// To be said before the first request.
+    pub fn fix(&mut self, id: ExpertId) {
+        debug_assert_eq!(self.state(id), State::Absent, "{id} is fixed");
+        self.set(id, State::Fixed);
+    }
+
     /// The link moved `bytes` in `busy_ns` and was idle for `idle_ns` since
     /// the last call. Until the first call with bytes, which should bring the
     /// plan's measured speed, prefetching has no price and stays on.
@@ -247,6 +256,7 @@ impl Planner {
                 State::Early => &mut out.early,
                 State::Filling(_) => &mut out.in_flight,
                 State::Needed | State::InUse => unreachable!("{id} is in use outside an event"),
+                State::Fixed => &mut out.fixed,
             };
             list.push(id);
         }

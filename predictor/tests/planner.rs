@@ -182,7 +182,8 @@ impl Machine {
         self.computed.clear();
         let mut request = Request::default();
         self.planner.request(layer, experts, &mut request);
-        let Request { resident, early, in_flight, missing, retire } = request;
+        let Request { resident, early, in_flight, missing, fixed, retire } = request;
+        assert!(fixed.is_empty(), "nothing was fixed");
         let all: BTreeSet<ExpertId> =
             resident.iter().chain(&early).chain(&in_flight).chain(&missing).copied().collect();
         assert_eq!(all, event);

@@ -1,6 +1,7 @@
 //! The one error type of this crate.
 
 use crate::budget::TooSmall;
+use crate::store::mover::MoveError;
 use std::{fmt, path::PathBuf};
 use thiserror::Error;
 
@@ -26,7 +27,7 @@ pub enum Error {
 
     /// An expert could not be read.
     #[error(transparent)]
-    Move(#[from] crate::store::mover::MoveError),
+    Move(MoveError),
 
     /// Text could not be turned into tokens or back.
     #[error("tokenizer: {0}")]
@@ -85,6 +86,15 @@ impl fmt::Display for Invalid {
 }
 
 impl std::error::Error for Invalid {}
+
+impl From<MoveError> for Error {
+    fn from(error: MoveError) -> Self {
+        match error {
+            MoveError::Cuda(error) => Self::Cuda(error),
+            error => Self::Move(error),
+        }
+    }
+}
 
 impl Error {
     /// An [`Invalid`] value; long `found` texts are cut so that a message

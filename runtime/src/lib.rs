@@ -42,7 +42,9 @@ pub use error::{Error, Result};
 pub use forward::cache::KvFormat;
 pub use generate::{Event, Finish, GenerateOptions, Generated};
 pub use model::description::ModelDescription;
-pub use model::{LoadOptions, LoadProgress, Model, OpenedModel, Residency, Streaming};
+pub use model::{
+    GpuExperts, LoadOptions, LoadProgress, Misses, Model, OpenedModel, Residency, Streaming,
+};
 pub use sample::{Dry, Sampler, SamplerOptions};
 pub use session::{Cancel, Run, Session, SessionOptions};
 pub use statistics::StreamStats;

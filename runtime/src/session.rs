@@ -245,7 +245,7 @@ impl Session {
                 forward(engine, &self.ropes, cache, scratch, pass, run.observer, run.cancel)
             }
             Place::Gpu(session) => {
-                let pass = GpuPass { ids: chunk, first_position, wanted };
+                let pass = GpuPass { ids: chunk, first_position, wanted, session: self.id };
                 session.forward(&self.model, &self.ropes, pass, run.observer, run.cancel)
             }
         };

@@ -41,8 +41,10 @@ pub struct LayerStats {
     pub hits: u64,
     /// Experts that a prefetch was reading when their router answered.
     pub in_flight: u64,
-    /// Experts that were read because their router answered.
+    /// Experts that were nowhere when their router answered.
     pub misses: u64,
+    /// Of those, computed by the host without being copied to the GPU.
+    pub left: u64,
     /// Read for `misses`.
     pub bytes_demand: u64,
     /// Read ahead, wanted or not.
@@ -176,7 +178,7 @@ macro_rules! add_and_subtract {
 add_and_subtract!(Time: compute_ns, experts_ns, wait_disk_ns, copy_ns, overhead_ns, total_ns);
 add_and_subtract!(LinkStats: bytes, busy_ns);
 add_and_subtract!(
-    LayerStats: hits, in_flight, misses, bytes_demand, bytes_prefetch, bytes_wasted,
+    LayerStats: hits, in_flight, misses, left, bytes_demand, bytes_prefetch, bytes_wasted,
     prefetch_useful, prefetch_wasted, stall_ns
 );
 
@@ -189,6 +191,7 @@ mod tests {
             hits: seed,
             in_flight: seed + 1,
             misses: seed + 2,
+            left: seed + 9,
             bytes_demand: seed + 3,
             bytes_prefetch: seed + 4,
             bytes_wasted: seed + 5,

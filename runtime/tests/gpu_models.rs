@@ -10,9 +10,11 @@ mod golden;
 use golden::{argmax, models};
 use pregate_kernels::cuda::Device;
 use pregate_kernels::{Cpu, CpuOptions, Isa};
-use pregate_predictor::Observer;
+use pregate_predictor::{LayerShape, Observer};
+use pregate_runtime::model::Source;
 use pregate_runtime::{
-    Cancel, KvFormat, LoadOptions, Model, OpenedModel, Residency, Run, Session, SessionOptions,
+    Cancel, GpuExperts, KvFormat, LoadOptions, Misses, Model, OpenedModel, Residency, Run, Session,
+    SessionOptions, Streaming,
 };
 use pregate_standin::testing;
 use std::path::Path;
@@ -66,17 +68,30 @@ fn answer(model: &Model, kv: KvFormat) -> (Vec<u32>, Vec<Choice>) {
     (bits, routes.0)
 }
 
-/// All experts of each layer on the device, about half of them, or none.
-fn on_gpu(path: &Path, device: Device, share: usize) -> Residency {
+/// Ways to place experts; see [`on_gpu`].
+const WAYS: usize = 5;
+
+/// All experts on the device; about half of each layer, the host computes the
+/// others; none; few slots that experts are copied to; one expert and slots,
+/// and whatever is faster.
+fn on_gpu(path: &Path, device: Device, way: usize) -> Residency {
     let opened = OpenedModel::open(path, &mut |_| {}).unwrap();
-    let layers = opened.layout().shape.layers.iter();
-    let half = layers.map(|layer| layer.map_or(0, |layer| layer.experts.div_ceil(2)));
-    let resident = match share {
-        0 => None,
-        1 => Some(half.collect()),
-        _ => Some(vec![0; opened.layout().shape.layers.len()]),
+    let layers = &opened.layout().shape.layers;
+    let of = |count: &dyn Fn(&LayerShape) -> usize| -> Vec<usize> {
+        layers.iter().map(|layer| layer.as_ref().map_or(0, count)).collect()
     };
-    Residency::Gpu { device, resident }
+    let slots = |ring| {
+        let slots = of(&|layer| (layer.top_k + 1).min(layer.experts));
+        Streaming { slots, ring, source: Source::Host, ..Streaming::default() }
+    };
+    let experts = match way {
+        0 => GpuExperts::All,
+        1 => GpuExperts::Some { fixed: of(&|layer| layer.experts.div_ceil(2)) },
+        2 => GpuExperts::Some { fixed: of(&|_| 0) },
+        3 => GpuExperts::Moving { fixed: of(&|_| 0), streaming: slots(2), misses: Misses::Copied },
+        _ => GpuExperts::Moving { fixed: of(&|_| 1), streaming: slots(1), misses: Misses::Auto },
+    };
+    Residency::Gpu { device, experts }
 }
 
 #[test]
@@ -85,7 +100,7 @@ fn every_architecture_has_the_bits_of_the_cpu() {
         let Some(device) = testing::device() else { return };
         let kv = if index % 2 == 0 { KvFormat::F16 } else { KvFormat::F32 };
         let expected = answer(&load(&path, Residency::Lazy), kv);
-        let found = answer(&load(&path, on_gpu(&path, device, index % 3)), kv);
+        let found = answer(&load(&path, on_gpu(&path, device, index % WAYS)), kv);
         assert!(found.0 == expected.0, "{}: other logits", path.display());
         assert!(found.1 == expected.1, "{}: other choices", path.display());
         assert!(!found.1.is_empty(), "{}", path.display());

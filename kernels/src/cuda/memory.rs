@@ -299,3 +299,83 @@ unsafe impl HostMemory for Arc<[u8]> {
         self
     }
 }
+
+/// Host memory that a copy from the device may write after the call that
+/// submitted it has returned.
+///
+/// # Safety
+/// [`HostTarget::start`] is where [`HostMemory::bytes`] are, which may be
+/// written as long as nobody else has the value.
+pub unsafe trait HostTarget: HostMemory {
+    fn start(&mut self) -> *mut u8;
+}
+
+// SAFETY: the block of which `self` is the only owner.
+unsafe impl HostTarget for Pinned {
+    fn start(&mut self) -> *mut u8 {
+        self.pointer()
+    }
+}
+
+/// What small copies go through: page-locked, or any memory where the system
+/// gives no such, whose copies take longer.
+pub(super) enum Staging {
+    Pinned(Pinned),
+    Pageable(Vec<u8>),
+}
+
+impl Staging {
+    /// Error: the device failed.
+    pub fn new(driver: &Arc<Driver>, bytes: usize) -> Result<Self, CudaError> {
+        match Pinned::new(driver, bytes) {
+            Ok(block) => Ok(Self::Pinned(block)),
+            Err(error) if error.is_sticky() => Err(error),
+            Err(_) => Ok(Self::Pageable(vec![0; bytes])),
+        }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Pinned(block) => block,
+            Self::Pageable(bytes) => bytes,
+        }
+    }
+}
+
+// SAFETY: neither kind of memory moves with its owner; writing needs it.
+unsafe impl HostMemory for Staging {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Pinned(block) => block,
+            Self::Pageable(bytes) => bytes,
+        }
+    }
+}
+
+// SAFETY: both are owned by `self` alone.
+unsafe impl HostTarget for Staging {
+    fn start(&mut self) -> *mut u8 {
+        match self {
+            Self::Pinned(block) => block.pointer(),
+            Self::Pageable(bytes) => bytes.as_mut_ptr(),
+        }
+    }
+}
+
+/// Host memory that copies read: page-locked where the system gives so much,
+/// else any, whose copies the driver makes through memory of its own.
+#[derive(Clone, Debug)]
+pub enum HostPart {
+    Pinned(PinnedPart),
+    Pageable(Arc<[u8]>),
+}
+
+// SAFETY: that of its variants.
+unsafe impl HostMemory for HostPart {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            HostPart::Pinned(part) => part.bytes(),
+            HostPart::Pageable(bytes) => bytes,
+        }
+    }
+}

@@ -65,7 +65,9 @@ pub use gemm::{Gemm, GroupGemm, Groups, Up, gemm, group_gemm, group_tiles};
 pub use graph::Graph;
 pub use link::{Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency};
 pub use mapped::Mapped;
-pub use memory::{Arena, HostMemory, PADDING_BYTES, Pinned, PinnedPart, Span};
+pub use memory::{
+    Arena, HostMemory, HostPart, HostTarget, PADDING_BYTES, Pinned, PinnedPart, Span,
+};
 pub use module::{Modules, built_in_modules};
 pub use position::{At, STEP_WORDS};
 pub use probe::{ProbeProduct, probe_copy, probe_empty, probe_products, probe_read};

@@ -4,7 +4,7 @@ use super::args::{Args, MOST};
 use super::driver::{Driver, EventHandle, EventKind, GraphHandle, Launch, StreamHandle};
 use super::error::CudaError;
 use super::graph::Kept;
-use super::memory::{Pinned, Span};
+use super::memory::{HostMemory, Span, Staging};
 use super::module::Kernel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -22,7 +22,7 @@ struct Inner {
     handle: Option<StreamHandle>,
     events: Arc<Events>,
     /// What `upload` and `download` copy through; made by the first of them.
-    staging: Mutex<Option<Pinned>>,
+    staging: Mutex<Option<Staging>>,
     /// What the launches use, while they are captured.
     capture: Mutex<Option<Kept>>,
 }
@@ -197,7 +197,7 @@ impl Stream {
         let mut staging = self.staging();
         for (piece, start) in bytes.chunks(STAGING_BYTES).zip((0..).step_by(STAGING_BYTES)) {
             let mut block = self.take_staging(&mut staging)?;
-            block[..piece.len()].copy_from_slice(piece);
+            block.bytes_mut()[..piece.len()].copy_from_slice(piece);
             let part = span.part(start..start + piece.len());
             *staging = Some(self.copy_in(block, 0..piece.len(), &part)?.wait()?);
         }
@@ -213,13 +213,13 @@ impl Stream {
             let block = self.take_staging(&mut staging)?;
             let part = span.part(start..start + piece.len());
             let block = self.copy_out(&part, block, 0)?.wait()?;
-            piece.copy_from_slice(&block[..piece.len()]);
+            piece.copy_from_slice(&block.bytes()[..piece.len()]);
             *staging = Some(block);
         }
         Ok(())
     }
 
-    fn staging(&self) -> MutexGuard<'_, Option<Pinned>> {
+    fn staging(&self) -> MutexGuard<'_, Option<Staging>> {
         self.0.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

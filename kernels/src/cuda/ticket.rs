@@ -7,7 +7,7 @@
 //! is forgotten leaks it as well.
 
 use super::error::CudaError;
-use super::memory::{HostMemory, Pinned, Span};
+use super::memory::{HostMemory, HostTarget, Span};
 use super::stream::{Event, Stream};
 use std::fmt;
 use std::mem;
@@ -80,26 +80,27 @@ impl Stream {
     ///
     /// # Errors
     /// [`CudaError::Shape`] when it does not fit; the driver's.
-    pub fn copy_out(
+    pub fn copy_out<M: HostTarget>(
         &self,
         from: &Span,
-        memory: Pinned,
+        mut memory: M,
         at: usize,
-    ) -> Result<Ticket<Pinned>, Refused<Pinned>> {
-        let room = memory.len().checked_sub(at).is_some_and(|room| room >= from.bytes());
+    ) -> Result<Ticket<M>, Refused<M>> {
+        let len = memory.bytes().len();
+        let room = len.checked_sub(at).is_some_and(|room| room >= from.bytes());
         let checked = if room {
             self.check_spans("copy_out", from, from.bytes())
         } else {
-            let problem = format!("{} bytes at {at} of {}", from.bytes(), memory.len());
+            let problem = format!("{} bytes at {at} of {len}", from.bytes());
             Err(CudaError::shape("copy_out", problem))
         };
         if let Err(error) = checked {
             return Err(Refused { error, memory: Some(memory) });
         }
-        // SAFETY: `at` is inside the block or at its end.
-        let to = unsafe { memory.pointer().add(at) };
+        // SAFETY: `at` is inside the memory or at its end.
+        let to = unsafe { memory.start().add(at) };
         self.submit(memory, from, |handle| {
-            // SAFETY: the block has room for the span from `at` on, and the
+            // SAFETY: the memory has room for the span from `at` on, and the
             // ticket holds it, its only owner, until the copy has ended.
             unsafe { self.driver().copy_out(to, from.address(), from.bytes(), handle) }
         })

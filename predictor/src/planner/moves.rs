@@ -60,6 +60,8 @@ pub struct Request {
     pub in_flight: Vec<ExpertId>,
     /// Nowhere: fill them, and say [`Planner::filling`] of each.
     pub missing: Vec<ExpertId>,
+    /// In memory for good: see [`Planner::fix`].
+    pub fixed: Vec<ExpertId>,
     /// What was prefetched for this layer and is not needed.
     pub retire: Retire,
 }
@@ -79,6 +81,7 @@ impl Request {
         self.early.clear();
         self.in_flight.clear();
         self.missing.clear();
+        self.fixed.clear();
         self.retire.clear();
     }
 }

@@ -20,7 +20,7 @@ use crate::store::{ExpertStore, PassInfo};
 use cache::{Cache, LayerCache};
 pub(crate) use delta_net::L2_EPSILON;
 use feed_forward::Companions;
-use meter::Meter;
+pub use meter::{Meter, Work};
 use pregate_kernels::{Backend, Linear, dequantize_row, ops};
 use pregate_predictor::Observer;
 use rows::{add_scaled, buffer, for_each_row};
@@ -94,7 +94,8 @@ pub fn forward(
 ) -> Result<()> {
     let Engine { files, description, weights, backend, store } = engine;
     let Pass { ids, first_position, wanted, session } = pass;
-    let pass = PassInfo { ids, session, is_start: first_position == 0 };
+    let is_start = first_position == 0;
+    let pass = PassInfo { ids, session, is_start, keeps_ahead: false };
     let _turn = store.map(|store| store.begin_pass(pass, cancel)).transpose()?;
     let mut meter = Meter::start(store);
     let hidden = description.hidden;

@@ -68,6 +68,8 @@ pub struct Buffers {
     pub shared_gate: Span,
     /// `[few tokens, vocab]`
     pub logits: Span,
+    /// u64 `[experts]`: where a layer's experts are that are there just now.
+    pub table: Span,
 }
 
 /// The choices of a chunk in the order of their experts.
@@ -113,7 +115,7 @@ struct Sizes<'a> {
 }
 
 /// Plain buffers of a session.
-const PLAIN: usize = 25;
+const PLAIN: usize = 26;
 
 impl<'a> Sizes<'a> {
     fn of(description: &'a ModelDescription, capacity: usize, tokens: usize) -> Self {
@@ -243,6 +245,7 @@ impl<'a> Sizes<'a> {
             hidden,
             floats(1),
             4 * FEW_TOKENS * self.description.vocab,
+            8 * self.experts,
             4 * (self.experts + 1),
             4 * choices,
             4 * choices,
@@ -322,6 +325,7 @@ impl Buffers {
             shared,
             shared_gate,
             logits,
+            table,
             starts,
             token_of,
             choice_of,
@@ -366,6 +370,7 @@ impl Buffers {
             shared,
             shared_gate,
             logits,
+            table,
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Experts and dense blocks on the device: each is one block [gate | up |
 //! down], which kernels find through a table of addresses.
 
-use super::upload::Uploader;
+use super::upload::{Memory, Uploader};
 use crate::model::weights::GatedBlock;
 use pregate_kernels::cuda::{CudaError, ExpertMatrix, Span};
 use pregate_kernels::{ExpertWeights, Matrix};
@@ -49,61 +49,80 @@ pub struct Biases {
     pub down: Option<Span>,
 }
 
-/// The experts of a layer, of which the first are resident.
+/// The experts of a layer, of which the first never leave.
 pub struct DeviceExperts {
     pub count: usize,
     pub shape: BlockShape,
-    /// u64 `[experts]`; 0 for those that are not resident.
+    /// u64 `[experts]`; 0 for those that are not fixed.
     pub table: Span,
     pub biases: Biases,
     /// What the table points at.
-    blocks: Vec<Span>,
+    fixed: Vec<Span>,
 }
 
 /// A dense block: a table of one expert.
 pub type DeviceBlock = DeviceExperts;
 
 impl DeviceExperts {
-    pub fn is_resident(&self, expert: usize) -> bool {
-        expert < self.blocks.len()
+    pub fn is_fixed(&self, expert: usize) -> bool {
+        expert < self.fixed.len()
     }
 
-    /// Whether all of them are resident.
+    /// Whether none of them ever leaves.
     pub fn is_whole(&self) -> bool {
-        self.blocks.len() == self.count
+        self.fixed.len() == self.count
     }
 
-    /// The first `resident` of them.
-    pub fn upload(
+    /// Address of an expert that never leaves, else 0.
+    pub fn address(&self, expert: usize) -> u64 {
+        self.fixed.get(expert).map_or(0, Span::address)
+    }
+
+    /// A block that every token takes.
+    pub fn dense(up: &mut Uploader<'_>, block: &GatedBlock) -> Result<DeviceBlock, CudaError> {
+        Self::upload(up, std::slice::from_ref(block), 1, Memory::Dense)
+    }
+
+    /// Routed experts, of which the first `fixed` are uploaded.
+    pub fn routed(
         up: &mut Uploader<'_>,
         experts: &[GatedBlock],
-        resident: usize,
+        fixed: usize,
+    ) -> Result<Self, CudaError> {
+        Self::upload(up, experts, fixed, Memory::Experts)
+    }
+
+    fn upload(
+        up: &mut Uploader<'_>,
+        experts: &[GatedBlock],
+        fixed: usize,
+        memory: Memory,
     ) -> Result<Self, CudaError> {
         let shape = BlockShape::of(&experts[0].view(up.files));
-        let mut blocks = Vec::with_capacity(resident);
+        let mut blocks = Vec::with_capacity(fixed);
         for (index, expert) in experts.iter().enumerate() {
             let weights = expert.view(up.files);
             let other = BlockShape::of(&weights);
             if [other.gate, other.up, other.down] != [shape.gate, shape.up, shape.down] {
                 return Err(CudaError::unsupported("experts of different formats in a layer"));
             }
-            if index >= resident {
+            if index >= fixed {
                 continue;
             }
             let ExpertWeights { gate, up: upper, down, .. } = weights;
             let parts =
                 [(gate, shape.gate.offset), (upper, shape.up.offset), (down, shape.down.offset)];
-            blocks.push(up.block(shape.block_bytes, &parts)?);
+            blocks.push(up.block(memory, shape.block_bytes, &parts)?);
         }
-        let address = |index: usize| blocks.get(index).map_or(0, Span::address);
-        let addresses = (0..experts.len()).flat_map(|index| address(index).to_ne_bytes());
-        let table = up.bytes(&addresses.collect::<Vec<u8>>())?;
         let biases = Biases {
             gate: biases(up, experts, |block| block.gate.bias.as_deref())?,
             up: biases(up, experts, |block| block.up.bias.as_deref())?,
             down: biases(up, experts, |block| block.down.bias.as_deref())?,
         };
-        Ok(Self { count: experts.len(), shape, table, biases, blocks })
+        let address = |index: usize| blocks.get(index).map_or(0, Span::address);
+        let addresses = (0..experts.len()).flat_map(|index| address(index).to_ne_bytes());
+        let table = up.bytes(&addresses.collect::<Vec<u8>>())?;
+        Ok(Self { count: experts.len(), shape, table, biases, fixed: blocks })
     }
 }
 

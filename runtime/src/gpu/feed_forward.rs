@@ -3,7 +3,7 @@
 use super::buffers::{Buffers, Chosen, FEW_TOKENS};
 use super::experts::{DeviceBlock, DeviceExperts};
 use super::misses::Visit;
-use super::pass::Pass;
+use super::pass::{Companions, Pass};
 use super::weights::{DeviceFeedForward, DeviceMoe, DeviceNorm};
 use crate::error::Result;
 use pregate_kernels::cuda::router::{self, RouterStep, RouterTable, router_step};
@@ -21,6 +21,7 @@ pub fn run(
     layer: usize,
     norm: &DeviceNorm,
     weights: &DeviceFeedForward,
+    companions: &mut Companions<'_, '_>,
 ) -> Result<bool> {
     match weights {
         DeviceFeedForward::Dense(block) => {
@@ -31,7 +32,7 @@ pub fn run(
         }
         DeviceFeedForward::Moe(moe) => {
             pass.norm(norm, true, pass.tokens, &formats(pass, moe))?;
-            mixture(pass, layer, moe)?;
+            mixture(pass, layer, moe, companions)?;
             Ok(false)
         }
     }
@@ -49,12 +50,18 @@ fn routers<'a>(pass: &Pass<'a>) -> Option<&'a RouterTable> {
     pass.model.weights.routers.as_ref()
 }
 
-fn mixture(pass: &Pass<'_>, layer: usize, moe: &DeviceMoe) -> Result<()> {
+fn mixture(
+    pass: &Pass<'_>,
+    layer: usize,
+    moe: &DeviceMoe,
+    companions: &mut Companions<'_, '_>,
+) -> Result<()> {
     let Buffers { x, answers, shared, shared_gate, choices, .. } = pass.buffers;
     let (device, stream, tokens) = (pass.device(), pass.stream(), pass.tokens);
     let chosen = &choices[moe.router];
     choose(pass, moe, chosen)?;
-    let visit = (!moe.experts.is_whole()).then(|| Visit::new(pass)).transpose()?;
+    let visit = || Visit::new(pass, layer, moe, chosen);
+    let visit = (!moe.experts.is_whole()).then(visit).transpose()?;
     if let Some(block) = &moe.shared {
         dense(pass, block, moe.activation, shared)?;
     }
@@ -62,9 +69,10 @@ fn mixture(pass: &Pass<'_>, layer: usize, moe: &DeviceMoe) -> Result<()> {
         pass.multiply(gate, None, tokens, pass.normed(gate.format), shared_gate)?;
     }
     let routed = Choice { ids: Some(&chosen.ids), k: moe.top_k };
-    experts(pass, &moe.experts, routed, moe.activation, answers)?;
-    if let Some(visit) = visit {
-        visit.compute(pass, layer, moe, chosen, answers)?;
+    let launch = |table: &Span| experts(pass, &moe.experts, table, routed, moe.activation, answers);
+    match visit {
+        Some(visit) => visit.run(companions, answers, &launch)?,
+        None => launch(&moe.experts.table)?,
     }
     let shared = moe.shared.as_ref().map(|_| SharedAnswer {
         answers: shared,
@@ -110,6 +118,7 @@ fn choose(pass: &Pass<'_>, moe: &DeviceMoe, chosen: &Chosen) -> Result<(), CudaE
 }
 
 /// Which experts each token goes through.
+#[derive(Clone, Copy)]
 struct Choice<'a> {
     /// i32 `[tokens, k]`; `None`: expert 0.
     ids: Option<&'a Span>,
@@ -123,20 +132,22 @@ fn dense(
     activation: GatedActivation,
     out: &Span,
 ) -> Result<(), CudaError> {
-    experts(pass, block, Choice { ids: None, k: 1 }, activation, out)
+    experts(pass, block, &block.table, Choice { ids: None, k: 1 }, activation, out)
 }
 
-/// The answers of each token's experts, `[tokens, k, hidden]`.
+/// The answers of each token's experts, `[tokens, k, hidden]`: of those that
+/// have an address in `table`, u64 `[experts]`.
 fn experts(
     pass: &Pass<'_>,
     experts: &DeviceExperts,
+    table: &Span,
     choice: Choice<'_>,
     activation: GatedActivation,
     answers: &Span,
 ) -> Result<(), CudaError> {
     match pass.tokens {
-        0..=FEW_TOKENS => for_few(pass, experts, choice, activation, answers),
-        _ => for_many(pass, experts, choice, activation, answers),
+        0..=FEW_TOKENS => for_few(pass, experts, table, choice, activation, answers),
+        _ => for_many(pass, experts, table, choice, activation, answers),
     }
 }
 
@@ -144,12 +155,13 @@ fn experts(
 fn for_few(
     pass: &Pass<'_>,
     experts: &DeviceExperts,
+    table: &Span,
     choice: Choice<'_>,
     activation: GatedActivation,
     answers: &Span,
 ) -> Result<(), CudaError> {
     let (device, stream) = (pass.device(), pass.stream());
-    let DeviceExperts { count, shape, table, biases, .. } = experts;
+    let DeviceExperts { count, shape, biases, .. } = experts;
     let choices = Choices {
         table,
         experts: *count,
@@ -210,13 +222,14 @@ fn sort(pass: &Pass<'_>, experts: usize, choice: &Choice<'_>) -> Result<Span, Cu
 fn for_many(
     pass: &Pass<'_>,
     experts: &DeviceExperts,
+    table: &Span,
     choice: Choice<'_>,
     activation: GatedActivation,
     answers: &Span,
 ) -> Result<(), CudaError> {
     let (device, stream, tokens) = (pass.device(), pass.stream(), pass.tokens);
     let Buffers { vectors, other_vectors, vector_forms, sorted, .. } = pass.buffers;
-    let DeviceExperts { count, shape, table, biases, .. } = experts;
+    let DeviceExperts { count, shape, biases, .. } = experts;
     let choices = tokens * choice.k;
     let starts = sort(pass, *count, &choice)?;
     let groups = Groups {

@@ -1,88 +1,207 @@
-//! Experts that are not on the device: the host computes their rows while the
-//! device computes the others, and both have the same bits.
+//! A layer whose experts are not all on the device: the host learns what its
+//! router chose, computes some of the missing experts, and has others copied
+//! while the device computes those that are there. All have the same bits.
 
-use super::buffers::Chosen;
-use super::pass::{Pass, words};
+use super::buffers::{Chosen, FEW_TOKENS};
+use super::pass::{Companions, Pass, words};
 use super::weights::DeviceMoe;
 use crate::error::Result;
+use crate::forward::Work;
+use crate::model::Misses;
 use crate::model::weights::{FeedForwardWeights, GatedBlock};
-use pregate_kernels::cuda::{CudaError, Event, Span};
+use crate::store::{Arrived, Event, Missing};
+use pregate_kernels::cuda::{self, CudaError, HostPart, Span};
 use pregate_kernels::{Choice, ExpertGroup, ExpertRows, Grouping, Routes};
+use pregate_predictor::ExpertId;
 
 /// A layer's choices, once they are made.
-pub struct Visit {
-    ready: Event,
+pub struct Visit<'a> {
+    pass: &'a Pass<'a>,
+    layer: usize,
+    moe: &'a DeviceMoe,
+    chosen: &'a Chosen,
+    ready: cuda::Event,
 }
 
-impl Visit {
+impl<'a> Visit<'a> {
     /// To be called behind the layer's norm and router.
-    pub fn new(pass: &Pass<'_>) -> Result<Self, CudaError> {
-        Ok(Self { ready: pass.stream().record()? })
+    pub fn new(
+        pass: &'a Pass<'a>,
+        layer: usize,
+        moe: &'a DeviceMoe,
+        chosen: &'a Chosen,
+    ) -> Result<Self, CudaError> {
+        Ok(Self { pass, layer, moe, chosen, ready: pass.stream().record()? })
     }
 
-    /// Fills the rows of `answers`, `[tokens, k, hidden]`, whose experts are
-    /// not on the device. Work of the device that was launched since
-    /// [`Visit::new`] runs meanwhile; it must not touch these rows.
-    pub fn compute(
+    /// Fills `answers`, `[tokens, k, hidden]`. `launch` launches the experts
+    /// that have an address in a table, u64 `[experts]`, and leaves the rows of
+    /// the others as they are.
+    pub fn run(
         self,
-        pass: &Pass<'_>,
-        layer: usize,
-        moe: &DeviceMoe,
-        chosen: &Chosen,
+        companions: &mut Companions<'_, '_>,
         answers: &Span,
+        launch: &dyn Fn(&Span) -> Result<(), CudaError>,
     ) -> Result<()> {
-        let (tokens, k, hidden) = (pass.tokens, moe.top_k, pass.description.hidden);
-        let copy = pass.device().copy();
-        copy.wait(&self.ready)?;
-        let ids = words(copy, &chosen.ids, tokens * k)?.map(u32::from_ne_bytes);
-        let (mut routes, mut rows, mut missing) = (Routes::new(), Vec::new(), Vec::new());
-        for (token, ids) in ids.collect::<Vec<_>>().chunks(k).enumerate() {
-            missing.clear();
-            for (choice, &expert) in ids.iter().enumerate() {
-                if !moe.experts.is_resident(expert as usize) {
-                    missing.push(Choice { expert, weight: 1.0 });
-                    rows.push(token * k + choice);
-                }
-            }
-            routes.push(&missing);
-        }
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let x: Vec<f32> =
-            words(copy, &pass.buffers.normed, tokens * hidden)?.map(f32::from_ne_bytes).collect();
+        companions.meter.lap(Work::Dense);
+        let Self { pass, layer, moe, .. } = self;
+        pass.device().copy().wait(&self.ready)?;
+        let routes = self.routes()?;
         let mut grouping = Grouping::default();
         grouping.gather(&routes);
+        // A token's: the most important first.
+        let order: Vec<u32> = match pass.tokens {
+            1 => routes.of(0).iter().map(|choice| choice.expert).collect(),
+            _ => grouping.experts().collect(),
+        };
+        let mut leave = |missing: Missing<'_>| leave(pass, missing);
+        let mut event =
+            pass.model.store().map(|store| store.begin_shared(layer, &order, &routes, &mut leave));
+        let left: Vec<u32> = match &event {
+            Some(event) => event.left().iter().map(|id| id.expert).collect(),
+            None => {
+                order.iter().copied().filter(|&id| !moe.experts.is_fixed(id as usize)).collect()
+            }
+        };
+        let first = match &mut event {
+            Some(event) if event.has_ready() => event.next(companions.cancel)?,
+            _ => Vec::new(),
+        };
+        companions.meter.lap(Work::Overhead);
+        if !first.is_empty() || order.iter().any(|&id| moe.experts.is_fixed(id as usize)) {
+            launch(&self.table(companions, true, &first)?)?;
+        }
+        drop(first);
+        self.compute(&routes, &left, answers)?;
+        companions.meter.lap(Work::Experts);
+        if let Some(event) = event {
+            self.receive(event, companions, launch)?;
+        }
+        Ok(())
+    }
+
+    /// Launches what arrives, and ends the event.
+    fn receive(
+        &self,
+        mut event: Event<'_>,
+        companions: &mut Companions<'_, '_>,
+        launch: &dyn Fn(&Span) -> Result<(), CudaError>,
+    ) -> Result<()> {
+        loop {
+            let before = event.waited_ns();
+            let arrived = event.next(companions.cancel)?;
+            companions.meter.lap_with_wait(Work::Overhead, event.waited_ns() - before);
+            if arrived.is_empty() {
+                break;
+            }
+            launch(&self.table(companions, false, &arrived)?)?;
+        }
+        let Pass { first_position, tokens, .. } = *self.pass;
+        event.finish(first_position, tokens, companions.observer);
+        companions.meter.lap(Work::Overhead);
+        Ok(())
+    }
+
+    /// What each token's router chose.
+    fn routes(&self) -> Result<Routes, CudaError> {
+        let (copy, k) = (self.pass.device().copy(), self.moe.top_k);
+        let count = self.pass.tokens * k;
+        let ids = words(copy, &self.chosen.ids, count)?.map(u32::from_ne_bytes);
+        let weights = words(copy, &self.chosen.weights, count)?.map(f32::from_ne_bytes);
+        let choice = |(expert, weight)| Choice { expert, weight };
+        let choices: Vec<Choice> = ids.zip(weights).map(choice).collect();
+        let mut routes = Routes::new();
+        choices.chunks(k).for_each(|choices| routes.push(choices));
+        Ok(routes)
+    }
+
+    /// Where `arrived`, and if `fixed` those that never leave, are: u64
+    /// `[experts]`, 0 for all others.
+    fn table(
+        &self,
+        companions: &mut Companions<'_, '_>,
+        fixed: bool,
+        arrived: &[Arrived],
+    ) -> Result<Span, CudaError> {
+        let experts = &self.moe.experts;
+        let moving = match self.pass.model.moving() {
+            Some(moving) if !(fixed && arrived.is_empty()) => moving,
+            _ => return Ok(experts.table.clone()),
+        };
+        let of = |expert: usize| if fixed { experts.address(expert) } else { 0 };
+        let mut addresses: Vec<u64> = (0..experts.count).map(of).collect();
+        for expert in arrived {
+            addresses[expert.expert as usize] = moving.address(expert.frame());
+        }
+        let bytes: Vec<u8> = addresses.into_iter().flat_map(u64::to_ne_bytes).collect();
+        let table = self.pass.buffers.table.part(0..bytes.len());
+        let bytes = HostPart::Pageable(bytes.into());
+        companions.sent.push(self.pass.stream().copy_in(bytes, 0..table.bytes(), &table)?);
+        Ok(table)
+    }
+
+    /// The host computes the experts `left`. Work of the device that was
+    /// launched before runs meanwhile.
+    fn compute(&self, routes: &Routes, left: &[u32], answers: &Span) -> Result<()> {
+        if left.is_empty() {
+            return Ok(());
+        }
+        let Self { pass, moe, .. } = self;
+        let (k, hidden) = (moe.top_k, pass.description.hidden);
+        let (mut choices, mut rows) = (Routes::new(), Vec::new());
+        for token in 0..routes.tokens() {
+            let all = routes.of(token).iter().enumerate();
+            let (at, of): (Vec<usize>, Vec<Choice>) =
+                all.filter(|(_, choice)| left.contains(&choice.expert)).unzip();
+            choices.push(&of);
+            rows.extend(at.into_iter().map(|choice| token * k + choice));
+        }
+        let copy = pass.device().copy();
+        let x = words(copy, &pass.buffers.normed, pass.tokens * hidden)?.map(f32::from_ne_bytes);
+        let x: Vec<f32> = x.collect();
+        let mut grouping = Grouping::default();
+        grouping.gather(&choices);
         let mut found = vec![0.0; grouping.rows() * hidden];
-        self::rows(pass, layer, moe, &x, &grouping, &mut found);
+        self.compute_rows(&x, &grouping, &mut found);
         send(pass, &rows, &grouping, &found, answers)
+    }
+
+    /// What experts answer to `x`, in the order of `grouping`.
+    fn compute_rows(&self, x: &[f32], grouping: &Grouping, answers: &mut [f32]) {
+        let Self { pass, layer, moe, .. } = *self;
+        let engine = pass.engine;
+        let FeedForwardWeights::Moe(weights) = &engine.weights.layers[layer].feed_forward else {
+            unreachable!("the device's layers are the model's")
+        };
+        let weights = |expert: u32| {
+            let block: &GatedBlock = &weights.experts[expert as usize];
+            match pass.model.moving() {
+                Some(moving) => moving.view(engine.files, (layer, expert as usize), block),
+                None => block.view(engine.files),
+            }
+        };
+        let groups: Vec<ExpertGroup<'_>> = (grouping.experts().enumerate())
+            .map(|(index, expert)| grouping.group(index, weights(expert)))
+            .collect();
+        engine.backend.expert_rows(ExpertRows {
+            x,
+            tokens: pass.tokens,
+            groups: &groups,
+            activation: moe.activation,
+            answers,
+        });
     }
 }
 
-/// What the missing experts answer, in the order of `grouping`.
-fn rows(
-    pass: &Pass<'_>,
-    layer: usize,
-    moe: &DeviceMoe,
-    x: &[f32],
-    grouping: &Grouping,
-    answers: &mut [f32],
-) {
-    let engine = pass.engine;
-    let FeedForwardWeights::Moe(weights) = &engine.weights.layers[layer].feed_forward else {
-        unreachable!("the device's layers are the model's")
+/// Which of the missing experts the host computes.
+fn leave(pass: &Pass<'_>, missing: Missing<'_>) -> Vec<ExpertId> {
+    let host = match pass.model.misses() {
+        Misses::Host => true,
+        Misses::Copied => false,
+        // Many tokens make a copy worth its time.
+        Misses::Auto => pass.tokens <= FEW_TOKENS,
     };
-    let block = |expert: u32| -> &GatedBlock { &weights.experts[expert as usize] };
-    let groups: Vec<ExpertGroup<'_>> = (grouping.experts().enumerate())
-        .map(|(index, expert)| grouping.group(index, block(expert).view(engine.files)))
-        .collect();
-    engine.backend.expert_rows(ExpertRows {
-        x,
-        tokens: pass.tokens,
-        groups: &groups,
-        activation: moe.activation,
-        answers,
-    });
+    if host { missing.missing.to_vec() } else { Vec::new() }
 }
 
 /// Copies the rows of the missing choices, whose places are `rows`, to the

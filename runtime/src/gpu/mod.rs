@@ -12,51 +12,114 @@ mod buffers;
 mod delta_net;
 mod experts;
 mod feed_forward;
+mod host_store;
 mod latent;
 mod misses;
+mod mover;
+mod moving;
 mod needs;
 mod pass;
 mod session;
 mod upload;
+mod vram;
 mod weights;
 
-pub use needs::{GpuParts, GpuShare, all_resident, host_scratch_bytes};
+pub use needs::{GpuParts, GpuRoom, GpuShare, host_scratch_bytes};
 pub use session::{GpuPass, GpuSession};
 
 use crate::error::Result;
 use crate::files::ModelFiles;
 use crate::model::description::ModelDescription;
 use crate::model::weights::ModelWeights;
+use crate::model::{GpuExperts, Misses};
+use crate::store::ExpertStore;
+use moving::Moving;
+use needs::{dense_bytes, experts_bytes};
 use pregate_kernels::cuda::Device;
+use upload::Uploader;
 use weights::DeviceWeights;
 
-/// A model's weights on a device.
+/// A model's weights on a device, and what of its experts comes and goes.
 pub struct GpuModel {
     device: Device,
     weights: DeviceWeights,
+    moving: Option<Moving>,
 }
 
 impl GpuModel {
-    /// Uploads all weights but routed experts, and the first `resident` of the
-    /// experts of each layer of the model; `tell` hears the bytes that are done, and how many
-    /// there are.
+    /// Uploads all weights but routed experts, and of these what `experts`
+    /// says; `tell` hears the bytes that are done, and how many there are.
     ///
     /// # Errors
     /// [`crate::Error::Cuda`]: the device has no room, or lacks a kernel for
-    /// some shape of the model.
+    /// some shape of the model. [`crate::Error::Request`]: `experts` does not
+    /// fit the model.
     pub fn upload(
         device: Device,
         files: &ModelFiles,
         description: &ModelDescription,
         weights: &ModelWeights,
-        resident: &[usize],
+        experts: GpuExperts,
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        let weights = DeviceWeights::upload(&device, files, description, weights, resident, tell)?;
-        Ok(Self { device, weights })
+        let (fixed, streaming) = match experts {
+            GpuExperts::All => (needs::all(weights), None),
+            GpuExperts::Some { fixed } => (fixed, None),
+            GpuExperts::Moving { fixed, streaming, misses } => (fixed, Some((streaming, misses))),
+        };
+        let plan = streaming
+            .map(|(streaming, misses)| {
+                moving::Plan::new(files, description, weights, &fixed, streaming, misses)
+            })
+            .transpose()?;
+        let dense = dense_bytes(files, weights);
+        let fixed_bytes = experts_bytes(files, weights, &fixed);
+        let moving_bytes = plan.as_ref().map_or([0; 2], moving::Plan::bytes);
+        let total = dense + fixed_bytes + moving_bytes.iter().sum::<u64>();
+        let mut told = 0;
+        let mut tell_all = |done: u64| {
+            told = done;
+            tell(done, total);
+        };
+        let [frames_bytes, _] = moving_bytes;
+        let bytes = [dense, fixed_bytes + frames_bytes];
+        let mut uploader = Uploader::new(&device, files, bytes, &mut tell_all)?;
+        let weights_there =
+            DeviceWeights::upload(&device, &mut uploader, description, weights, &fixed)?;
+        let frames = uploader.rest()?;
+        let moving = plan
+            .map(|plan| {
+                plan.start(&device, files, weights, &fixed, frames, &mut |done| {
+                    tell(dense + fixed_bytes + done, total);
+                })
+            })
+            .transpose()?;
+        debug_assert!(told <= total);
+        Ok(Self { device, weights: weights_there, moving })
     }
 
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The experts that come and go, if some do.
+    pub fn store(&self) -> Option<&ExpertStore> {
+        self.moving.as_ref().map(Moving::store)
+    }
+
+    /// What is there of experts that come and go.
+    fn moving(&self) -> Option<&Moving> {
+        self.moving.as_ref()
+    }
+
+    /// What becomes of experts that are not there.
+    pub fn misses(&self) -> Misses {
+        self.moving.as_ref().map_or(Misses::Host, Moving::misses)
+    }
+
+    /// Bytes of experts in page-locked memory of the host, and in other memory
+    /// with the reason.
+    pub fn host_bytes(&self) -> (u64, Option<(u64, String)>) {
+        self.moving.as_ref().map_or((0, None), Moving::host_bytes)
     }
 }

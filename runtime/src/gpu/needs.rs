@@ -4,12 +4,15 @@ use super::buffers::{Buffers, FEW_TOKENS, pass_tokens};
 use super::experts::BlockShape;
 use super::session::GpuSession;
 use super::upload::padded;
+use super::vram::{Classes, MovingLayer};
+use crate::budget::{self, Placement, Request, Sizes};
 use crate::files::ModelFiles;
 use crate::model::description::ModelDescription;
 use crate::model::weights::{
     FeedForwardWeights, GatedBlock, KeyUp, LatentQuery, MixerWeights, ModelWeights, Norm,
     Projection, Weight,
 };
+use crate::model::{GpuExperts, Misses, Source, Streaming};
 use crate::session::SessionOptions;
 use pregate_kernels::cuda::router::RouterTable;
 use serde::Serialize;
@@ -20,7 +23,10 @@ pub struct GpuParts {
     /// All weights but routed experts, and but the embedding rows, which the
     /// host looks up.
     pub weights_bytes: u64,
+    /// Of experts that stay, and of slots for others.
     pub experts_bytes: u64,
+    /// Of frames that experts come to before another leaves.
+    pub ring_bytes: u64,
     /// Of the KV cache with a full context, and of recurrent layers.
     pub kv_bytes: u64,
     /// Buffers of passes.
@@ -29,81 +35,215 @@ pub struct GpuParts {
 
 impl GpuParts {
     pub fn total(&self) -> u64 {
-        self.weights_bytes + self.experts_bytes + self.kv_bytes + self.scratch_bytes
+        self.weights_bytes
+            + self.experts_bytes
+            + self.ring_bytes
+            + self.kv_bytes
+            + self.scratch_bytes
     }
+}
+
+/// How much there is for a model beside everything else.
+#[derive(Clone, Copy, Debug)]
+pub struct GpuRoom {
+    pub vram_bytes: u64,
+    /// Of host memory, for experts.
+    pub host_bytes: u64,
+    /// As [`crate::budget::Request::ring`].
+    pub ring: Option<usize>,
 }
 
 /// How a model uses a GPU's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuShare {
     pub parts: GpuParts,
-    /// Experts on the device per layer of the model, 0 for dense layers.
-    pub resident: Vec<usize>,
+    /// Experts that never leave the device, per layer of the model.
+    pub fixed: Vec<usize>,
+    /// Slots for the other experts, per layer of the model; none where these
+    /// stay on the host.
+    pub slots: Vec<usize>,
+    /// Further frames of each size.
+    pub ring: usize,
+    /// Of the experts that are not fixed, all of which are on the host.
+    pub host_bytes: u64,
 }
 
 impl GpuShare {
-    /// Everything but routed experts, then as many of these as fit
-    /// `budget_bytes`: one by one to the layer with the smallest share of its
-    /// experts.
+    /// Everything but routed experts, then all of these if they fit. Else
+    /// slots that experts come to and leave, because which ones are needed
+    /// changes with the text; where the host has no room for all of them, so
+    /// many are fixed on the device. With less than the smallest number of
+    /// slots, the experts that fit are fixed.
     ///
-    /// Error: the smallest parts, which are larger than the budget.
+    /// Error: the smallest parts, which are larger than the room.
     pub fn of(
         files: &ModelFiles,
         description: &ModelDescription,
         weights: &ModelWeights,
         (context, options): (usize, &SessionOptions),
-        budget_bytes: u64,
+        room: GpuRoom,
     ) -> Result<Self, GpuParts> {
         let tokens = pass_tokens(options.prefill_chunk, context);
-        let mut parts = GpuParts {
+        let parts = GpuParts {
             weights_bytes: dense_bytes(files, weights),
-            experts_bytes: 0,
             kv_bytes: GpuSession::state_bytes(description, context, options.kv) as u64,
             scratch_bytes: Buffers::bytes(description, context, tokens) as u64,
+            ..GpuParts::default()
         };
-        let Some(mut left) = budget_bytes.checked_sub(parts.total()) else { return Err(parts) };
-        let mut resident = vec![0; weights.layers.len()];
-        let layers: Vec<(usize, usize, u64)> = (weights.moe_layers())
-            .map(|(index, moe)| (index, moe.experts.len(), block_bytes(files, &moe.experts)))
+        let Some(left) = room.vram_bytes.checked_sub(parts.total()) else { return Err(parts) };
+        let experts = Experts::of(files, weights);
+        if experts.bytes(&all(weights)) <= left {
+            return Ok(experts.fixed(parts, all(weights)));
+        }
+        let too_many = experts.bytes(&all(weights)).saturating_sub(room.host_bytes);
+        let fixed = experts.fill(|before, bytes| before < too_many && bytes <= left);
+        let moving: Vec<Option<MovingLayer>> = (fixed.iter().zip(&experts.layers).enumerate())
+            .map(|(index, (&fixed, layer))| {
+                let (experts, shape) = (*layer)?;
+                let top_k = description.top_k(index);
+                let layer = MovingLayer { shape, experts, fixed, top_k, slots: 0 };
+                (fixed < experts).then_some(layer)
+            })
             .collect();
-        let all: u64 = layers.iter().map(|(_, count, bytes)| *count as u64 * bytes).sum();
-        if all <= left {
-            layers.iter().for_each(|(index, count, _)| resident[*index] = *count);
-            parts.experts_bytes = all;
-            return Ok(Self { parts, resident });
+        let fixed_bytes = experts.bytes(&fixed);
+        let whole = |fixed| Ok(experts.fixed(parts, fixed));
+        let most = || experts.fill(|_, bytes| bytes <= left);
+        let Some(rest) = left.checked_sub(fixed_bytes) else { return whole(most()) };
+        let Some((slots, ring)) = slots(&moving, rest, room.ring) else { return whole(most()) };
+        let layers = moving.iter().zip(&slots);
+        let slotted: Vec<_> = layers
+            .map(|(layer, &slots)| layer.map(|layer| MovingLayer { slots, ..layer }))
+            .collect();
+        let [slots_bytes, ring_bytes] = [(&slotted, 0), (&moving, ring)]
+            .map(|(layers, ring)| Classes::new(layers, ring).bytes());
+        let parts = GpuParts { experts_bytes: fixed_bytes + slots_bytes, ring_bytes, ..parts };
+        let host_bytes = experts.bytes(&all(weights)) - fixed_bytes;
+        Ok(Self { parts, fixed, slots, ring, host_bytes })
+    }
+
+    /// Whether all experts stay on the device.
+    pub fn is_whole(&self) -> bool {
+        self.host_bytes == 0
+    }
+
+    /// Whether some experts come and go.
+    pub fn moves(&self) -> bool {
+        self.slots.iter().any(|&slots| slots > 0)
+    }
+
+    /// What to load the model with; `streaming` for all but the numbers.
+    pub fn experts(&self, streaming: Streaming, misses: Misses) -> GpuExperts {
+        let Self { fixed, slots, ring, .. } = self.clone();
+        if self.is_whole() {
+            return GpuExperts::All;
         }
-        let open = |resident: &[usize]| {
-            let open = layers.iter().filter(|(index, count, _)| resident[*index] < *count);
-            // resident / count against resident / count.
-            open.min_by(|(a, x, _), (b, y, _)| (resident[*a] * y).cmp(&(resident[*b] * x))).copied()
+        if !self.moves() {
+            return GpuExperts::Some { fixed };
+        }
+        let streaming = Streaming { slots, ring, source: Source::Host, ..streaming };
+        GpuExperts::Moving { fixed, streaming, misses }
+    }
+}
+
+/// Slots per layer, and the ring, of `bytes`; `None`: there is room for less
+/// than the smallest number of them.
+fn slots(
+    layers: &[Option<MovingLayer>],
+    bytes: u64,
+    ring: Option<usize>,
+) -> Option<(Vec<usize>, usize)> {
+    let classes = Classes::new(layers, 0);
+    let class_bytes = classes.block_bytes.iter().map(|&bytes| bytes as u64).collect();
+    // More than there is: that all fit was asked before.
+    let whole_bytes = u64::MAX;
+    let sizes = Sizes { shape: classes.shape, class_bytes, whole_bytes, dense_bytes: 0 };
+    let request =
+        Request { budget_bytes: bytes, process_bytes: 0, kv_bytes: 0, scratch_bytes: 0, ring };
+    match budget::divide(&sizes, &request).ok()?.placement {
+        Placement::Whole => None,
+        Placement::Streaming { slots, ring, .. } => Some((slots, ring)),
+    }
+}
+
+/// The routed experts of a model.
+struct Experts {
+    /// How many, and where their matrices are in a block.
+    layers: Vec<Option<(usize, BlockShape)>>,
+}
+
+impl Experts {
+    fn of(files: &ModelFiles, weights: &ModelWeights) -> Self {
+        let mut layers = vec![None; weights.layers.len()];
+        for (index, moe) in weights.moe_layers() {
+            let shape = BlockShape::of(&moe.experts[0].view(files));
+            layers[index] = Some((moe.experts.len(), shape));
+        }
+        Self { layers }
+    }
+
+    /// Of so many experts per layer.
+    fn bytes(&self, counts: &[usize]) -> u64 {
+        let layers = self.layers.iter().zip(counts);
+        layers
+            .filter_map(|(layer, &count)| Some(block_bytes(&layer.as_ref()?.1) * count as u64))
+            .sum()
+    }
+
+    /// Experts one by one to the layer with the smallest share of its experts,
+    /// as long as `more` says so, which hears the bytes without and with the
+    /// next one.
+    fn fill(&self, more: impl Fn(u64, u64) -> bool) -> Vec<usize> {
+        let mut counts = vec![0; self.layers.len()];
+        let mut bytes = 0;
+        let open = |counts: &[usize]| {
+            let layers = self.layers.iter().enumerate();
+            let layers = layers.filter_map(|(index, layer)| Some((index, (*layer)?)));
+            let open = layers.filter(|(index, (count, _))| counts[*index] < *count);
+            // counts / experts against counts / experts.
+            open.min_by(|(a, (x, _)), (b, (y, _))| (counts[*a] * y).cmp(&(counts[*b] * x)))
         };
-        while let Some((index, _, bytes)) = open(&resident) {
-            let Some(rest) = left.checked_sub(bytes) else { break };
-            left = rest;
-            parts.experts_bytes += bytes;
-            resident[index] += 1;
+        while let Some((index, (_, shape))) = open(&counts) {
+            let before = bytes;
+            bytes += block_bytes(&shape);
+            if !more(before, bytes) {
+                break;
+            }
+            counts[index] += 1;
         }
-        Ok(Self { parts, resident })
+        counts
+    }
+
+    /// The share of a device that these experts never leave.
+    fn fixed(&self, parts: GpuParts, fixed: Vec<usize>) -> GpuShare {
+        let all: Vec<usize> =
+            self.layers.iter().map(|layer| layer.map_or(0, |(count, _)| count)).collect();
+        let experts_bytes = self.bytes(&fixed);
+        GpuShare {
+            parts: GpuParts { experts_bytes, ..parts },
+            slots: vec![0; fixed.len()],
+            ring: 0,
+            host_bytes: self.bytes(&all) - experts_bytes,
+            fixed,
+        }
     }
 }
 
 /// Experts per layer of the model if all of them are on the device.
-pub fn all_resident(weights: &ModelWeights) -> Vec<usize> {
+pub fn all(weights: &ModelWeights) -> Vec<usize> {
     let mut resident = vec![0; weights.layers.len()];
     weights.moe_layers().for_each(|(index, moe)| resident[index] = moe.experts.len());
     resident
 }
 
 /// What an expert of a layer takes.
-fn block_bytes(files: &ModelFiles, experts: &[GatedBlock]) -> u64 {
-    padded(BlockShape::of(&experts[0].view(files)).block_bytes)
+fn block_bytes(shape: &BlockShape) -> u64 {
+    padded(shape.block_bytes)
 }
 
 /// Of the first experts of each layer, as [`super::GpuModel::upload`] takes
 /// them.
-pub fn experts_bytes(files: &ModelFiles, weights: &ModelWeights, resident: &[usize]) -> u64 {
-    let layers = weights.moe_layers();
-    layers.map(|(index, moe)| resident[index] as u64 * block_bytes(files, &moe.experts)).sum()
+pub fn experts_bytes(files: &ModelFiles, weights: &ModelWeights, counts: &[usize]) -> u64 {
+    Experts::of(files, weights).bytes(counts)
 }
 
 /// Bytes that a session's passes keep on the host: logits, what is sent, and
@@ -200,7 +340,7 @@ fn mixer(weights: &MixerWeights) -> u64 {
 /// A block that every token takes.
 fn dense_block(files: &ModelFiles, block: &GatedBlock) -> u64 {
     let block = std::slice::from_ref(block);
-    block_bytes(files, block) + beside_blocks(block)
+    block_bytes(&BlockShape::of(&block[0].view(files))) + beside_blocks(block)
 }
 
 /// The table of a layer's blocks, and their biases.

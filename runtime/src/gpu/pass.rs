@@ -4,14 +4,25 @@ use super::GpuModel;
 use super::buffers::{Buffers, FEW_TOKENS};
 use super::upload::DeviceProjection;
 use super::weights::DeviceNorm;
-use crate::forward::Engine;
+use crate::forward::{Engine, Meter};
 use crate::model::description::{ModelDescription, NormKind, RopePairs};
 use crate::model::rope::Rope;
+use crate::session::Cancel;
 use pregate_kernels::cuda::{
-    self, CudaError, Device, DeviceMatrix, Gemm, Gemv, Input, Norm, Pairs, Quantise,
-    QuantisedSpans, Rotation, Span, Stream,
+    self, CudaError, Device, DeviceMatrix, Gemm, Gemv, HostPart, Input, Norm, Pairs, Quantise,
+    QuantisedSpans, Rotation, Span, Stream, Ticket,
 };
 use pregate_kernels::{ActivationKind, Format};
+use pregate_predictor::Observer;
+
+/// What goes with a pass through its layers.
+pub struct Companions<'a, 'm> {
+    pub observer: &'a mut dyn Observer,
+    pub cancel: &'a Cancel,
+    pub meter: &'a mut Meter<'m>,
+    /// Copies to the device that may still be under way.
+    pub sent: Vec<Ticket<HostPart>>,
+}
 
 /// A pass over a few tokens.
 #[derive(Clone, Copy)]

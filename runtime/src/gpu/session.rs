@@ -2,16 +2,17 @@
 
 use super::GpuModel;
 use super::buffers::{ALIGN, Buffers, FEW_TOKENS, pass_tokens};
-use super::pass::{Pass, from_row, words};
+use super::pass::{Companions, Pass, from_row, words};
 use super::weights::{DeviceFeedForward, DeviceMixer};
 use super::{attention, delta_net, feed_forward, latent};
 use crate::error::{Error, Result};
 use crate::forward::cache::KvFormat;
-use crate::forward::{check_finite, embed};
+use crate::forward::{Meter, check_finite, embed};
 use crate::model::Model;
 use crate::model::description::{Mixer, ModelDescription};
 use crate::model::rope::Rope;
 use crate::session::Cancel;
+use crate::store::PassInfo;
 use pregate_kernels::cuda::{Arena, CellFormat, CudaError, Device, DeviceCells, Span};
 use pregate_predictor::Observer;
 
@@ -24,6 +25,8 @@ pub struct GpuPass<'a> {
     pub first_position: usize,
     /// Logits of so many of the last ids.
     pub wanted: usize,
+    /// A number of the session's own.
+    pub session: u64,
 }
 
 /// The running state of a gated DeltaNet layer; see
@@ -162,9 +165,22 @@ impl GpuSession {
                 tokens,
                 first_position,
             };
-            launch(&piece, &self.layers, wanted)?;
-            tell(&piece, observer)?;
+            let info = PassInfo {
+                ids,
+                session: pass.session,
+                is_start: first_position == 0,
+                keeps_ahead: false,
+            };
+            let store = gpu.store();
+            let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
+            let mut meter = Meter::start(store);
+            let mut companions =
+                Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
+            launch(&piece, &self.layers, wanted, &mut companions)?;
+            tell(&piece, companions.observer)?;
             head(&piece, wanted, &mut self.logits)?;
+            drop(companions);
+            meter.finish();
         }
         if description.logit_scale != 1.0 {
             self.logits.iter_mut().for_each(|logit| *logit *= description.logit_scale);
@@ -240,12 +256,20 @@ fn state(
 
 /// All launches of a pass but the head's: leaves the final norm of the last
 /// `wanted` tokens in `normed`.
-fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<()> {
+fn launch(
+    pass: &Pass<'_>,
+    layers: &[LayerState],
+    wanted: usize,
+    companions: &mut Companions<'_, '_>,
+) -> Result<()> {
     let weights = &pass.model.weights;
     // Whether `delta` holds what the last block adds.
     let mut has_delta = false;
     let described = layers.iter().zip(&pass.description.layers);
     for (index, (layer, (state, of))) in weights.layers.iter().zip(described).enumerate() {
+        if companions.cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
         pass.norm(&layer.mixer_norm, has_delta, pass.tokens, &layer.mixer.first_formats())?;
         match (&layer.mixer, state, &of.mixer) {
             (
@@ -263,7 +287,8 @@ fn launch(pass: &Pass<'_>, layers: &[LayerState], wanted: usize) -> Result<()> {
             }
             _ => unreachable!("state and weights are made from one description"),
         }
-        has_delta = feed_forward::run(pass, index, &layer.feed_forward_norm, &layer.feed_forward)?;
+        let (norm, block) = (&layer.feed_forward_norm, &layer.feed_forward);
+        has_delta = feed_forward::run(pass, index, norm, block, companions)?;
     }
     if wanted == 0 {
         return Ok(());

@@ -13,44 +13,64 @@ pub fn padded(bytes: usize) -> u64 {
     bytes.max(1).next_multiple_of(ALIGN) as u64
 }
 
-/// Puts bytes behind each other into one arena.
+/// Where bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// What every token reads.
+    Dense,
+    /// Routed experts.
+    Experts,
+}
+
+/// Puts bytes behind each other into an arena for each [`Memory`].
 pub struct Uploader<'a> {
     device: &'a Device,
     pub files: &'a ModelFiles,
-    pub arena: Arena,
+    pub dense: Arena,
+    experts: Arena,
     done: u64,
-    tell: &'a mut dyn FnMut(u64, u64),
+    tell: &'a mut dyn FnMut(u64),
 }
 
 impl<'a> Uploader<'a> {
-    /// `bytes`: of everything that will be uploaded, padded.
+    /// `bytes`: of everything that will be uploaded, padded, and with experts
+    /// the room for what comes later. `tell` hears the bytes that are done.
     pub fn new(
         device: &'a Device,
         files: &'a ModelFiles,
-        bytes: u64,
-        tell: &'a mut dyn FnMut(u64, u64),
+        [dense, experts]: [u64; 2],
+        tell: &'a mut dyn FnMut(u64),
     ) -> Result<Self, CudaError> {
-        let arena = device.arena(bytes as usize)?;
-        Ok(Self { device, files, arena, done: 0, tell })
+        let arena = |bytes: u64| device.arena(bytes.max(1) as usize);
+        Ok(Self { device, files, dense: arena(dense)?, experts: arena(experts)?, done: 0, tell })
+    }
+
+    /// What is left for experts.
+    pub fn rest(&self) -> Result<Span, CudaError> {
+        self.experts.take(self.experts.free_bytes() / ALIGN * ALIGN, ALIGN)
     }
 
     /// Memory of unspecified contents, to be written.
-    pub fn room(&mut self, bytes: usize) -> Result<Writer, CudaError> {
-        let span = self.arena.take(bytes, ALIGN)?;
+    fn room(&mut self, memory: Memory, bytes: usize) -> Result<Writer, CudaError> {
+        let arena = match memory {
+            Memory::Dense => &self.dense,
+            Memory::Experts => &self.experts,
+        };
+        let span = arena.take(bytes, ALIGN)?;
         Ok(Writer { span, written: 0, piece: Vec::new() })
     }
 
     /// The span of a writer that has got all its bytes.
-    pub fn end(&mut self, mut writer: Writer) -> Result<Span, CudaError> {
+    fn end(&mut self, mut writer: Writer) -> Result<Span, CudaError> {
         writer.flush(self.device)?;
         self.done += padded(writer.written);
-        (self.tell)(self.done, self.arena.bytes() as u64);
+        (self.tell)(self.done);
         Ok(writer.span)
     }
 
     /// A copy of `bytes` on the device.
     pub fn bytes(&mut self, bytes: &[u8]) -> Result<Span, CudaError> {
-        let mut writer = self.room(bytes.len())?;
+        let mut writer = self.room(Memory::Dense, bytes.len())?;
         writer.write(self.device, bytes)?;
         self.end(writer)
     }
@@ -71,7 +91,7 @@ impl<'a> Uploader<'a> {
     /// first.
     pub fn matrices(&mut self, weights: &[Weight]) -> Result<DeviceMatrix, CudaError> {
         let first = weights[0].view(self.files);
-        let mut writer = self.room(first.weight_bytes() * weights.len())?;
+        let mut writer = self.room(Memory::Dense, first.weight_bytes() * weights.len())?;
         for weight in weights {
             writer.rows(self.device, &weight.view(self.files))?;
         }
@@ -83,10 +103,11 @@ impl<'a> Uploader<'a> {
     /// of `bytes`.
     pub fn block(
         &mut self,
+        memory: Memory,
         bytes: usize,
         parts: &[(Matrix<'_>, usize)],
     ) -> Result<Span, CudaError> {
-        let mut writer = self.room(bytes)?;
+        let mut writer = self.room(memory, bytes)?;
         for (matrix, start) in parts {
             writer.pad(self.device, *start)?;
             writer.rows(self.device, matrix)?;

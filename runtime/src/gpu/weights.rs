@@ -2,10 +2,8 @@
 //! [`crate::model::weights`] has them.
 
 use super::experts::{DeviceBlock, DeviceExperts};
-use super::needs::{dense_bytes, experts_bytes};
 use super::upload::{DeviceProjection, Uploader};
 use crate::error::Result;
-use crate::files::ModelFiles;
 use crate::model::description::{FeedForward, ModelDescription, NormKind};
 use crate::model::weights::{
     AttentionWeights, DeltaNetWeights, FeedForwardWeights, KeyUp, LatentQuery, LatentWeights,
@@ -14,7 +12,6 @@ use crate::model::weights::{
 use pregate_kernels::cuda::router::{RouterLayer, RouterNorm, RouterNormKind, RouterTable};
 use pregate_kernels::cuda::{CudaError, Device, DeviceMatrix, Span};
 use pregate_kernels::{Format, GatedActivation};
-use std::slice::from_ref;
 
 pub struct DeviceWeights {
     pub head: DeviceProjection,
@@ -104,22 +101,18 @@ pub struct DeviceMoe {
 impl DeviceWeights {
     pub fn upload(
         device: &Device,
-        files: &ModelFiles,
+        up: &mut Uploader<'_>,
         description: &ModelDescription,
         weights: &ModelWeights,
-        resident: &[usize],
-        tell: &mut dyn FnMut(u64, u64),
+        fixed: &[usize],
     ) -> Result<Self> {
-        let bytes = dense_bytes(files, weights) + experts_bytes(files, weights, resident);
-        let mut uploader = Uploader::new(device, files, bytes, tell)?;
-        let up = &mut uploader;
         let mut routers = Vec::new();
         let mut layers = Vec::with_capacity(weights.layers.len());
         for (index, (layer, of)) in weights.layers.iter().zip(&description.layers).enumerate() {
             let feed_forward_norm = norm(up, &layer.feed_forward_norm)?;
             let feed_forward = match (&layer.feed_forward, &of.feed_forward) {
                 (FeedForwardWeights::Dense(block), _) => {
-                    DeviceFeedForward::Dense(DeviceBlock::upload(up, from_ref(&**block), 1)?)
+                    DeviceFeedForward::Dense(DeviceExperts::dense(up, block)?)
                 }
                 (FeedForwardWeights::Moe(moe), FeedForward::Moe(m)) => {
                     let norm = router_norm(description.norm, &feed_forward_norm);
@@ -129,10 +122,8 @@ impl DeviceWeights {
                         router: routers.len() - 1,
                         top_k: m.top_k,
                         activation: m.activation,
-                        experts: DeviceExperts::upload(up, &moe.experts, resident[index])?,
-                        shared: shared
-                            .map(|block| DeviceBlock::upload(up, from_ref(block), 1))
-                            .transpose()?,
+                        experts: DeviceExperts::routed(up, &moe.experts, fixed[index])?,
+                        shared: shared.map(|block| DeviceExperts::dense(up, block)).transpose()?,
                         shared_gate: moe.shared_gate.map(|gate| up.matrix(&gate)).transpose()?,
                     }))
                 }
@@ -148,7 +139,7 @@ impl DeviceWeights {
         let head = up.projection(&weights.head)?;
         let final_norm = norm(up, &weights.final_norm)?;
         let routers = table(up, device, description.hidden, routers)?;
-        debug_assert!(up.arena.free_bytes() < 256, "{} bytes left over", up.arena.free_bytes());
+        debug_assert!(up.dense.free_bytes() < 256, "{} bytes left over", up.dense.free_bytes());
         Ok(Self { head, final_norm, layers, routers })
     }
 }
@@ -162,7 +153,7 @@ fn table(
     if routers.is_empty() {
         return Ok(None);
     }
-    RouterTable::new(&up.arena, device.compute(), hidden, routers).map(Some)
+    RouterTable::new(&up.dense, device.compute(), hidden, routers).map(Some)
 }
 
 fn norm(up: &mut Uploader<'_>, norm: &Norm) -> Result<DeviceNorm, CudaError> {

@@ -15,7 +15,7 @@ pub mod weights;
 use crate::error::{Error, Result};
 use crate::files::{Container, ModelFiles};
 use crate::forward::Engine;
-use crate::gpu::{GpuModel, all_resident};
+use crate::gpu::GpuModel;
 use crate::store::disk::{self, DiskOptions};
 use crate::store::frames::Frames;
 use crate::store::layout::ModelLayout;
@@ -26,7 +26,7 @@ use description::ModelDescription;
 use pregate_kernels::Backend;
 use pregate_kernels::cuda::Device;
 use pregate_predictor::forecast::{self, Forecaster};
-use pregate_predictor::{Ahead, Cache, Planner, policy};
+use pregate_predictor::{Ahead, Cache, Planner, Shape, policy};
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -52,9 +52,31 @@ pub enum Residency {
     /// Routed experts come from disk just in time; all other weights are read
     /// into memory while loading. The fastest for a model that does not fit.
     Streamed(Streaming),
-    /// On a GPU, but for the experts that `resident` leaves to the host: so many
-    /// per layer of the model are on the device. `None`: all.
-    Gpu { device: Device, resident: Option<Vec<usize>> },
+    /// On a GPU.
+    Gpu { device: Device, experts: GpuExperts },
+}
+
+/// Which routed experts are on a GPU. The host keeps all that may be absent.
+#[derive(Default)]
+pub enum GpuExperts {
+    #[default]
+    All,
+    /// So many per layer of the model, always the same: its first ones.
+    Some { fixed: Vec<usize> },
+    /// As [`GpuExperts::Some`]; others come and go.
+    Moving { fixed: Vec<usize>, streaming: Streaming, misses: Misses },
+}
+
+/// What becomes of experts that a token needs and a GPU does not have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Misses {
+    /// Whatever is faster, as measured while running.
+    #[default]
+    Auto,
+    /// The host computes them.
+    Host,
+    /// They are copied to the device.
+    Copied,
 }
 
 /// How experts are streamed. The numbers come from [`crate::budget`].
@@ -92,6 +114,8 @@ impl Default for Streaming {
 pub enum Source {
     /// The model's files.
     Disk(DiskOptions),
+    /// Host memory; only of [`GpuExperts::Moving`].
+    Host,
     /// Something else that reads them: the simulated disk of the tests.
     Custom(Box<MakeMover>),
 }
@@ -175,12 +199,11 @@ impl OpenedModel {
         let mut gpu = None;
         let store = match options.residency {
             Residency::Lazy => None,
-            Residency::Gpu { device, resident } => {
+            Residency::Gpu { device, experts } => {
                 let Self { files, description, weights, .. } = &self;
-                let resident = resident.unwrap_or_else(|| all_resident(weights));
-                let on_gpu =
-                    GpuModel::upload(device, files, description, weights, &resident, &mut tell)?;
-                gpu = Some(on_gpu);
+                let model =
+                    GpuModel::upload(device, files, description, weights, experts, &mut tell)?;
+                gpu = Some(model);
                 None
             }
             Residency::Resident => {
@@ -226,27 +249,10 @@ fn open_store(
     layout: ModelLayout,
     streaming: Streaming,
 ) -> Result<ExpertStore> {
-    let Streaming { slots, ring, policy, forecast, horizon, ahead, source } = streaming;
-    let unknown = |what: &str, name: &str, allowed: String| {
-        Error::Request(format!("{what} {name:?}; allowed: {allowed}"))
-    };
-    let Some(rule) = policy::by_name(&policy) else {
-        return Err(unknown("eviction policy", &policy, policy::NAMES.join(", ")));
-    };
-    let cache = Cache::new(&layout.shape, &slots, rule)
-        .map_err(|error| Error::Request(error.to_string()))?;
-    let forecaster = Forecaster::by_name(&forecast, &layout.shape, horizon);
-    if forecaster.is_none() && forecast != "none" {
-        let names = forecast::NAMES.join(", ");
-        return Err(unknown("forecast", &forecast, format!("none, blend, {names}")));
-    }
-    let planner = Planner::new(&layout.shape, cache, forecaster, ahead);
-    if ring == 0 {
-        return Err(Error::Request("a ring of 0 frames; allowed: 1 and more".to_string()));
-    }
-    let frames = Frames::new(&ExpertStore::specs(&layout, &slots, ring))?;
+    let planner = planner(&layout.shape, &streaming)?;
+    let frames = Frames::new(&ExpertStore::specs(&layout, &streaming.slots, streaming.ring))?;
     let mut disk = None;
-    let (mover, clock) = match source {
+    let (mover, clock) = match streaming.source {
         Source::Disk(options) => {
             let started = std::time::Instant::now();
             let clock: Clock = Arc::new(move || started.elapsed().as_nanos() as u64);
@@ -256,9 +262,35 @@ fn open_store(
             disk = Some(report);
             (mover, clock)
         }
+        Source::Host => {
+            let message = "experts that come from host memory need a GPU that they go to";
+            return Err(Error::Request(message.to_string()));
+        }
         Source::Custom(make) => make(files, &layout, &frames)?,
     };
     Ok(ExpertStore::new(layout, frames, mover, planner, clock, disk))
+}
+
+/// Who decides what comes and who leaves, for experts of `shape`.
+pub(crate) fn planner(shape: &Shape, streaming: &Streaming) -> Result<Planner> {
+    let Streaming { slots, ring, policy, forecast, horizon, ahead, .. } = streaming;
+    let unknown = |what: &str, name: &str, allowed: String| {
+        Error::Request(format!("{what} {name:?}; allowed: {allowed}"))
+    };
+    let Some(rule) = policy::by_name(policy) else {
+        return Err(unknown("eviction policy", policy, policy::NAMES.join(", ")));
+    };
+    let cache =
+        Cache::new(shape, slots, rule).map_err(|error| Error::Request(error.to_string()))?;
+    let forecaster = Forecaster::by_name(forecast, shape, *horizon);
+    if forecaster.is_none() && forecast != "none" {
+        let names = forecast::NAMES.join(", ");
+        return Err(unknown("forecast", forecast, format!("none, blend, {names}")));
+    }
+    if *ring == 0 {
+        return Err(Error::Request("a ring of 0 frames; allowed: 1 and more".to_string()));
+    }
+    Ok(Planner::new(shape, cache, forecaster, *ahead))
 }
 
 /// A model ready to run. Cloning is cheap: clones share everything.
@@ -290,9 +322,9 @@ impl Model {
         OpenedModel::open(path, progress)?.load(options, progress)
     }
 
-    /// Where experts come from, if they are streamed.
+    /// Where experts come from, if they come and go: to memory, or to a GPU.
     pub fn store(&self) -> Option<&ExpertStore> {
-        self.shared.store.as_ref()
+        self.shared.store.as_ref().or_else(|| self.gpu()?.store())
     }
 
     /// The weights on a GPU, if they are there.
@@ -351,7 +383,7 @@ impl Model {
             description: self.description(),
             weights: self.weights(),
             backend: self.backend(),
-            store: self.store(),
+            store: self.shared.store.as_ref(),
         }
     }
 }

@@ -6,7 +6,7 @@
 //! been computed, the planner says who leaves for it, and the frame that is
 //! then free takes the next one.
 
-use super::frames::Pin;
+use super::frames::{FrameId, Pin};
 use super::mover::Urgency;
 use super::{ExpertStore, Inner, key_of};
 use crate::error::{Error, Result};
@@ -31,6 +31,22 @@ impl Arrived {
     pub fn bytes(&self) -> &[u8] {
         &self.pin
     }
+
+    pub fn frame(&self) -> FrameId {
+        self.pin.frame()
+    }
+}
+
+/// What an event did not find in a frame.
+#[derive(Clone, Copy)]
+pub struct Missing<'a> {
+    pub layer: usize,
+    /// Nowhere, in the order in which they are wanted.
+    pub missing: &'a [ExpertId],
+    /// On their way, by a forecast.
+    pub in_flight: &'a [ExpertId],
+    /// Frames that a fill can have at once.
+    pub free: usize,
 }
 
 /// One layer's experts on their way to the computation. Holds the store: other
@@ -57,6 +73,8 @@ pub(super) struct Lists {
     ready: Vec<ExpertId>,
     /// To be asked of the mover when a frame is free, in this order.
     queue: VecDeque<ExpertId>,
+    /// Computed without a frame.
+    left: Vec<ExpertId>,
     /// Handed out last, to be settled when their pins are back.
     handed: Vec<ExpertId>,
     origins: Vec<(u32, Origin)>,
@@ -64,26 +82,34 @@ pub(super) struct Lists {
 
 impl<'s> Event<'s> {
     /// Asks for `experts`, distinct and of one MoE layer, in the order in
-    /// which they are wanted.
+    /// which they are wanted. Of the missing ones, `leave` names those that are
+    /// computed without a frame.
     pub(super) fn begin(
         store: &'s ExpertStore,
         layer: usize,
         experts: &[u32],
         routes: &Routes,
+        leave: &mut dyn FnMut(Missing<'_>) -> Vec<ExpertId>,
     ) -> Self {
         let mut inner = store.lock();
         inner.collect(store);
         inner.tell_routes(layer, routes);
         let mut lists = std::mem::take(&mut inner.lists);
         inner.planner.request(layer, experts, &mut lists.request);
-        let Request { resident, early, in_flight, missing, retire } = &lists.request;
+        let Request { resident, early, in_flight, missing, retire, .. } = &lists.request;
         for &id in in_flight {
             inner.mover.promote(key_of(id));
         }
         inner.give_up(store, retire);
         inner.count(layer, &lists.request);
         lists.ready.extend(resident.iter().chain(early));
-        lists.queue.extend(missing);
+        if !missing.is_empty() {
+            let free = inner.free_frames(store, layer);
+            lists.left = leave(Missing { layer, missing, in_flight, free });
+        }
+        let left = &lists.left;
+        lists.queue.extend(missing.iter().filter(|id| !left.contains(id)));
+        inner.layer_stats(layer).left += left.len() as u64;
         let awaited = in_flight.len();
         let began_ns = inner.mover.now_ns();
         let mut event = Self {
@@ -99,6 +125,16 @@ impl<'s> Event<'s> {
         };
         event.ask();
         event
+    }
+
+    /// Experts that are computed without a frame.
+    pub fn left(&self) -> &[ExpertId] {
+        &self.lists.left
+    }
+
+    /// Whether [`Event::next`] has something to hand out at once.
+    pub fn has_ready(&self) -> bool {
+        !self.lists.ready.is_empty()
     }
 
     /// Is a forecast for `layer` worth its time now?
@@ -250,9 +286,10 @@ impl<'s> Event<'s> {
 
 impl Lists {
     fn origins(&mut self) -> &[(u32, Origin)] {
-        let Request { resident, early, in_flight, missing, .. } = &self.request;
+        let Request { resident, early, in_flight, missing, fixed, .. } = &self.request;
         self.origins.clear();
         for (ids, origin) in [
+            (fixed, Origin::Hit),
             (resident, Origin::Hit),
             (early, Origin::Early),
             (in_flight, Origin::InFlight),
@@ -268,6 +305,7 @@ impl Lists {
         self.ready.clear();
         self.queue.clear();
         self.handed.clear();
+        self.left.clear();
     }
 }
 

@@ -46,8 +46,8 @@ struct Class {
 
 /// An anonymous mapping that nothing but the guards below dereferences.
 struct Memory {
-    /// Owns the mapping that `start` points into.
-    _mapping: MmapRaw,
+    /// Owns the mapping that `start` points into; `None`: there are no bytes.
+    _mapping: Option<MmapRaw>,
     start: NonNull<u8>,
 }
 
@@ -71,19 +71,25 @@ impl Memory {
         // longer than `bytes`.
         let start = unsafe { mapping.as_mut_ptr().add(skip) };
         let start = NonNull::new(start).expect("a mapping does not start at address zero");
-        Ok(Self { _mapping: mapping, start })
+        Ok(Self { _mapping: Some(mapping), start })
+    }
+
+    /// No bytes.
+    fn none() -> Self {
+        Self { _mapping: None, start: NonNull::dangling() }
     }
 }
 
 impl Class {
     fn frames_per_region(&self) -> usize {
-        REGION_BYTES / self.spec.frame_bytes
+        REGION_BYTES.checked_div(self.spec.frame_bytes).unwrap_or(usize::MAX)
     }
 
     /// Where frame `index` starts.
     fn frame(&self, index: usize) -> NonNull<u8> {
         assert!(index < self.spec.frames);
-        // SAFETY: the mapping has `frames * frame_bytes` bytes from `start`.
+        // SAFETY: the mapping has `frames * frame_bytes` bytes from `start`, or
+        // frames have no bytes.
         unsafe { self.memory.start.add(index * self.spec.frame_bytes) }
     }
 }
@@ -110,20 +116,38 @@ impl Frames {
     /// Errors: the memory cannot be had, named in bytes; a frame larger than
     /// [`REGION_BYTES`].
     pub fn new(specs: &[ClassSpec]) -> Result<Arc<Self>> {
-        assert!(specs.len() <= usize::from(u16::MAX), "{} classes of frames", specs.len());
-        let mut classes: Vec<Class> = Vec::with_capacity(specs.len());
-        let (mut slots, mut regions) = (0, 0);
-        for &spec in specs {
+        Self::build(specs, |spec| {
             let ClassSpec { frame_bytes, frames } = spec;
             assert!(frame_bytes > 0 && frame_bytes.is_multiple_of(ALIGN_BYTES));
-            assert!(u32::try_from(frames).is_ok(), "{frames} frames in a class");
             if frame_bytes > REGION_BYTES {
                 return Err(Error::Request(format!(
                     "an expert of {frame_bytes} bytes is too large for a slot (at most \
                      {REGION_BYTES} bytes)"
                 )));
             }
-            let memory = Memory::new(frame_bytes.saturating_mul(frames))?;
+            Memory::new(frame_bytes.saturating_mul(frames))
+        })
+    }
+
+    /// So many frames per class whose memory is elsewhere, on a device: they
+    /// have states and guards, and no bytes.
+    pub fn without_memory(frames: &[usize]) -> Arc<Self> {
+        let spec = |&frames: &usize| ClassSpec { frame_bytes: 0, frames };
+        let specs: Vec<ClassSpec> = frames.iter().map(spec).collect();
+        Self::build(&specs, |_| Ok(Memory::none())).expect("nothing is allocated")
+    }
+
+    fn build(
+        specs: &[ClassSpec],
+        mut memory: impl FnMut(ClassSpec) -> Result<Memory>,
+    ) -> Result<Arc<Self>> {
+        assert!(specs.len() <= usize::from(u16::MAX), "{} classes of frames", specs.len());
+        let mut classes: Vec<Class> = Vec::with_capacity(specs.len());
+        let (mut slots, mut regions) = (0, 0);
+        for &spec in specs {
+            let frames = spec.frames;
+            assert!(u32::try_from(frames).is_ok(), "{frames} frames in a class");
+            let memory = memory(spec)?;
             let class = Class { spec, memory, first_slot: slots, first_region: regions };
             slots += frames;
             regions += frames.div_ceil(class.frames_per_region());
@@ -220,8 +244,8 @@ impl Ticket {
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let frames = self.claim.owner();
         let (start, len) = (frames.start(self.frame), frames.frame_bytes(self.frame));
-        // SAFETY: the memory is mapped as long as the claim's `Arc` lives. A
-        // claim is the only one of its slot and excludes every hold, and it is
+        // SAFETY: the memory is mapped (or of no bytes) as long as the claim's
+        // `Arc` lives. A claim is the only one of its slot and excludes every hold, and it is
         // borrowed mutably and not yet cut.
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), len) }
     }

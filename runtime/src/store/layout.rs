@@ -104,6 +104,21 @@ pub struct ModelLayout {
 }
 
 impl ModelLayout {
+    /// Blocks of their own, without a place in the files: experts of `shape`,
+    /// whose classes have blocks of `class_bytes`.
+    pub fn of_blocks(shape: Shape, class_bytes: Vec<usize>) -> Self {
+        let expert = |bytes: u64| {
+            let len = bytes as usize;
+            let piece = Piece { file: 0, offset: 0, len, needed: len, at: 0 };
+            ExpertLayout { pieces: Arc::new([piece]), parts: Vec::new() }
+        };
+        let experts = |layer: &Option<LayerShape>| -> Vec<ExpertLayout> {
+            let layer = layer.iter().flat_map(|layer| (0..layer.experts).map(move |_| layer));
+            layer.map(|layer| expert(layer.expert_bytes)).collect()
+        };
+        Self { layers: shape.layers.iter().map(experts).collect(), shape, class_bytes }
+    }
+
     /// `top_k` answers for an MoE layer.
     pub fn new(files: &ModelFiles, weights: &ModelWeights, top_k: impl Fn(usize) -> usize) -> Self {
         let mut layers: Vec<Vec<ExpertLayout>> = Vec::new();

@@ -18,7 +18,7 @@ mod places;
 pub mod slot;
 mod sync;
 
-pub use event::{Arrived, Event};
+pub use event::{Arrived, Event, Missing};
 
 use crate::error::{Error, Result};
 use crate::model::weights::GatedBlock;
@@ -32,7 +32,9 @@ use notices::Told;
 use places::{Place, Places};
 use pregate_kernels::{ExpertWeights, Routes};
 use pregate_predictor::forecast::{External, Forecaster};
-use pregate_predictor::{Admission, Arrival, ExpertId, Landing, Planner, Request, Retire, Room};
+use pregate_predictor::{
+    Admission, Arrival, ExpertId, Landing, NoObserver, Planner, Request, Retire, Room,
+};
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -85,6 +87,7 @@ struct Inner {
     /// Of the pass that runs.
     tokens: usize,
     session: u64,
+    keeps_ahead: bool,
     /// Notices that were given out.
     told: Told,
 }
@@ -94,8 +97,14 @@ struct Flight {
     urgency: Urgency,
 }
 
+/// What a fill of `id` is called.
 fn key_of(id: ExpertId) -> u64 {
     u64::from(id.layer) << 32 | u64::from(id.expert)
+}
+
+/// Whose fill it is.
+pub fn expert_of(key: u64) -> ExpertId {
+    ExpertId { layer: (key >> 32) as u32, expert: key as u32 }
 }
 
 /// A pass over one token or a chunk of a prompt.
@@ -106,6 +115,9 @@ pub struct PassInfo<'a> {
     pub session: u64,
     /// Nothing came before the first id.
     pub is_start: bool,
+    /// A device runs all layers by itself and may read the frames of any layer
+    /// that is still ahead: none of those is taken from its expert.
+    pub keeps_ahead: bool,
 }
 
 impl ExpertStore {
@@ -137,6 +149,7 @@ impl ExpertStore {
             weights: Vec::new(),
             tokens: 1,
             session: 0,
+            keeps_ahead: false,
             told: Told::default(),
         };
         Self {
@@ -185,12 +198,33 @@ impl ExpertStore {
         inner.session = pass.session;
         inner.meter_link();
         inner.tokens = pass.ids.len();
+        inner.keeps_ahead = pass.keeps_ahead;
         match *pass.ids {
             [token] => inner.planner.begin_token(token),
             _ => inner.planner.begin_chunk(pass.ids),
         }
         drop(inner);
         Ok(turn)
+    }
+
+    /// Brings `experts` of MoE layer `layer` into its slots, before the first
+    /// pass.
+    pub fn warm(&self, layer: usize, experts: &[u32]) -> Result<()> {
+        let (cancel, routes) = (Cancel::new(), Routes::new());
+        let pass = PassInfo { ids: &[], session: 0, is_start: true, keeps_ahead: false };
+        let turn = self.begin_pass(pass, &cancel)?;
+        let mut event = self.begin(layer, experts, &routes);
+        while !event.next(&cancel)?.is_empty() {}
+        event.finish(0, 0, &mut NoObserver);
+        drop(turn);
+        Ok(())
+    }
+
+    /// What was counted so far does not count.
+    pub fn begin_statistics(&self) {
+        let mut inner = self.lock();
+        inner.stats = StreamStats::new(self.layout.shape.layers.len());
+        inner.meter_link();
     }
 
     /// A pass ended; `time` says what its thread did.
@@ -208,7 +242,19 @@ impl ExpertStore {
     /// Asks for `experts`, distinct, of MoE layer `layer`, in the order in
     /// which they are wanted. Inside a [`Turn`]. `routes` is what the router chose for each token.
     pub fn begin(&self, layer: usize, experts: &[u32], routes: &Routes) -> Event<'_> {
-        Event::begin(self, layer, experts, routes)
+        Event::begin(self, layer, experts, routes, &mut |_| Vec::new())
+    }
+
+    /// [`ExpertStore::begin`] of experts some of which are computed without a
+    /// frame: those that `leave` names, of the missing ones.
+    pub fn begin_shared(
+        &self,
+        layer: usize,
+        experts: &[u32],
+        routes: &Routes,
+        leave: &mut dyn FnMut(Missing<'_>) -> Vec<ExpertId>,
+    ) -> Event<'_> {
+        Event::begin(self, layer, experts, routes, leave)
     }
 
     /// The weights of an expert that has arrived.
@@ -313,7 +359,8 @@ impl Inner {
     /// for a demand, one with an expert that was read ahead.
     fn submit(&mut self, store: &ExpertStore, id: ExpertId, urgency: Urgency) -> bool {
         let class = store.layout.shape.layer(id.layer()).map_or(0, |layer| layer.class);
-        if self.places.free(class) == 0 && urgency == Urgency::Demand {
+        let may_take = urgency == Urgency::Demand && !self.keeps_ahead;
+        if self.places.free(class) == 0 && may_take {
             match self.planner.make_room(class) {
                 Some(Room::Released(id)) => self.drop_early(store, id),
                 Some(Room::Discard(id)) => self.mover.discard(key_of(id)),
@@ -329,6 +376,11 @@ impl Inner {
         self.flights.insert(key, Flight { id, urgency });
         self.mover.submit(Fill { key, ticket, pieces, urgency });
         true
+    }
+
+    /// Frames that a fill for `layer` can have at once.
+    fn free_frames(&self, store: &ExpertStore, layer: usize) -> usize {
+        store.layout.shape.layer(layer).map_or(0, |layer| self.places.free(layer.class))
     }
 
     /// Gives up what was read ahead for nothing.
@@ -364,6 +416,7 @@ impl Inner {
         };
         let released = store.frames.release(frame);
         debug_assert!(released, "{frame:?} of {id} is in use");
+        self.mover.vacated(key_of(id));
         self.places.give_back(frame);
     }
 
@@ -414,9 +467,9 @@ impl Inner {
 
     /// Counts where the experts of an event come from.
     fn count(&mut self, layer: usize, request: &Request) {
-        let Request { resident, early, in_flight, missing, .. } = request;
+        let Request { resident, early, in_flight, missing, fixed, .. } = request;
         let stats = self.layer_stats(layer);
-        stats.hits += (resident.len() + early.len()) as u64;
+        stats.hits += (fixed.len() + resident.len() + early.len()) as u64;
         stats.in_flight += in_flight.len() as u64;
         stats.misses += missing.len() as u64;
         stats.prefetch_useful += (early.len() + in_flight.len()) as u64;
@@ -429,7 +482,8 @@ impl Inner {
             return;
         }
         // Whatever was handed out before is back.
-        match self.planner.admit(id, &|_| false) {
+        let keeps_ahead = self.keeps_ahead;
+        match self.planner.admit(id, &|other| keeps_ahead && other.layer() > id.layer()) {
             Admission::Added => {}
             Admission::Replaced(victim) => self.vacate(store, victim),
             Admission::Bypassed => self.vacate(store, id),

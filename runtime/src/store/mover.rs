@@ -10,6 +10,7 @@
 
 use super::frames::{FrameId, Ticket};
 use super::slot::Generation;
+use pregate_kernels::cuda::CudaError;
 use std::{
     fmt, io,
     path::{Path, PathBuf},
@@ -99,6 +100,10 @@ pub enum MoveError {
         file.display()
     )]
     Changed { file: PathBuf, expected: String, found: String },
+
+    /// The GPU that experts are copied to.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 
     /// The mover itself ended; it takes no more fills.
     #[error("reading from disk has stopped: {0}")]
@@ -207,6 +212,12 @@ pub trait Mover: Send {
     fn now_ns(&self) -> u64;
 
     fn counters(&self) -> Counters;
+
+    /// The frame of fill `key`, which had landed, holds its expert no longer:
+    /// the next fill may overwrite it.
+    fn vacated(&mut self, key: u64) {
+        let _ = key;
+    }
 
     /// Something to tell the user; each is given out once.
     fn notice(&mut self) -> Option<Notice>;

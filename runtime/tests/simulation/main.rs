@@ -40,6 +40,8 @@ mod gguf_builder;
 mod golden;
 #[path = "../support/scratch.rs"]
 mod scratch;
+#[path = "../support/tiny.rs"]
+mod tiny;
 
 thread_local! {
     /// This thread panics on purpose.

@@ -1,0 +1,195 @@
+//! Experts in host memory, each one block as the device has it: what copies to
+//! the device read, and what the host computes with while an expert is not
+//! there.
+//!
+//! The memory is page-locked as far as the system gives it, in pieces: the
+//! first refusal ends the asking, and what is left lies in ordinary memory,
+//! from which copies are slower.
+
+use super::experts::BlockShape;
+use crate::files::ModelFiles;
+use crate::model::weights::{GatedBlock, ModelWeights};
+use pregate_kernels::cuda::{CudaError, Device, ExpertMatrix, HostMemory, HostPart, PinnedPart};
+use pregate_kernels::{ExpertWeights, Matrix};
+use std::sync::Arc;
+
+/// Page-locked memory that is asked for at once, at most.
+const PIECE_BYTES: usize = 1 << 30;
+
+/// Experts of a model, from some index on in each layer.
+pub struct HostStore {
+    layers: Vec<Layer>,
+    pinned_bytes: u64,
+    pageable_bytes: u64,
+    refused: Option<CudaError>,
+}
+
+struct Layer {
+    /// The experts before this one have no block here.
+    first: usize,
+    shape: Option<BlockShape>,
+    blocks: Vec<HostPart>,
+}
+
+impl HostStore {
+    /// Copies the experts from `first` on of every layer of the model. `tell`
+    /// hears the bytes that are done, and how many there are.
+    ///
+    /// # Errors
+    /// A device that failed. That memory cannot be page-locked is no error:
+    /// see [`HostStore::refused`].
+    pub fn fill(
+        device: &Device,
+        files: &ModelFiles,
+        weights: &ModelWeights,
+        first: &[usize],
+        tell: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, CudaError> {
+        let shape = |index: usize, experts: &[GatedBlock]| {
+            (first[index] < experts.len()).then(|| BlockShape::of(&experts[0].view(files)))
+        };
+        let mut layers: Vec<Layer> =
+            (first.iter()).map(|&first| Layer { first, shape: None, blocks: Vec::new() }).collect();
+        let mut wanted = Vec::new();
+        for (index, moe) in weights.moe_layers() {
+            layers[index].shape = shape(index, &moe.experts);
+            let Some(shape) = layers[index].shape else { continue };
+            wanted.extend(moe.experts[first[index]..].iter().map(|block| (index, shape, block)));
+        }
+        let mut left: u64 = wanted.iter().map(|(_, shape, _)| shape.block_bytes as u64).sum();
+        let mut store = Self { layers, pinned_bytes: 0, pageable_bytes: 0, refused: None };
+        let all = left;
+        let mut rest = &wanted[..];
+        while !rest.is_empty() {
+            let (count, bytes) = piece(rest);
+            let (now, later) = rest.split_at(count);
+            rest = later;
+            let parts = store.copy(device, files, now, bytes)?;
+            for ((index, ..), part) in now.iter().zip(parts) {
+                store.layers[*index].blocks.push(part);
+            }
+            left -= bytes as u64;
+            tell(all - left, all);
+        }
+        Ok(store)
+    }
+
+    /// Blocks of `experts`, together `bytes` long.
+    fn copy(
+        &mut self,
+        device: &Device,
+        files: &ModelFiles,
+        experts: &[(usize, BlockShape, &GatedBlock)],
+        bytes: usize,
+    ) -> Result<Vec<HostPart>, CudaError> {
+        let pinned = match self.refused {
+            None => device.pinned(bytes),
+            Some(_) => Err(CudaError::unsupported("memory that was refused before")),
+        };
+        let mut pinned = match pinned {
+            Ok(pinned) => pinned,
+            Err(error) if error.is_sticky() => return Err(error),
+            Err(error) => {
+                self.refused.get_or_insert(error);
+                self.pageable_bytes += bytes as u64;
+                let block = |(_, shape, block): &(usize, BlockShape, &GatedBlock)| {
+                    let mut bytes = vec![0; shape.block_bytes];
+                    write(&mut bytes, shape, &block.view(files));
+                    HostPart::Pageable(bytes.into())
+                };
+                return Ok(experts.iter().map(block).collect());
+            }
+        };
+        self.pinned_bytes += bytes as u64;
+        let mut ranges = Vec::with_capacity(experts.len());
+        let mut end = 0;
+        for (_, shape, block) in experts {
+            let range = end..end + shape.block_bytes;
+            write(&mut pinned[range.clone()], shape, &block.view(files));
+            end = range.end;
+            ranges.push(range);
+        }
+        let pinned = Arc::new(pinned);
+        let part = |range| PinnedPart::new(pinned.clone(), range).map(HostPart::Pinned);
+        ranges.into_iter().map(part).collect()
+    }
+
+    /// The block of an expert that has one here.
+    pub fn block(&self, layer: usize, expert: usize) -> Option<&HostPart> {
+        let layer = self.layers.get(layer)?;
+        layer.blocks.get(expert.checked_sub(layer.first)?)
+    }
+
+    /// The weights of an expert: those here, or those of the files.
+    pub fn view<'a>(
+        &'a self,
+        files: &'a ModelFiles,
+        (layer, expert): (usize, usize),
+        block: &'a GatedBlock,
+    ) -> ExpertWeights<'a> {
+        let shape = self.layers.get(layer).and_then(|layer| layer.shape.as_ref());
+        match self.block(layer, expert).zip(shape) {
+            Some((bytes, shape)) => view(bytes.bytes(), shape, block),
+            None => block.view(files),
+        }
+    }
+
+    pub fn pinned_bytes(&self) -> u64 {
+        self.pinned_bytes
+    }
+
+    /// Bytes that could not be page-locked.
+    pub fn pageable_bytes(&self) -> u64 {
+        self.pageable_bytes
+    }
+
+    /// Why some memory is not page-locked.
+    pub fn refused(&self) -> Option<&CudaError> {
+        self.refused.as_ref()
+    }
+}
+
+/// How many of `experts`, at least one, make a piece, and of how many bytes.
+fn piece(experts: &[(usize, BlockShape, &GatedBlock)]) -> (usize, usize) {
+    let (mut count, mut bytes) = (0, 0);
+    for (_, shape, _) in experts {
+        if count > 0 && bytes + shape.block_bytes > PIECE_BYTES {
+            break;
+        }
+        count += 1;
+        bytes += shape.block_bytes;
+    }
+    (count, bytes)
+}
+
+/// Writes the rows of an expert's matrices to their places in a block, and
+/// zeros between them.
+fn write(block: &mut [u8], shape: &BlockShape, weights: &ExpertWeights<'_>) {
+    block.fill(0);
+    let parts = [(&weights.gate, shape.gate), (&weights.up, shape.up), (&weights.down, shape.down)];
+    let mut scratch = Vec::new();
+    for (matrix, place) in parts {
+        let mut at = place.offset;
+        for row in 0..matrix.rows() {
+            let row = matrix.row(row, &mut scratch);
+            block[at..at + row.len()].copy_from_slice(row);
+            at += row.len();
+        }
+    }
+}
+
+/// The weights of an expert in a block.
+fn view<'a>(bytes: &'a [u8], shape: &BlockShape, block: &'a GatedBlock) -> ExpertWeights<'a> {
+    let matrix = |place: ExpertMatrix, rows: usize, cols: usize| {
+        let matrix = Matrix::new(place.format, rows, cols, &bytes[place.offset..]);
+        matrix.expect("the block was made for this shape")
+    };
+    ExpertWeights {
+        gate: matrix(shape.gate, shape.inner, shape.hidden),
+        up: matrix(shape.up, shape.inner, shape.hidden),
+        down: matrix(shape.down, shape.hidden, shape.inner),
+        gate_bias: block.gate.bias.as_deref(),
+        up_bias: block.up.bias.as_deref(),
+        down_bias: block.down.bias.as_deref(),
+    }
+}
