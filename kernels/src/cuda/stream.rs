@@ -223,9 +223,9 @@ impl Stream {
         self.0.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take_staging(&self, staging: &mut Option<Pinned>) -> Result<Pinned, CudaError> {
+    fn take_staging(&self, staging: &mut Option<Staging>) -> Result<Staging, CudaError> {
         self.handle()?;
-        staging.take().map_or_else(|| Pinned::new(self.driver(), STAGING_BYTES), Ok)
+        staging.take().map_or_else(|| Staging::new(self.driver(), STAGING_BYTES), Ok)
     }
 
     pub(super) fn check_spans(

@@ -67,6 +67,7 @@ impl LinkMover {
                 Urgency::Prefetch => LinkUrgency::Prefetch,
             },
             after: Some(self.compute.record()?),
+            publish: None,
         })
     }
 
