@@ -201,20 +201,25 @@ FOR_EACH_FLOAT(EXPERT_DOWN_FLOATS)
 // gate * shared, the gate being sigmoid(gate_logits[t]), or 1 where those are
 // null; then, where `residual` [tokens, hidden] is not null, residual +=
 // residual_scale * out. Each product and sum of these rounds. `weights`
-// [tokens, k], `answers` [tokens * k, hidden]; `out` may be null.
+// [tokens, k], `answers` [tokens * k, hidden]; `out` may be null. Where
+// `from_host` is not null, of one token, choices whose bit is set there are
+// rows of `host_rows` [k, hidden] (mapped: read across the link).
 // Bytes: tokens * hidden * (4 * k, + 4 with shared, + 8 with residual, + 4 for
 // out). Grid: (hidden / threads, tokens).
 extern "C" __global__ void __launch_bounds__(256)
 combine(const float* answers, const float* weights, int k, int hidden, const float* shared,
-        const float* gate_logits, float* residual, float residual_scale, float* out) {
+        const float* gate_logits, float* residual, float residual_scale, float* out,
+        const float* host_rows, const u32* from_host) {
     const int col = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     const u64 token = blockIdx.y, at = token * hidden + col;
     if (col >= hidden) return;
     const float* answer = answers + token * k * hidden + col;
+    const u32 hosts = from_host == nullptr ? 0 : *from_host;
     float sum = 0.0f;
 #pragma unroll 4
     for (int i = 0; i < k; i++) {
-        sum = fma_rn(weights[token * k + i], answer[static_cast<u64>(i) * hidden], sum);
+        const float* rows = i < 32 && (hosts >> i & 1) ? host_rows + col : answer;
+        sum = fma_rn(weights[token * k + i], rows[static_cast<u64>(i) * hidden], sum);
     }
     if (shared != nullptr) {
         const float gate = gate_logits == nullptr ? 1.0f : contract_sigmoid(gate_logits[token]);

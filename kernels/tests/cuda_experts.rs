@@ -450,6 +450,7 @@ fn combining_has_the_bits_of_the_contract() {
                 }),
                 residual: Some((&residual_span, factor)),
                 out: Some(&out),
+                host: None,
             };
             combine(&lab.device, lab.device.compute(), call).unwrap();
 

@@ -423,6 +423,7 @@ impl Backend for Cuda {
                         shared: None,
                         residual: None,
                         out: Some(&span),
+                        host: None,
                     };
                     experts::combine(&self.device, self.device.compute(), call)?;
                     workspace.download(&span, part)

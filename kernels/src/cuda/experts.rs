@@ -4,6 +4,7 @@
 //! [`crate::contract::expert`] and [`crate::contract::combine`].
 
 use super::args::Args;
+use super::mailbox_layout::MOST_CHOICES;
 use super::rows::{Input, Rows, activation_bytes, suffix};
 use super::shape::{holds, holds_words, int, may_hold, optional, product};
 use super::stream::Grid;
@@ -252,6 +253,18 @@ pub struct Combine<'a> {
     pub residual: Option<(&'a Span, f32)>,
     /// f32 `[tokens, hidden]`
     pub out: Option<&'a Span>,
+    /// Choices that the host computed; of one token.
+    pub host: Option<HostRows<'a>>,
+}
+
+/// Answers that are not in [`Combine::answers`].
+#[derive(Clone, Copy)]
+pub struct HostRows<'a> {
+    /// f32 `[k, hidden]`, of [`super::Mapped`] memory: read across the link.
+    pub rows: &'a Span,
+    /// u32, on the device: bit i says that choice i is row i of these. What
+    /// [`super::settle`] leaves.
+    pub from_host: &'a Span,
 }
 
 /// A shared expert's part.
@@ -292,6 +305,17 @@ pub fn combine(device: &Device, stream: &Stream, call: Combine<'_>) -> Result<()
     may_hold(CALL, "gate logits", gate_logits, tokens)?;
     may_hold(CALL, "residual", residual.map(|(residual, _)| residual), width)?;
     may_hold(CALL, "out", out, width)?;
+    may_hold(
+        CALL,
+        "the host's rows",
+        call.host.map(|host| host.rows),
+        product(CALL, &[width, k])?,
+    )?;
+    may_hold(CALL, "the host's choices", call.host.map(|host| host.from_host), 1)?;
+    if call.host.is_some() && (tokens != 1 || k > MOST_CHOICES) {
+        let problem = format!("{k} choices of {tokens} tokens with rows of the host");
+        return Err(CudaError::shape(CALL, problem));
+    }
     let args = Args::new()
         .span(call.answers)
         .span(call.weights)
@@ -300,7 +324,8 @@ pub fn combine(device: &Device, stream: &Stream, call: Combine<'_>) -> Result<()
     let args = optional(optional(args, shared.map(|shared| shared.answers)), gate_logits);
     let args = optional(args, residual.map(|(residual, _)| residual))
         .f32(residual.map_or(0.0, |(_, factor)| factor));
-    let args = optional(args, out);
+    let args = optional(optional(args, out), call.host.map(|host| host.rows));
+    let args = optional(args, call.host.map(|host| host.from_host));
     let blocks = [hidden.div_ceil(COMBINE_THREADS) as u32, int(CALL, "tokens", tokens)? as u32, 1];
     let grid = Grid { blocks, threads: [COMBINE_THREADS as u32, 1, 1], shared_bytes: 0 };
     stream.launch(&device.kernel(MODULE, &["combine"])?, grid, args)

@@ -111,6 +111,13 @@ impl Mapped {
         }
     }
 
+    /// [`Mapped::read`] of i32 from byte `at` on, a multiple of 4.
+    pub fn read_ints(&self, at: usize, out: &mut [i32]) {
+        for (index, value) in out.iter_mut().enumerate() {
+            *value = self.half_word(at, index).load(Ordering::Relaxed).cast_signed();
+        }
+    }
+
     /// [`Mapped::write`] of f32 from byte `at` on, a multiple of 4.
     pub fn write_floats(&self, at: usize, values: &[f32]) {
         for (index, value) in values.iter().enumerate() {

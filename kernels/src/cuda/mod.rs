@@ -28,6 +28,8 @@ mod link;
 mod link_job;
 mod link_state;
 pub mod logits;
+mod mailbox;
+mod mailbox_layout;
 mod mapped;
 mod memory;
 mod module;
@@ -58,12 +60,16 @@ pub use dense::{
 pub use device::{Device, DeviceInfo, DeviceOptions};
 pub use error::{CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
 pub use experts::{
-    Choices, Combine, Down, ExpertMatrix, GateUp, SharedAnswer, combine, down, gate_up,
+    Choices, Combine, Down, ExpertMatrix, GateUp, HostRows, SharedAnswer, combine, down, gate_up,
 };
 pub use flash::{Flash, flash, has_flash};
 pub use gemm::{Gemm, GroupGemm, Groups, Up, gemm, group_gemm, group_tiles};
 pub use graph::Graph;
 pub use link::{Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency};
+pub use mailbox::{
+    AheadLogits, BeginStep, ENTRY_BYTES, ExpertArena, Post, Settle, begin_step, post, settle,
+};
+pub use mailbox_layout::{Decision, MOST_CHOICES, MailboxLayout, Posted, StepError, StepLayout};
 pub use mapped::Mapped;
 pub use memory::{
     Arena, HostMemory, HostPart, HostTarget, PADDING_BYTES, Pinned, PinnedPart, Span,

@@ -58,6 +58,7 @@ void block_barrier(const char* file, unsigned line);
 void pause_thread(const char* file, unsigned line);
 uint64_t nanoseconds();
 uint64_t load_acquire(const void* address);
+uint32_t load_acquire_32(const void* address);
 void store_release(void* address, uint64_t value);
 void warp_barrier(unsigned mask, const char* file, unsigned line);
 
@@ -222,6 +223,7 @@ inline unsigned long long nanoseconds() { return standin::nanoseconds(); }
 inline unsigned long long load_acquire_system(const unsigned long long* at) {
   return standin::load_acquire(at);
 }
+inline unsigned load_acquire_system(const unsigned* at) { return standin::load_acquire_32(at); }
 inline void store_release_system(unsigned long long* at, unsigned long long value) {
   standin::store_release(at, value);
 }

@@ -220,6 +220,11 @@ uint64_t load_acquire(const void* address) {
   return __atomic_load_n(static_cast<const uint64_t*>(address), __ATOMIC_ACQUIRE);
 }
 
+uint32_t load_acquire_32(const void* address) {
+  check_atomic(const_cast<void*>(address), 4, __builtin_return_address(0));
+  return __atomic_load_n(static_cast<const uint32_t*>(address), __ATOMIC_ACQUIRE);
+}
+
 void store_release(void* address, uint64_t value) {
   check_atomic(address, 8, __builtin_return_address(0));
   __atomic_store_n(static_cast<uint64_t*>(address), value, __ATOMIC_RELEASE);

@@ -87,6 +87,7 @@ fn mixture(
         shared,
         residual: Some((x, pass.description.residual_scale)),
         out: None,
+        host: None,
     };
     Ok(cuda::combine(device, stream, call)?)
 }

@@ -215,6 +215,7 @@ impl Model {
             shared: None,
             residual: None,
             out: Some(&out),
+            host: None,
         };
         bench.row(&format!("{name} combine"), Cost::Bytes(sum().bytes()), &mut |_| {
             combine(device, stream, sum())
