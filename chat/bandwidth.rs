@@ -4,10 +4,17 @@
 use crate::{
     device::{Device, Gpu},
     exit::Failure,
+    expert_speed::{Pages, Pool},
     plan::Planned,
 };
-use pregate_kernels::cuda::{CudaError, probe_read};
-use std::{hint::black_box, thread, time::Instant};
+use pregate_kernels::{
+    Backend,
+    cuda::{CudaError, probe_read},
+};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Instant,
+};
 
 /// Larger than any cache.
 const BUFFER_BYTES: usize = 512 << 20;
@@ -16,12 +23,14 @@ const SMALLEST_BUFFER_BYTES: usize = 128 << 20;
 const PASSES: usize = 8;
 /// Sums side by side, so that adding does not limit reading.
 const LANES: usize = 32;
+/// What a thread reads in one go.
+const PART_BYTES: usize = 1 << 20;
 
 /// Of the memory that holds the weights, in GB/s.
 pub fn of(device: &Device, planned: &Planned) -> Result<f64, Failure> {
     match &device.gpu {
         Some(gpu) => gpu_read_gb_s(gpu).map_err(|error| Failure::Runtime(error.into())),
-        None => read_gb_s(device.threads, planned.plan.budget_bytes),
+        None => read_gb_s(&*device.backend, planned.plan.budget_bytes),
     }
 }
 
@@ -48,65 +57,61 @@ fn gpu_read_gb_s(gpu: &Gpu) -> Result<f64, CudaError> {
     Ok(best)
 }
 
-/// The best of several passes in which `threads` threads read a buffer once,
-/// in GB/s (10^9 bytes). The buffer is there for this call only, and has at
-/// most half of `budget_bytes` where that is enough to measure.
-fn read_gb_s(threads: usize, budget_bytes: u64) -> Result<f64, Failure> {
+/// The best of several passes in which the processor's threads read a buffer
+/// once, in GB/s (10^9 bytes). The buffer is there for this call only, has at
+/// most half of `budget_bytes` where that is enough to measure, and lies in
+/// large pages, as weights do.
+fn read_gb_s(backend: &dyn Backend, budget_bytes: u64) -> Result<f64, Failure> {
     let half = usize::try_from(budget_bytes / 2).unwrap_or(usize::MAX);
-    let buffer_bytes = half.clamp(SMALLEST_BUFFER_BYTES, BUFFER_BYTES);
-    let words = buffer_bytes / size_of::<u64>();
-    let mut buffer: Vec<u64> = Vec::new();
-    buffer.try_reserve_exact(words).map_err(|_| {
-        Failure::Resources(format!(
-            "measuring the read bandwidth needs {} MiB of memory",
-            buffer_bytes >> 20
-        ))
-    })?;
-    // Written with values, so that every page exists.
-    buffer.extend((0..words as u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-    let share = words.div_ceil(threads.max(1));
+    let pool = Pool::new(Pages::Huge, half.clamp(SMALLEST_BUFFER_BYTES, BUFFER_BYTES))?;
     let mut best = 0.0f64;
     for _ in 0..PASSES {
         let started = Instant::now();
-        let total: Result<u64, Failure> = thread::scope(|scope| {
-            let spawned: Result<Vec<_>, _> = buffer
-                .chunks(share)
-                .map(|part| thread::Builder::new().spawn_scoped(scope, || sum(part)))
-                .collect();
-            let readers = spawned
-                .map_err(|error| Failure::Resources(format!("cannot start a thread: {error}")))?;
-            Ok(readers
-                .into_iter()
-                .filter_map(|reader| reader.join().ok())
-                .fold(0, u64::wrapping_add))
-        });
-        black_box(total?);
-        best = best.max(buffer_bytes as f64 / started.elapsed().as_secs_f64() / 1e9);
+        read_once(backend, pool.bytes());
+        best = best.max(pool.bytes().len() as f64 / started.elapsed().as_secs_f64() / 1e9);
     }
     Ok(best)
 }
 
-fn sum(part: &[u64]) -> u64 {
+/// Reads whole words of `bytes` once with the backend's threads, and sums them.
+pub fn read_once(backend: &dyn Backend, bytes: &[u8]) -> u64 {
+    let parts: Vec<&[u8]> = bytes.chunks(PART_BYTES).collect();
+    let total = AtomicU64::new(0);
+    backend.for_each(parts.len(), &|part| {
+        total.fetch_add(sum(parts[part].as_chunks().0), Ordering::Relaxed);
+    });
+    total.into_inner()
+}
+
+fn sum(words: &[[u8; 8]]) -> u64 {
     let mut lanes = [0u64; LANES];
-    let chunks = part.chunks_exact(LANES);
-    let rest: u64 = chunks.remainder().iter().fold(0, |sum, word| sum.wrapping_add(*word));
+    let chunks = words.chunks_exact(LANES);
+    let rest = chunks.remainder().iter().fold(0, |sum: u64, word| sum.wrapping_add(value(word)));
     for chunk in chunks {
         for (lane, word) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.wrapping_add(*word);
+            *lane = lane.wrapping_add(value(word));
         }
     }
     lanes.into_iter().fold(rest, u64::wrapping_add)
 }
 
+fn value(word: &[u8; 8]) -> u64 {
+    u64::from_ne_bytes(*word)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pregate_kernels::{Cpu, CpuOptions};
 
     #[test]
     fn every_word_is_read() {
-        for length in [0, 1, LANES - 1, LANES, 5 * LANES + 3] {
+        let cpu = Cpu::new(CpuOptions { threads: Some(3), isa: None }).unwrap();
+        for length in [0, 1, LANES - 1, LANES, 5 * LANES + 3, 3 * PART_BYTES / 8 + LANES + 1] {
             let words: Vec<u64> = (1..=length as u64).map(|i| i << 40 | i).collect();
-            assert_eq!(sum(&words), words.iter().sum::<u64>(), "{length} words");
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            let wanted = words.iter().fold(0, |sum: u64, word| sum.wrapping_add(*word));
+            assert_eq!(read_once(&cpu, &bytes), wanted, "{length} words");
         }
     }
 }

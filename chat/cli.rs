@@ -77,6 +77,7 @@ and disk bandwidth / bytes that miss.")]
     #[command(after_help = "Examples:
   pregate bench -p 512 -n 128 -r 5
   pregate bench --model model.gguf -t 8 --json > speed.json
+  pregate bench --experts -r 15
 
 Prompt speed: -p tokens of pseudo-random ids in one prefill. Decode speed: -n tokens one at a
 time from an empty context. Every repetition has ids of its own, the same in every run. The
@@ -86,7 +87,11 @@ over 512 MiB. The share is bytes per token * median decode tok/s / bandwidth.
 Where experts are streamed, the hit bound is what Belady's rule would have had in slots for the
 same tokens and slots, without reading ahead. --ledger judges the forecasts: recall is the share
 of the experts asked for that a guess of as many named; the control, a router on its very own
-input, must show 100.")]
+input, must show 100.
+
+--experts needs no model: 1, 2, 4 and 8 experts of one token are drawn at random from memory far
+larger than the caches and computed, in turn with plain reads of the same memory by the same
+threads. A share is the median of the rounds' ratios.")]
     Bench(BenchArgs),
     /// Compute what tests and comparisons need
     #[command(subcommand)]
@@ -370,6 +375,10 @@ pub struct BenchArgs {
     /// reading ahead saved and cost
     #[arg(long)]
     pub ledger: bool,
+    /// No model: how fast the processor computes experts of known models from memory, -r rounds
+    /// beside a plain read
+    #[arg(long, conflicts_with_all = ["model", "n_prompt", "n_gen", "ledger", "vram"])]
+    pub experts: bool,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,

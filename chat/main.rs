@@ -7,6 +7,7 @@ mod demo;
 mod device;
 mod engine;
 mod exit;
+mod expert_speed;
 mod ledger;
 mod line_chat;
 mod local;

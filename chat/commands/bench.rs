@@ -1,10 +1,12 @@
 //! `pregate bench`: prompt and decode speed, beside what the memory allows.
 
+use super::bench_experts;
 use crate::{
     bandwidth,
     cli::BenchArgs,
     device::Device,
     exit::Failure,
+    expert_speed::median,
     ledger, memory, model, notices, output,
     plan::{self, GpuPlan, Needs, Planned},
     progress::Progress,
@@ -57,6 +59,9 @@ struct Report {
 }
 
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
+    if args.experts {
+        return bench_experts::run(args);
+    }
     if args.n_prompt == 0 && args.n_gen == 0 {
         return Err(Failure::Usage("-p 0 and -n 0: nothing to measure".to_string()));
     }
@@ -227,17 +232,6 @@ fn ids(vocab: usize, count: usize, series: usize) -> Vec<u32> {
         .collect()
 }
 
-fn median(samples: &[f64]) -> Option<f64> {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => None,
-        odd if odd % 2 == 1 => Some(sorted[middle]),
-        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
-    }
-}
-
 fn print(report: &Report, experts: &str) -> Result<(), Failure> {
     let show = |label: &str, samples: &[f64]| -> Result<(), Failure> {
         let Some(middle) = median(samples) else { return Ok(()) };
@@ -291,12 +285,5 @@ mod tests {
                 assert!(common <= 3, "{common} of 64 ids are in both");
             }
         }
-    }
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&[]), None);
-        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
     }
 }

@@ -1,0 +1,432 @@
+//! How fast the processor computes experts that come from memory, beside a
+//! plain read of the same memory by the same threads.
+//!
+//! Where a GPU holds only some of the experts, this decides what the others
+//! cost: each is read once per token and used for one token.
+
+use crate::{bandwidth, exit::Failure};
+use pregate_kernels::{
+    Backend, ExpertGroup, ExpertRows, ExpertWeights, Format, GatedActivation, Matrix,
+};
+use pregate_runtime::store::frames::{ALIGN_BYTES, ClassSpec, FrameId, Frames, Pin};
+use serde::{Serialize, Serializer};
+use std::{hint::black_box, time::Instant};
+
+/// One expert's matrices: gate and up `[inner, hidden]`, down `[hidden,
+/// inner]`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Shape {
+    /// Whose experts have these sizes.
+    pub of: &'static str,
+    pub hidden: usize,
+    pub inner: usize,
+    #[serde(serialize_with = "name")]
+    pub gate_up: Format,
+    #[serde(serialize_with = "name")]
+    pub down: Format,
+}
+
+fn name<S: Serializer>(format: &Format, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(format.name())
+}
+
+/// Sizes of published models, from their configurations.
+const SIZES: [(&str, usize, usize); 2] = [("Qwen3-30B-A3B", 2048, 768), ("OLMoE", 2048, 1024)];
+/// Of gate and up, of down. Q4_K_M files have Q6_K for half of the downs.
+const FORMATS: [(Format, Format); 4] = [
+    (Format::Q4K, Format::Q6K),
+    (Format::Q4_0, Format::Q4_0),
+    (Format::Q8_0, Format::Q8_0),
+    (Format::Mxfp4, Format::Mxfp4),
+];
+
+/// What [`crate::commands::bench`] measures.
+pub fn shapes() -> Vec<Shape> {
+    let of_size = |(of, hidden, inner)| {
+        FORMATS.map(|(gate_up, down)| Shape { of, hidden, inner, gate_up, down })
+    };
+    SIZES.into_iter().flat_map(of_size).collect()
+}
+
+/// What stands for all of them where time is short.
+pub const USUAL: Shape = Shape {
+    of: SIZES[0].0,
+    hidden: SIZES[0].1,
+    inner: SIZES[0].2,
+    gate_up: FORMATS[0].0,
+    down: FORMATS[0].1,
+};
+
+/// Where experts start in the pool, as in a GPU's arena.
+const EXPERT_ALIGN_BYTES: usize = 256;
+
+impl Shape {
+    /// Weight bytes of gate or up, and of down.
+    fn matrix_bytes(&self) -> Option<(usize, usize)> {
+        let gate = self.gate_up.row_bytes(self.hidden)?.checked_mul(self.inner)?;
+        let down = self.down.row_bytes(self.inner)?.checked_mul(self.hidden)?;
+        Some((gate, down))
+    }
+
+    /// Weight bytes of an expert; 0 for sizes that are not whole blocks.
+    pub fn bytes(&self) -> usize {
+        self.matrix_bytes().map_or(0, |(gate, down)| 2 * gate + down)
+    }
+
+    /// The matrices of an expert that starts at `at` of `pool`.
+    fn weights<'a>(&self, pool: &'a [u8], at: usize) -> Result<ExpertWeights<'a>, Failure> {
+        let bad = |error| Failure::Internal(format!("{self:?}: {error}"));
+        let (gate_bytes, _) =
+            self.matrix_bytes().ok_or_else(|| bad("not whole blocks".to_string()))?;
+        let matrix = |format, rows, cols, at: usize| {
+            Matrix::new(format, rows, cols, &pool[at..]).map_err(|error| bad(error.to_string()))
+        };
+        let Self { hidden, inner, gate_up, down, .. } = *self;
+        Ok(ExpertWeights {
+            gate: matrix(gate_up, inner, hidden, at)?,
+            up: matrix(gate_up, inner, hidden, at + gate_bytes)?,
+            down: matrix(down, hidden, inner, at + 2 * gate_bytes)?,
+            gate_bias: None,
+            up_bias: None,
+            down_bias: None,
+        })
+    }
+}
+
+/// Pages that the operating system is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Pages {
+    /// As experts have them in this process, where the system has any.
+    #[serde(rename = "2 MiB")]
+    Huge,
+    #[serde(rename = "4 KiB")]
+    Small,
+}
+
+impl Pages {
+    pub fn name(self) -> &'static str {
+        match self {
+            Pages::Huge => "2 MiB pages",
+            Pages::Small => "4 KiB pages",
+        }
+    }
+}
+
+/// Memory that holds weights of every shape: bytes whose blocks are ordinary
+/// numbers whatever the format.
+pub struct Pool(Memory);
+
+enum Memory {
+    Huge(Pin),
+    Small(Vec<u8>),
+}
+
+impl Pool {
+    /// Of `bytes`, all of them written.
+    pub fn new(pages: Pages, bytes: usize) -> Result<Self, Failure> {
+        let bytes = bytes.next_multiple_of(ALIGN_BYTES);
+        let refused = || Failure::Resources(format!("{} MiB of memory are needed", bytes >> 20));
+        if pages == Pages::Small {
+            let mut memory = Vec::new();
+            memory.try_reserve_exact(bytes).map_err(|_| refused())?;
+            memory.resize(bytes, 0);
+            fill(&mut memory);
+            return Ok(Self(Memory::Small(memory)));
+        }
+        let frames = Frames::new(&[ClassSpec { frame_bytes: bytes, frames: 1 }])?;
+        let mut ticket = frames.claim(FrameId { class: 0, index: 0 }).ok_or_else(refused)?;
+        fill(ticket.bytes_mut());
+        let (frame, generation) = (ticket.frame(), ticket.generation());
+        for chunk in ticket.chunks(&[0..bytes]) {
+            let _ = chunk.done();
+        }
+        Ok(Self(Memory::Huge(frames.pin(frame, generation).ok_or_else(refused)?)))
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        match &self.0 {
+            Memory::Huge(pin) => pin,
+            Memory::Small(memory) => memory,
+        }
+    }
+}
+
+/// Every byte is 0x5_: an f16 scale of 32 to 1000, an exponent of MXFP4 of
+/// about -40, and codes that are not all alike.
+fn fill(memory: &mut [u8]) {
+    let mut state = 1u64;
+    for part in memory.chunks_mut(8) {
+        let word = 0x5050_5050_5050_5050 | random(&mut state) & 0x0f0f_0f0f_0f0f_0f0f;
+        part.copy_from_slice(&word.to_le_bytes()[..part.len()]);
+    }
+}
+
+/// Xorshift (Marsaglia 2003): 64 bits, never 0.
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+/// Experts of one shape in a pool, drawn so that none comes back before all
+/// others were read: no cache holds one of them.
+pub struct Experts<'a> {
+    shape: Shape,
+    weights: Vec<ExpertWeights<'a>>,
+    /// The next one to draw.
+    next: usize,
+    x: Vec<f32>,
+    answers: Vec<f32>,
+}
+
+impl<'a> Experts<'a> {
+    /// As many experts as `pool` holds, at least `most`, which is how many are
+    /// asked for at once.
+    pub fn new(shape: Shape, pool: &'a [u8], most: usize) -> Result<Self, Failure> {
+        let stride = shape.bytes().max(1).next_multiple_of(EXPERT_ALIGN_BYTES);
+        let count = pool.len() / stride;
+        if count < most.max(1) {
+            return Err(Failure::Internal(format!(
+                "{most} experts of {} bytes in {} bytes",
+                shape.bytes(),
+                pool.len()
+            )));
+        }
+        let mut state = 7u64;
+        let mut order: Vec<usize> = (0..count).collect();
+        for last in (1..count).rev() {
+            order.swap(last, (random(&mut state) % (last as u64 + 1)) as usize);
+        }
+        let weights = order.into_iter().map(|expert| shape.weights(pool, expert * stride));
+        let x = (0..shape.hidden).map(|_| random(&mut state) as i64 as f32 / i64::MAX as f32);
+        Ok(Self {
+            shape,
+            weights: weights.collect::<Result<_, _>>()?,
+            next: 0,
+            x: x.collect(),
+            answers: vec![0.0; most * shape.hidden],
+        })
+    }
+
+    /// One token with `count` experts.
+    fn token(&mut self, backend: &dyn Backend, count: usize) {
+        let from = if self.next + count <= self.weights.len() { self.next } else { 0 };
+        self.next = from + count;
+        let drawn = self.weights[from..self.next].iter().enumerate();
+        let groups: Vec<ExpertGroup<'_>> = drawn
+            .map(|(row, weights)| ExpertGroup { weights: *weights, tokens: &[0], first_row: row })
+            .collect();
+        backend.expert_rows(ExpertRows {
+            x: &self.x,
+            tokens: 1,
+            groups: &groups,
+            activation: GatedActivation::Silu,
+            answers: &mut self.answers[..count * self.shape.hidden],
+        });
+    }
+
+    /// Weight bytes per second, in GB/s, over tokens with `count` experts
+    /// each, which read `bytes` or a little more.
+    pub fn gb_s(&mut self, backend: &dyn Backend, count: usize, bytes: usize) -> f64 {
+        let per_token = count * self.shape.bytes();
+        let tokens = bytes.div_ceil(per_token.max(1));
+        let started = Instant::now();
+        for _ in 0..tokens {
+            self.token(backend, count);
+        }
+        black_box(&self.answers);
+        (tokens * per_token) as f64 / started.elapsed().as_secs_f64() / 1e9
+    }
+}
+
+/// Plain reads that walk over a pool.
+pub struct Reader<'a> {
+    pool: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(pool: &'a [u8]) -> Self {
+        Self { pool, at: 0 }
+    }
+
+    /// Of `bytes` (at most the pool's), read once by the backend's threads.
+    pub fn gb_s(&mut self, backend: &dyn Backend, bytes: usize) -> f64 {
+        let bytes = bytes.min(self.pool.len());
+        if self.at + bytes > self.pool.len() {
+            self.at = 0;
+        }
+        let part = &self.pool[self.at..self.at + bytes];
+        self.at += bytes;
+        let started = Instant::now();
+        black_box(bandwidth::read_once(backend, part));
+        bytes as f64 / started.elapsed().as_secs_f64() / 1e9
+    }
+}
+
+/// Rounds of a read and of experts in turn.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Speed {
+    /// Experts of one token that are computed at once.
+    pub experts: usize,
+    /// Medians.
+    pub gb_s: f64,
+    pub read_gb_s: f64,
+    /// The median of the rounds' ratios: what else runs on the machine changes
+    /// both figures of a round alike.
+    pub share: f64,
+    /// By round.
+    pub rounds_gb_s: Vec<f64>,
+    /// Before each round, and behind the last.
+    pub rounds_read_gb_s: Vec<f64>,
+}
+
+impl Speed {
+    fn of(experts: usize, rounds_gb_s: Vec<f64>, rounds_read_gb_s: Vec<f64>) -> Self {
+        let reads = rounds_read_gb_s.windows(2);
+        let shares: Vec<f64> = rounds_gb_s
+            .iter()
+            .zip(reads)
+            .map(|(ours, read)| 2.0 * ours / (read[0] + read[1]))
+            .collect();
+        Self {
+            experts,
+            gb_s: median(&rounds_gb_s).unwrap_or(0.0),
+            read_gb_s: median(&rounds_read_gb_s).unwrap_or(0.0),
+            share: median(&shares).unwrap_or(0.0),
+            rounds_gb_s,
+            rounds_read_gb_s,
+        }
+    }
+}
+
+/// How long to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    pub pool_bytes: usize,
+    /// Read per round, by the experts and again plainly.
+    pub round_bytes: usize,
+    pub rounds: usize,
+}
+
+impl Effort {
+    /// Under a second, for `pregate doctor` and `pregate plan`.
+    pub const SHORT: Self = Self { pool_bytes: 256 << 20, round_bytes: 24 << 20, rounds: 7 };
+
+    pub fn full(rounds: usize) -> Self {
+        Self { pool_bytes: 768 << 20, round_bytes: 64 << 20, rounds }
+    }
+}
+
+/// Tokens that miss `at_once` experts of `shape` each.
+pub fn measure(
+    backend: &dyn Backend,
+    pool: &Pool,
+    shape: Shape,
+    at_once: usize,
+    effort: Effort,
+) -> Result<Speed, Failure> {
+    let mut experts = Experts::new(shape, pool.bytes(), at_once)?;
+    let mut reader = Reader::new(pool.bytes());
+    // Buffers are made and threads wake.
+    experts.gb_s(backend, at_once, effort.round_bytes / 4);
+    let (mut ours, mut reads) = (Vec::new(), vec![reader.gb_s(backend, effort.round_bytes)]);
+    for _ in 0..effort.rounds {
+        ours.push(experts.gb_s(backend, at_once, effort.round_bytes));
+        reads.push(reader.gb_s(backend, effort.round_bytes));
+    }
+    Ok(Speed::of(at_once, ours, reads))
+}
+
+/// The middle of the samples; of an even number, the mean of the two there.
+pub fn median(samples: &[f64]) -> Option<f64> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => None,
+        length if length % 2 == 1 => Some(sorted[middle]),
+        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pregate_kernels::{Cpu, CpuOptions};
+    use std::collections::HashSet;
+
+    #[test]
+    fn sizes_are_those_of_the_models() {
+        // 2 * 768 rows of 8 blocks of 144 bytes, 2048 rows of 3 blocks of 210.
+        assert_eq!(USUAL.bytes(), 2 * 768 * 8 * 144 + 2048 * 3 * 210);
+        let all = shapes();
+        assert_eq!(all.len(), 8);
+        assert!(all.iter().all(|shape| shape.bytes() > 2 << 20), "{all:?}");
+        let olmoe = all.iter().find(|shape| shape.of == "OLMoE").unwrap();
+        assert_eq!((olmoe.hidden, olmoe.inner), (2048, 1024));
+    }
+
+    #[test]
+    fn no_expert_comes_back_before_all_others_were_read() {
+        let shape = Shape { hidden: 256, inner: 256, ..USUAL };
+        let pool = Pool::new(Pages::Small, 40 * shape.bytes().next_multiple_of(256)).unwrap();
+        let mut experts = Experts::new(shape, pool.bytes(), 4).unwrap();
+        assert_eq!(experts.weights.len(), 40);
+        let starts: HashSet<_> = experts
+            .weights
+            .iter()
+            .map(|weights| weights.gate.canonical_rows().unwrap().0.as_ptr() as usize)
+            .collect();
+        assert_eq!(starts.len(), 40, "each expert once");
+        let cpu = Cpu::new(CpuOptions { threads: Some(2), isa: None }).unwrap();
+        for _ in 0..2 {
+            (0..10).for_each(|_| experts.token(&cpu, 4));
+            assert_eq!(experts.next, 40);
+        }
+    }
+
+    #[test]
+    fn the_pools_weights_are_ordinary_numbers_in_every_format() {
+        let cpu = Cpu::new(CpuOptions { threads: Some(1), isa: None }).unwrap();
+        for pages in [Pages::Huge, Pages::Small] {
+            for shape in shapes() {
+                let pool = Pool::new(pages, 2 * shape.bytes().next_multiple_of(256)).unwrap();
+                let mut experts = Experts::new(shape, pool.bytes(), 2).unwrap();
+                experts.token(&cpu, 2);
+                let usual = |value: &f32| value.is_normal();
+                assert!(experts.answers.iter().all(usual), "{shape:?}");
+                let (first, second) = experts.answers.split_at(shape.hidden);
+                assert_ne!(first, second, "{shape:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_share_is_of_the_reads_around_it() {
+        // The machine is three times as slow in the second round.
+        let speed = Speed::of(1, vec![9.0, 3.0], vec![10.0, 10.0, 10.0 / 3.0]);
+        let shares = [0.9, 2.0 * 3.0 / (10.0 + 10.0 / 3.0)];
+        assert!((speed.share - (shares[0] + shares[1]) / 2.0).abs() < 1e-12);
+        assert_eq!((speed.gb_s, speed.read_gb_s), (6.0, 10.0));
+    }
+
+    #[test]
+    fn a_measurement_has_all_its_rounds() {
+        let cpu = Cpu::new(CpuOptions { threads: Some(2), isa: None }).unwrap();
+        let effort = Effort { pool_bytes: 16 << 20, round_bytes: 2 << 20, rounds: 3 };
+        let pool = Pool::new(Pages::Small, effort.pool_bytes).unwrap();
+        let speed = measure(&cpu, &pool, USUAL, 2, effort).unwrap();
+        assert_eq!((speed.rounds_gb_s.len(), speed.rounds_read_gb_s.len()), (3, 4));
+        assert!(speed.gb_s > 0.0 && speed.read_gb_s > 0.0 && speed.share > 0.0);
+        assert!(measure(&cpu, &pool, USUAL, 20, effort).is_err(), "more than the pool holds");
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
+    }
+}
