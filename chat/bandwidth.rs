@@ -12,6 +12,7 @@ use pregate_kernels::{
     cuda::{CudaError, probe_read},
 };
 use std::{
+    array::from_fn,
     sync::atomic::{AtomicU64, Ordering},
     time::Instant,
 };
@@ -25,6 +26,9 @@ const PASSES: usize = 8;
 const LANES: usize = 32;
 /// What a thread reads in one go.
 const PART_BYTES: usize = 1 << 20;
+/// Places of it that it reads in turn: one alone keeps too few lines under
+/// way. On two Zen 4 cores 37 GB/s from one place, 55 from four, 50 from eight.
+const STREAMS: usize = 4;
 
 /// Of the memory that holds the weights, in GB/s.
 pub fn of(device: &Device, planned: &Planned) -> Result<f64, Failure> {
@@ -83,16 +87,21 @@ pub fn read_once(backend: &dyn Backend, bytes: &[u8]) -> u64 {
     total.into_inner()
 }
 
+/// In [`STREAMS`] places at once, and the rest.
 fn sum(words: &[[u8; 8]]) -> u64 {
+    let each = words.len() / STREAMS / LANES * LANES;
+    let (streams, rest) = words.split_at(STREAMS * each);
+    let streams: [&[[u8; 8]]; STREAMS] = from_fn(|stream| &streams[stream * each..][..each]);
     let mut lanes = [0u64; LANES];
-    let chunks = words.chunks_exact(LANES);
-    let rest = chunks.remainder().iter().fold(0, |sum: u64, word| sum.wrapping_add(value(word)));
-    for chunk in chunks {
-        for (lane, word) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.wrapping_add(value(word));
+    for at in (0..each).step_by(LANES) {
+        for stream in streams {
+            for (lane, word) in lanes.iter_mut().zip(&stream[at..at + LANES]) {
+                *lane = lane.wrapping_add(value(word));
+            }
         }
     }
-    lanes.into_iter().fold(rest, u64::wrapping_add)
+    let rest = rest.iter().map(value);
+    lanes.into_iter().chain(rest).fold(0, u64::wrapping_add)
 }
 
 fn value(word: &[u8; 8]) -> u64 {
@@ -107,7 +116,8 @@ mod tests {
     #[test]
     fn every_word_is_read() {
         let cpu = Cpu::new(CpuOptions { threads: Some(3), isa: None }).unwrap();
-        for length in [0, 1, LANES - 1, LANES, 5 * LANES + 3, 3 * PART_BYTES / 8 + LANES + 1] {
+        let lengths = [0, 1, LANES, STREAMS * LANES - 1, 5 * LANES, 3 * PART_BYTES / 8 + 321];
+        for length in lengths {
             let words: Vec<u64> = (1..=length as u64).map(|i| i << 40 | i).collect();
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
             let wanted = words.iter().fold(0, |sum: u64, word| sum.wrapping_add(*word));

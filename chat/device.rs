@@ -119,9 +119,7 @@ impl Device {
     }
 
     fn cpu(threads: Option<usize>, why: &str) -> Result<Self, Failure> {
-        let cpu = Cpu::new(CpuOptions { threads, isa: None }).map_err(|error| {
-            Failure::Resources(format!("cannot start the threads that compute: {error}"))
-        })?;
+        let cpu = processor(threads)?;
         let threads = cpu.threads();
         let line = format!("{} ({why})", cpu.describe());
         Ok(Self { backend: Arc::new(cpu), threads, line, gpu: None })
@@ -150,6 +148,13 @@ impl Device {
     pub fn announce(&self) {
         eprintln!("device: {}", self.line);
     }
+}
+
+/// The processor with `threads` threads, or as many as it has cores.
+pub fn processor(threads: Option<usize>) -> Result<Cpu, Failure> {
+    Cpu::new(CpuOptions { threads, isa: None }).map_err(|error| {
+        Failure::Resources(format!("cannot start the threads that compute: {error}"))
+    })
 }
 
 /// Why the processor computes although nobody asked for it.

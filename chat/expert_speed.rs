@@ -4,13 +4,23 @@
 //! Where a GPU holds only some of the experts, this decides what the others
 //! cost: each is read once per token and used for one token.
 
+mod pool;
+mod quiet;
+
+pub use pool::{Pages, Pool};
+
 use crate::{bandwidth, exit::Failure};
+use pool::random;
 use pregate_kernels::{
     Backend, ExpertGroup, ExpertRows, ExpertWeights, Format, GatedActivation, Matrix,
 };
-use pregate_runtime::store::frames::{ALIGN_BYTES, ClassSpec, FrameId, Frames, Pin};
+use quiet::Watch;
 use serde::{Serialize, Serializer};
-use std::{hint::black_box, time::Instant};
+use std::{
+    hint::black_box,
+    thread,
+    time::{Duration, Instant},
+};
 
 /// One expert's matrices: gate and up `[inner, hidden]`, down `[hidden,
 /// inner]`.
@@ -32,9 +42,11 @@ fn name<S: Serializer>(format: &Format, to: S) -> Result<S::Ok, S::Error> {
 
 /// Sizes of published models, from their configurations.
 const SIZES: [(&str, usize, usize); 2] = [("Qwen3-30B-A3B", 2048, 768), ("OLMoE", 2048, 1024)];
-/// Of gate and up, of down. Q4_K_M files have Q6_K for half of the downs.
-const FORMATS: [(Format, Format); 4] = [
+/// Of gate and up, of down. Q4_K_M files have Q6_K for half of the downs, Q4_K
+/// for the others.
+const FORMATS: [(Format, Format); 5] = [
     (Format::Q4K, Format::Q6K),
+    (Format::Q4K, Format::Q4K),
     (Format::Q4_0, Format::Q4_0),
     (Format::Q8_0, Format::Q8_0),
     (Format::Mxfp4, Format::Mxfp4),
@@ -91,82 +103,6 @@ impl Shape {
             down_bias: None,
         })
     }
-}
-
-/// Pages that the operating system is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Pages {
-    /// As experts have them in this process, where the system has any.
-    #[serde(rename = "2 MiB")]
-    Huge,
-    #[serde(rename = "4 KiB")]
-    Small,
-}
-
-impl Pages {
-    pub fn name(self) -> &'static str {
-        match self {
-            Pages::Huge => "2 MiB pages",
-            Pages::Small => "4 KiB pages",
-        }
-    }
-}
-
-/// Memory that holds weights of every shape: bytes whose blocks are ordinary
-/// numbers whatever the format.
-pub struct Pool(Memory);
-
-enum Memory {
-    Huge(Pin),
-    Small(Vec<u8>),
-}
-
-impl Pool {
-    /// Of `bytes`, all of them written.
-    pub fn new(pages: Pages, bytes: usize) -> Result<Self, Failure> {
-        let bytes = bytes.next_multiple_of(ALIGN_BYTES);
-        let refused = || Failure::Resources(format!("{} MiB of memory are needed", bytes >> 20));
-        if pages == Pages::Small {
-            let mut memory = Vec::new();
-            memory.try_reserve_exact(bytes).map_err(|_| refused())?;
-            memory.resize(bytes, 0);
-            fill(&mut memory);
-            return Ok(Self(Memory::Small(memory)));
-        }
-        let frames = Frames::new(&[ClassSpec { frame_bytes: bytes, frames: 1 }])?;
-        let mut ticket = frames.claim(FrameId { class: 0, index: 0 }).ok_or_else(refused)?;
-        fill(ticket.bytes_mut());
-        let (frame, generation) = (ticket.frame(), ticket.generation());
-        for chunk in ticket.chunks(&[0..bytes]) {
-            let _ = chunk.done();
-        }
-        Ok(Self(Memory::Huge(frames.pin(frame, generation).ok_or_else(refused)?)))
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        match &self.0 {
-            Memory::Huge(pin) => pin,
-            Memory::Small(memory) => memory,
-        }
-    }
-}
-
-/// Every byte is 0x5_: an f16 scale of 32 to 1000, an exponent of MXFP4 of
-/// about -40, and codes that are not all alike.
-fn fill(memory: &mut [u8]) {
-    let mut state = 1u64;
-    for part in memory.chunks_mut(8) {
-        let word = 0x5050_5050_5050_5050 | random(&mut state) & 0x0f0f_0f0f_0f0f_0f0f;
-        part.copy_from_slice(&word.to_le_bytes()[..part.len()]);
-    }
-}
-
-/// Xorshift (Marsaglia 2003): 64 bits, never 0.
-fn random(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
 }
 
 /// Experts of one shape in a pool, drawn so that none comes back before all
@@ -265,7 +201,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Rounds of a read and of experts in turn.
+/// Rounds of a plain read, experts, and a plain read again.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Speed {
     /// Experts of one token that are computed at once.
@@ -276,28 +212,36 @@ pub struct Speed {
     /// The median of the rounds' ratios: what else runs on the machine changes
     /// both figures of a round alike.
     pub share: f64,
-    /// By round.
-    pub rounds_gb_s: Vec<f64>,
-    /// Before each round, and behind the last.
-    pub rounds_read_gb_s: Vec<f64>,
+    pub rounds: Vec<Round>,
+    /// Rounds that were left out because other programs took the processor.
+    pub left_out: usize,
+    /// Whether no others were to be had, so that these count all the same.
+    pub disturbed: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Round {
+    pub gb_s: f64,
+    /// Of the reads before and behind.
+    pub read_gb_s: [f64; 2],
+}
+
+impl Round {
+    fn read(&self) -> f64 {
+        (self.read_gb_s[0] + self.read_gb_s[1]) / 2.0
+    }
 }
 
 impl Speed {
-    fn of(experts: usize, rounds_gb_s: Vec<f64>, rounds_read_gb_s: Vec<f64>) -> Self {
-        let reads = rounds_read_gb_s.windows(2);
-        let shares: Vec<f64> = rounds_gb_s
-            .iter()
-            .zip(reads)
-            .map(|(ours, read)| 2.0 * ours / (read[0] + read[1]))
-            .collect();
-        Self {
-            experts,
-            gb_s: median(&rounds_gb_s).unwrap_or(0.0),
-            read_gb_s: median(&rounds_read_gb_s).unwrap_or(0.0),
-            share: median(&shares).unwrap_or(0.0),
-            rounds_gb_s,
-            rounds_read_gb_s,
-        }
+    fn of(experts: usize, quiet: Vec<Round>, loud: Vec<Round>) -> Self {
+        let disturbed = quiet.is_empty();
+        let (rounds, left_out) = if disturbed { (loud, 0) } else { (quiet, loud.len()) };
+        let middle = |of: fn(&Round) -> f64| {
+            median(&rounds.iter().map(of).collect::<Vec<_>>()).unwrap_or(0.0)
+        };
+        let (gb_s, read_gb_s) = (middle(|round| round.gb_s), middle(Round::read));
+        let share = middle(|round| round.gb_s / round.read());
+        Self { experts, gb_s, read_gb_s, share, rounds, left_out, disturbed }
     }
 }
 
@@ -305,21 +249,27 @@ impl Speed {
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
     pub pool_bytes: usize,
-    /// Read per round, by the experts and again plainly.
+    /// Read per round by the experts, and by each plain read.
     pub round_bytes: usize,
     pub rounds: usize,
 }
 
+/// How long quiet rounds are waited for.
+const PATIENCE: Duration = Duration::from_millis(400);
+/// Behind a disturbed round, so that the others have their turn first.
+const PAUSE: Duration = Duration::from_millis(2);
+
 impl Effort {
     /// Under a second, for `pregate doctor` and `pregate plan`.
-    pub const SHORT: Self = Self { pool_bytes: 256 << 20, round_bytes: 24 << 20, rounds: 7 };
+    pub const SHORT: Self = Self { pool_bytes: 256 << 20, round_bytes: 16 << 20, rounds: 9 };
 
     pub fn full(rounds: usize) -> Self {
-        Self { pool_bytes: 768 << 20, round_bytes: 64 << 20, rounds }
+        Self { pool_bytes: 768 << 20, round_bytes: 24 << 20, rounds }
     }
 }
 
-/// Tokens that miss `at_once` experts of `shape` each.
+/// Tokens that miss `at_once` experts of `shape` each. Where no round was
+/// quiet, all of them count.
 pub fn measure(
     backend: &dyn Backend,
     pool: &Pool,
@@ -327,16 +277,27 @@ pub fn measure(
     at_once: usize,
     effort: Effort,
 ) -> Result<Speed, Failure> {
+    let Effort { round_bytes, rounds, .. } = effort;
     let mut experts = Experts::new(shape, pool.bytes(), at_once)?;
     let mut reader = Reader::new(pool.bytes());
     // Buffers are made and threads wake.
-    experts.gb_s(backend, at_once, effort.round_bytes / 4);
-    let (mut ours, mut reads) = (Vec::new(), vec![reader.gb_s(backend, effort.round_bytes)]);
-    for _ in 0..effort.rounds {
-        ours.push(experts.gb_s(backend, at_once, effort.round_bytes));
-        reads.push(reader.gb_s(backend, effort.round_bytes));
+    experts.gb_s(backend, at_once, round_bytes / 4);
+    let (mut quiet, mut loud) = (Vec::new(), Vec::new());
+    let started = Instant::now();
+    while quiet.len() < rounds && (loud.len() < rounds || started.elapsed() < PATIENCE) {
+        let watch = Watch::start();
+        let before = reader.gb_s(backend, round_bytes);
+        let gb_s = experts.gb_s(backend, at_once, round_bytes);
+        let behind = reader.gb_s(backend, round_bytes);
+        let round = Round { gb_s, read_gb_s: [before, behind] };
+        if watch.was_quiet() {
+            quiet.push(round);
+        } else {
+            loud.push(round);
+            thread::sleep(PAUSE);
+        }
     }
-    Ok(Speed::of(at_once, ours, reads))
+    Ok(Speed::of(at_once, quiet, loud))
 }
 
 /// The middle of the samples; of an even number, the mean of the two there.
@@ -362,7 +323,7 @@ mod tests {
         // 2 * 768 rows of 8 blocks of 144 bytes, 2048 rows of 3 blocks of 210.
         assert_eq!(USUAL.bytes(), 2 * 768 * 8 * 144 + 2048 * 3 * 210);
         let all = shapes();
-        assert_eq!(all.len(), 8);
+        assert_eq!(all.len(), 10);
         assert!(all.iter().all(|shape| shape.bytes() > 2 << 20), "{all:?}");
         let olmoe = all.iter().find(|shape| shape.of == "OLMoE").unwrap();
         assert_eq!((olmoe.hidden, olmoe.inner), (2048, 1024));
@@ -406,10 +367,14 @@ mod tests {
     #[test]
     fn a_share_is_of_the_reads_around_it() {
         // The machine is three times as slow in the second round.
-        let speed = Speed::of(1, vec![9.0, 3.0], vec![10.0, 10.0, 10.0 / 3.0]);
-        let shares = [0.9, 2.0 * 3.0 / (10.0 + 10.0 / 3.0)];
-        assert!((speed.share - (shares[0] + shares[1]) / 2.0).abs() < 1e-12);
-        assert_eq!((speed.gb_s, speed.read_gb_s), (6.0, 10.0));
+        let round = |gb_s, before, behind| Round { gb_s, read_gb_s: [before, behind] };
+        let quiet = vec![round(9.0, 10.0, 10.0), round(3.0, 10.0, 2.0)];
+        let speed = Speed::of(1, quiet.clone(), vec![round(0.1, 1.0, 1.0); 4]);
+        assert!((speed.share - (0.9 + 0.5) / 2.0).abs() < 1e-12);
+        assert_eq!((speed.gb_s, speed.read_gb_s), (6.0, 8.0));
+        assert_eq!((speed.left_out, speed.disturbed), (4, false));
+        let loud = Speed::of(1, Vec::new(), quiet);
+        assert_eq!((loud.share, loud.left_out, loud.disturbed), (speed.share, 0, true));
     }
 
     #[test]
@@ -418,7 +383,8 @@ mod tests {
         let effort = Effort { pool_bytes: 16 << 20, round_bytes: 2 << 20, rounds: 3 };
         let pool = Pool::new(Pages::Small, effort.pool_bytes).unwrap();
         let speed = measure(&cpu, &pool, USUAL, 2, effort).unwrap();
-        assert_eq!((speed.rounds_gb_s.len(), speed.rounds_read_gb_s.len()), (3, 4));
+        // Tests run side by side, so that no round may have been quiet.
+        assert!(speed.rounds.len() == 3 || speed.disturbed || speed.left_out > 0, "{speed:?}");
         assert!(speed.gb_s > 0.0 && speed.read_gb_s > 0.0 && speed.share > 0.0);
         assert!(measure(&cpu, &pool, USUAL, 20, effort).is_err(), "more than the pool holds");
     }

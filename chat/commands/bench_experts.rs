@@ -3,12 +3,13 @@
 
 use crate::{
     cli::BenchArgs,
-    device::Device,
+    device,
     exit::Failure,
     expert_speed::{self, Effort, Pages, Pool, Shape, Speed},
     memory, output,
     progress::Progress,
 };
+use pregate_kernels::Backend;
 use serde::Serialize;
 
 /// Experts that one token has on the processor.
@@ -36,8 +37,9 @@ struct Measured {
 }
 
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
-    let device = Device::open(&args.device)?;
-    let backend = &*device.backend;
+    let cpu = device::processor(args.device.threads)?;
+    // Beside other programs, else, this thread may share a core with another.
+    cpu.pin_caller();
     let effort = fitting(Effort::full(args.repetitions))?;
     let shapes = expert_speed::shapes();
     let mut bar = Progress::new("measuring", "shapes", 2 * shapes.len());
@@ -45,8 +47,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     for pages in [Pages::Huge, Pages::Small] {
         let pool = Pool::new(pages, effort.pool_bytes)?;
         for &shape in &shapes {
-            let speeds = AT_ONCE
-                .map(|at_once| expert_speed::measure(backend, &pool, shape, at_once, effort));
+            let speeds =
+                AT_ONCE.map(|at_once| expert_speed::measure(&cpu, &pool, shape, at_once, effort));
             let speeds = speeds.into_iter().collect::<Result<_, _>>()?;
             results.push(Measured { pages, shape, expert_bytes: shape.bytes(), speeds });
             bar.set(results.len());
@@ -54,8 +56,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
     drop(bar);
     let report = Report {
-        backend: backend.describe(),
-        threads: device.threads,
+        backend: cpu.describe(),
+        threads: cpu.threads(),
         pool_bytes: effort.pool_bytes,
         rounds: effort.rounds,
         results,
@@ -85,7 +87,7 @@ fn fitting(effort: Effort) -> Result<Effort, Failure> {
 
 fn text(report: &Report) -> String {
     let mut lines = vec![format!(
-        "{}; medians of {} rounds over {}; GB/s, share of what plain reads reach",
+        "{}; medians of up to {} rounds over {}; GB/s, share of what plain reads reach",
         report.backend,
         report.rounds,
         output::bytes(report.pool_bytes as u64)
@@ -94,6 +96,16 @@ fn text(report: &Report) -> String {
         let heads = AT_ONCE.map(|count| format!("{:>13}", format!("{count} at once")));
         lines.push(format!("\n{:<34}{}   read", pages.name(), heads.concat()));
         lines.extend(report.results.iter().filter(|row| row.pages == pages).map(row));
+    }
+    let speeds = || report.results.iter().flat_map(|row| &row.speeds);
+    let left_out: usize = speeds().map(|speed| speed.left_out).sum();
+    let kept: usize = speeds().map(|speed| speed.rounds.len()).sum();
+    if left_out > 0 {
+        let why = "other programs took the processor";
+        lines.push(format!("\n{left_out} rounds beside these {kept} were left out: {why}"));
+    }
+    if speeds().any(|speed| speed.disturbed) {
+        lines.push("* no round without other programs on the processor".to_string());
     }
     lines.join("\n")
 }
@@ -105,7 +117,10 @@ fn row(of: &Measured) -> String {
     } else {
         format!("{}, {}", gate_up.name(), down.name())
     };
-    let cell = |speed: &Speed| format!("{:>6.1} {:>4.0} %", speed.gb_s, speed.share * 100.0);
+    let cell = |speed: &Speed| {
+        let mark = if speed.disturbed { "*" } else { "" };
+        format!("{:>6.1}{mark} {:>4.0} %", speed.gb_s, speed.share * 100.0)
+    };
     let cells: String = of.speeds.iter().map(|speed| format!("{:>13}", cell(speed))).collect();
     let reads: Vec<f64> = of.speeds.iter().map(|speed| speed.read_gb_s).collect();
     let read = expert_speed::median(&reads).unwrap_or(0.0);
