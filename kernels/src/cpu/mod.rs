@@ -17,6 +17,7 @@ mod linear;
 mod neon;
 pub mod pool;
 pub(crate) mod scalar;
+mod shares;
 #[cfg(test)]
 mod tests;
 

@@ -1,10 +1,11 @@
 //! Persistent worker threads, pinned to cores, that share short parallel
-//! regions: an atomic counter hands out units, the caller works too, and the
-//! region ends when every worker has left it.
+//! regions: [`Shares`] hands out units, the caller works too, and the region
+//! ends when every worker has left it.
 //!
 //! Workers spin for a while between regions (a token has hundreds of them),
 //! then park. A panic in a unit is carried to the caller.
 
+use super::shares::Shares;
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
@@ -15,6 +16,8 @@ use std::thread::{JoinHandle, Thread};
 
 /// `task(worker, unit)`.
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
+/// `leave(worker)`.
+type Leave<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// Polls before a waiting worker parks, and before it starts to yield.
 const SPINS: usize = 40_000;
@@ -30,7 +33,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Shared {
     generation: AtomicUsize,
     task: UnsafeCell<Option<Region>>,
-    next: AtomicUsize,
+    units: Shares,
     /// Workers that have not left the region yet.
     active: AtomicUsize,
     stop: AtomicBool,
@@ -42,7 +45,7 @@ struct Shared {
 #[derive(Clone, Copy)]
 struct Region {
     task: *const Task<'static>,
-    units: usize,
+    leave: *const Leave<'static>,
 }
 
 // SAFETY: `task` is written only by the caller that holds `Pool::caller`,
@@ -74,7 +77,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             generation: AtomicUsize::new(0),
             task: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            units: Shares::new(threads),
             active: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
@@ -111,20 +114,31 @@ impl Pool {
     /// With the payload of the first unit that panicked, after all workers
     /// have left the region.
     pub fn run(&self, units: usize, task: &Task<'_>) {
+        self.run_then(units, task, &|_| ());
+    }
+
+    /// Also calls `leave(worker)` on each worker once it finds no more units:
+    /// others may still be at theirs.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub fn run_then(&self, units: usize, task: &Task<'_>, leave: &Leave<'_>) {
         let _caller = lock(&self.caller);
         if self.workers.is_empty() || units <= 1 {
             (0..units).for_each(|unit| task(0, unit));
+            leave(0);
             return;
         }
         let shared = &*self.shared;
-        // SAFETY: only the lifetime is changed. The pointer is used by workers
-        // only while they are active in this region, and this function does
-        // not return or unwind before `active` is zero: the caller's own share
-        // runs under `catch_unwind`.
-        let task: &'static Task<'static> = unsafe { std::mem::transmute(task) };
+        // SAFETY: only the lifetimes are changed. The pointers are used by
+        // workers only while they are active in this region, and this function
+        // does not return or unwind before `active` is zero: the caller's own
+        // share runs under `catch_unwind`.
+        let (task, leave): (&'static Task<'static>, &'static Leave<'static>) =
+            unsafe { (std::mem::transmute(task), std::mem::transmute(leave)) };
         // SAFETY: `caller` is held and `active` is zero, so nobody reads it.
-        unsafe { *shared.task.get() = Some(Region { task, units }) };
-        shared.next.store(0, Ordering::Relaxed);
+        unsafe { *shared.task.get() = Some(Region { task, leave }) };
+        shared.units.deal(units);
         shared.active.store(self.workers.len(), Ordering::Relaxed);
         // Sequentially consistent with the worker's `parked` store and its
         // re-check of `generation`: one of the two sees the other.
@@ -134,7 +148,7 @@ impl Pool {
                 thread.unpark();
             }
         }
-        share(shared, 0, Region { task, units });
+        share(shared, 0, Region { task, leave });
         let mut spins = 0;
         while shared.active.load(Ordering::Acquire) != 0 {
             spins += 1;
@@ -190,19 +204,16 @@ impl Drop for Pool {
 /// Takes units until none is left.
 fn share(shared: &Shared, worker: usize, region: Region) {
     let result = catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: the caller's closure outlives the region, see `Pool::run`.
-        let task = unsafe { &*region.task };
-        loop {
-            let unit = shared.next.fetch_add(1, Ordering::Relaxed);
-            if unit >= region.units {
-                break;
-            }
+        // SAFETY: the caller's closures outlive the region, see `Pool::run`.
+        let (task, leave) = unsafe { (&*region.task, &*region.leave) };
+        while let Some(unit) = shared.units.take(worker) {
             task(worker, unit);
         }
+        leave(worker);
     }));
     if let Err(payload) = result {
         // The others stop early; the region's results are lost anyway.
-        shared.next.store(region.units, Ordering::Relaxed);
+        shared.units.clear();
         lock(&shared.panic).get_or_insert(payload);
     }
 }
