@@ -91,7 +91,8 @@ input, must show 100.
 
 --experts needs no model: 1, 2, 4 and 8 experts of one token are drawn at random from memory far
 larger than the caches and computed, in turn with plain reads of the same memory by the same
-threads. A share is the median of the rounds' ratios.")]
+threads. A share is the median of the rounds' ratios. Rounds in which a thread waited for a
+processor are left out, as far as the system tells.")]
     Bench(BenchArgs),
     /// Compute what tests and comparisons need
     #[command(subcommand)]
