@@ -5,6 +5,7 @@ mod gpu;
 use crate::{
     cli::DoctorArgs,
     exit::{self, Failure},
+    expert_speed::{self, Speed},
     memory, model,
     output::{self, bytes},
     plan,
@@ -34,7 +35,7 @@ pub enum State {
 /// One thing that was looked at.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
-    /// "processor", "memory", "model", "disk" or "gpu".
+    /// "processor", "experts", "memory", "model", "disk" or "gpu".
     pub about: &'static str,
     pub state: State,
     pub found: String,
@@ -61,16 +62,20 @@ struct Report {
     can_run: bool,
     findings: Vec<Finding>,
     gpus: Vec<gpu::Gpu>,
+    /// Experts on the processor; `null` where it was not measured.
+    cpu_experts: Option<Speed>,
 }
 
 /// The exit code: 0 if models can run on the processor.
 pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
-    let mut findings = vec![processor(), memory_of_machine()];
+    let (mut findings, cpu_experts) = processor();
+    findings.push(memory_of_machine());
     findings.extend(model_and_disk(args.model.as_deref()));
     let (gpus, of_gpus) = gpu::look();
     findings.extend(of_gpus);
     let can_run = findings.iter().all(|finding| finding.state != State::Bad);
-    let report = Report { version: env!("CARGO_PKG_VERSION"), can_run, findings, gpus };
+    let report =
+        Report { version: env!("CARGO_PKG_VERSION"), can_run, findings, gpus, cpu_experts };
     match args.json {
         true => output::json(&report)?,
         false => output::line(text(&report).trim_end())?,
@@ -95,16 +100,44 @@ fn text(report: &Report) -> String {
     lines.chain([verdict.to_string()]).collect()
 }
 
-fn processor() -> Finding {
-    let about = "processor";
+fn processor() -> (Vec<Finding>, Option<Speed>) {
     let cpu = match Cpu::new(CpuOptions::default()) {
         Ok(cpu) => cpu,
         Err(error) => {
             let found = format!("cannot start the threads that compute: {error}");
             let next = "raise this user's limit of processes (ulimit -u)";
-            return Finding::new(about, State::Bad, found).next(next);
+            return (vec![Finding::new("processor", State::Bad, found).next(next)], None);
         }
     };
+    let (speed, of_experts) = experts(&cpu);
+    (vec![threads(&cpu), of_experts], speed)
+}
+
+/// How fast it computes experts from memory.
+fn experts(cpu: &Cpu) -> (Option<Speed>, Finding) {
+    let about = "experts";
+    let shape = expert_speed::USUAL;
+    match expert_speed::usual(cpu) {
+        Ok(speed) => {
+            let disturbed =
+                if speed.disturbed { ", other programs took the processor" } else { "" };
+            let found = format!(
+                "the processor computes those of {} in {} and {} at {:.1} GB/s, {:.0} % of what a \
+                 plain read reaches{disturbed}",
+                shape.of,
+                shape.gate_up.name(),
+                shape.down.name(),
+                speed.gb_s,
+                speed.share * 100.0
+            );
+            (Some(speed), Finding::new(about, State::Ok, found))
+        }
+        Err(failure) => (None, Finding::new(about, State::Note, failure.to_string())),
+    }
+}
+
+fn threads(cpu: &Cpu) -> Finding {
+    let about = "processor";
     let threads = cpu.threads();
     let plural = if threads == 1 { "" } else { "s" };
     let found = format!("{threads} thread{plural}, {}", cpu.isa().name());
@@ -187,6 +220,7 @@ mod tests {
                 Finding::new("gpu", State::Note, "none".to_string()).next("buy one"),
             ],
             gpus: Vec::new(),
+            cpu_experts: None,
         };
         let lines = text(&report);
         assert_eq!(

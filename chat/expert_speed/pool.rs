@@ -48,7 +48,7 @@ impl Pool {
         let mut ticket = frames.claim(FrameId { class: 0, index: 0 }).ok_or_else(refused)?;
         fill(ticket.bytes_mut());
         let (frame, generation) = (ticket.frame(), ticket.generation());
-        for chunk in ticket.chunks(&[0..bytes]) {
+        for chunk in ticket.chunks(std::slice::from_ref(&(0..bytes))) {
             let _ = chunk.done();
         }
         Ok(Self(Memory::Huge(frames.pin(frame, generation).ok_or_else(refused)?)))

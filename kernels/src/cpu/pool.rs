@@ -16,8 +16,6 @@ use std::thread::{JoinHandle, Thread};
 
 /// `task(worker, unit)`.
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
-/// `leave(worker)`.
-type Leave<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// Polls before a waiting worker parks, and before it starts to yield.
 const SPINS: usize = 40_000;
@@ -45,7 +43,6 @@ struct Shared {
 #[derive(Clone, Copy)]
 struct Region {
     task: *const Task<'static>,
-    leave: *const Leave<'static>,
 }
 
 // SAFETY: `task` is written only by the caller that holds `Pool::caller`,
@@ -114,30 +111,19 @@ impl Pool {
     /// With the payload of the first unit that panicked, after all workers
     /// have left the region.
     pub fn run(&self, units: usize, task: &Task<'_>) {
-        self.run_then(units, task, &|_| ());
-    }
-
-    /// Also calls `leave(worker)` on each worker once it finds no more units:
-    /// others may still be at theirs.
-    ///
-    /// # Panics
-    /// As [`Pool::run`].
-    pub fn run_then(&self, units: usize, task: &Task<'_>, leave: &Leave<'_>) {
         let _caller = lock(&self.caller);
         if self.workers.is_empty() || units <= 1 {
             (0..units).for_each(|unit| task(0, unit));
-            leave(0);
             return;
         }
         let shared = &*self.shared;
-        // SAFETY: only the lifetimes are changed. The pointers are used by
-        // workers only while they are active in this region, and this function
-        // does not return or unwind before `active` is zero: the caller's own
-        // share runs under `catch_unwind`.
-        let (task, leave): (&'static Task<'static>, &'static Leave<'static>) =
-            unsafe { (std::mem::transmute(task), std::mem::transmute(leave)) };
+        // SAFETY: only the lifetime is changed. The pointer is used by workers
+        // only while they are active in this region, and this function does
+        // not return or unwind before `active` is zero: the caller's own share
+        // runs under `catch_unwind`.
+        let task: &'static Task<'static> = unsafe { std::mem::transmute(task) };
         // SAFETY: `caller` is held and `active` is zero, so nobody reads it.
-        unsafe { *shared.task.get() = Some(Region { task, leave }) };
+        unsafe { *shared.task.get() = Some(Region { task }) };
         shared.units.deal(units);
         shared.active.store(self.workers.len(), Ordering::Relaxed);
         // Sequentially consistent with the worker's `parked` store and its
@@ -148,7 +134,7 @@ impl Pool {
                 thread.unpark();
             }
         }
-        share(shared, 0, Region { task, leave });
+        share(shared, 0, Region { task });
         let mut spins = 0;
         while shared.active.load(Ordering::Acquire) != 0 {
             spins += 1;
@@ -204,12 +190,11 @@ impl Drop for Pool {
 /// Takes units until none is left.
 fn share(shared: &Shared, worker: usize, region: Region) {
     let result = catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: the caller's closures outlive the region, see `Pool::run`.
-        let (task, leave) = unsafe { (&*region.task, &*region.leave) };
+        // SAFETY: the caller's closure outlives the region, see `Pool::run`.
+        let task = unsafe { &*region.task };
         while let Some(unit) = shared.units.take(worker) {
             task(worker, unit);
         }
-        leave(worker);
     }));
     if let Err(payload) = result {
         // The others stop early; the region's results are lost anyway.

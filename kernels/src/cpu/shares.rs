@@ -86,7 +86,7 @@ mod tests {
     fn a_worker_goes_through_its_own_run_and_then_helps_from_behind() {
         let shares = Shares::new(3);
         shares.deal(8);
-        let mut take = |worker| shares.take(worker);
+        let take = |worker| shares.take(worker);
         // Runs 0..2, 2..5, 5..8.
         assert_eq!([take(1), take(1)], [Some(2), Some(3)]);
         assert_eq!([take(0), take(0)], [Some(0), Some(1)]);
