@@ -21,15 +21,17 @@
 //! - **Outliers and drift.** A measurement that is off by more than a factor
 //!   of 1.5 moves an estimate by a clipped step; three in a row on one side
 //!   (two where only the seed speaks) are a changed machine, and the estimate
-//!   jumps to their median (`split/track.rs`).
-//! - **Exploring** ([`Options`]): each shape starts with two measurements of
-//!   each worker, with as few experts as can be, and two of each worker
-//!   alone, unless that is a disaster (four times the best). Then ways that
-//!   may be better than the best are tried while an allowance lasts: what
-//!   exploring is expected to cost stays below `explore_share` of the layers'
-//!   time, plus the first trials. A disaster is left at its second
-//!   measurement and looked at again after `disaster_tokens`, then after
-//!   twice as many, if the allowance has room for it.
+//!   jumps to their median. One that agrees with what was believed before
+//!   undoes a jump (`split/track.rs`).
+//! - **First looks** (`split/trials.rs`): each shape starts with two
+//!   measurements of each worker alone, with a single miss if that is to be
+//!   had soon: beside the other it may be slow for the other's sake. A
+//!   disaster (four times the best) is left at its second measurement.
+//! - **Second looks and exploring** ([`Options`]): what was not used for
+//!   long, or was left, is measured again, and ways that may be better than
+//!   the best are tried, while what either is expected to cost stays below
+//!   `explore_share` of the layers' time, plus `first_explored`. After every
+//!   disappointment the next look at a disaster waits three times as long.
 //!
 //! # Calls
 //! ```text
@@ -56,7 +58,7 @@
 use crate::cache::Admission;
 use crate::vocabulary::{LayerShape, Shape};
 pub use chunk::{Chunk, ChunkOutcome};
-use class::{Candidate, Class, Pick};
+use class::Class;
 pub use reason::Reason;
 pub use report::LayerSplit;
 use reuse::Marks;
@@ -70,6 +72,8 @@ mod report;
 mod reuse;
 mod terms;
 mod track;
+mod trials;
+mod way;
 mod worker;
 
 /// What a layer was given so far.
@@ -235,6 +239,7 @@ impl Split {
     /// Tells what a decision for `layer` led to; also one that was changed on
     /// its way, as when a copy failed and the CPU stood in.
     pub fn measured(&mut self, layer: usize, told: &Outcome) {
+        let told = &told.bounded();
         let Some(given) = self.given(layer) else { return };
         given.measured += 1;
         given.wall_ns = given.wall_ns.saturating_add(told.wall_ns);
@@ -249,9 +254,9 @@ impl Split {
         self.classes[class].copied(at, ns);
     }
 
-    /// What exploring was expected to cost, and what all layers with misses
-    /// took, in ns. The first stays below [`Options::explore_share`] of the
-    /// second, and the first trials.
+    /// What first looks, second looks and exploring were expected to cost,
+    /// and what all layers with misses took, in ns. See [`Options`] for what
+    /// bounds the first.
     pub fn explored_ns(&self) -> (u64, u64) {
         let sum = |of: fn(&Class) -> f64| self.classes.iter().map(of).sum::<f64>() as u64;
         (sum(|class| class.explored_ns), sum(|class| class.wall_ns))

@@ -6,7 +6,7 @@ mod machine;
 #[path = "support/world.rs"]
 mod world;
 
-use machine::Rng;
+use machine::{Machine, Rng};
 use pregate_predictor::split::{Options, Seed, Split};
 use std::ops::Range;
 use world::{Decoder, Rule, Totals, World, fixed};
@@ -112,4 +112,122 @@ fn two_hundred_machines_settle_at_the_best_fixed_split() {
     assert!(caching >= 20, "{caching}");
     // It sees each decision, which no fixed share does.
     assert!(above <= 0.0, "{above}");
+}
+
+/// A world whose machine is not what its probes found.
+fn lying(seed: u64, tokens: usize) -> (World, Seed) {
+    let mut world = World::random(seed, tokens);
+    let mut rng = Rng(seed ^ 0x77);
+    let seeded = world.machine(0).seed(&mut rng);
+    let factor = rng.factor(20.0, 100.0);
+    let machine = &mut world.machines[0].1;
+    match seed % 3 {
+        // The CPU is slow: its threads fight for cores with others.
+        0 => machine.scale_cpu(1.0 / factor),
+        // Each is as fast as it was found, and both at once are slow.
+        1 => machine.trouble = factor,
+        // The link is slow: a virtual machine's, or x1.
+        _ => machine.link /= factor,
+    }
+    (world, seeded)
+}
+
+/// Issues #436 and #151 of FreeToken: a profile that no longer holds chose a
+/// way that was 8 to 40 times slower, and stayed with it.
+#[test]
+fn a_disaster_is_left_and_stays_left() {
+    let window = SETTLED..192;
+    let run = |seed| {
+        let (world, seeded) = lying(seed, window.end);
+        Run::seeded(seed, &world, &seeded, window.clone())
+    };
+    let mut worst = Vec::new();
+    for run in of_all(500..545, run) {
+        let (seed, pure) = (run.seed, run.cpu_only().min(run.stream_only()));
+        let said = format!("world {seed}: {:.4} of the better one", run.later.wall / pure);
+        assert!(run.above(pure) <= 0.035, "{said}");
+        worst.push(run.cpu_only().max(run.stream_only()) / pure);
+    }
+    worst.sort_by(f64::total_cmp);
+    // There was something to fall into.
+    assert!(worst[worst.len() / 2] > 8.0, "{worst:?}");
+}
+
+/// The machine becomes another one in mid-run.
+fn changing(seed: u64, at: usize, tokens: usize) -> World {
+    let mut world = World::random(seed, tokens);
+    let mut machine = world.machine(0).clone();
+    match seed % 4 {
+        0 => machine.scale_cpu(0.2),
+        1 => machine.scale_cpu(4.0),
+        2 => machine.link /= 5.0,
+        _ => machine.link *= 4.0,
+    }
+    machine.memory = machine.memory.max(machine.cpu.max(machine.link) * 1.2);
+    world.machines.push((at, machine));
+    world
+}
+
+#[test]
+fn a_machine_that_changes_is_followed() {
+    let (at, end) = (128, 384);
+    let window = at + SETTLED..end;
+    let runs = of_all(600..632, |seed| Run::new(seed, &changing(seed, at, end), window.clone()));
+    let mean = runs.iter().map(|run| run.above(run.best())).sum::<f64>() / runs.len() as f64;
+    assert!(mean <= 0.01, "{mean:.4}");
+    for run in &runs {
+        let (seed, above) = (run.seed, run.above(run.best()));
+        assert!(above <= 0.05, "world {seed}: {above:.4} above the best fixed split");
+    }
+}
+
+/// A machine whose best way asks the CPU for nearly everything, and a link
+/// that is not hopeless.
+fn cpu_machine() -> Machine {
+    Machine {
+        cpu_start: 20e3,
+        cpu_one: 30.0,
+        cpu: 50.0,
+        link_start: 8e3,
+        copy_start: 4e3,
+        link: 20.0,
+        memory: 55.0,
+        link_first: true,
+        vram: 800.0,
+        late: 10e3,
+        join: 0.0,
+        trouble: 1.0,
+        busy: 0.0,
+        busy_ns: 0.0,
+        noise: 0.05,
+        outliers: 0.002,
+    }
+}
+
+#[test]
+fn a_stalled_cpu_is_left_and_comes_back() {
+    for seed in 700..708 {
+        let mut world = World::random(seed, 640);
+        let mut stalled = cpu_machine();
+        stalled.scale_cpu(1.0 / 30.0);
+        world.machines = vec![(0, cpu_machine()), (128, stalled), (256, cpu_machine())];
+        let mut rng = Rng(seed);
+        let seeded = world.machine(0).seed(&mut rng);
+        let mut split = Split::new(&world.shape(), &seeded, Options::default());
+        let mut decoder = Decoder::new(&world);
+        let mut rule = Rule::Live(&mut split, rng);
+        let share = |part: &Totals| 1.0 - part.copies as f64 / part.misses as f64;
+        let before = decoder.run(0..128, &mut rule);
+        let falling = decoder.run(128..136, &mut rule);
+        let stalled = decoder.run(136..256, &mut rule);
+        let rising = decoder.run(256..512, &mut rule);
+        let after = decoder.run(512..640, &mut rule);
+        let shares = [&before, &falling, &stalled, &rising, &after].map(share);
+        let said = format!("world {seed}: CPU {shares:.3?}");
+        assert!(shares[0] > 0.15, "{said}: it was of use");
+        // Eight tokens, of which one or two were caught by the stall.
+        assert!(falling.asked <= 6.0 * falling.best, "{said}");
+        assert!(shares[2] <= 0.02 && stalled.asked <= 1.25 * stalled.best, "{said}");
+        assert!(shares[4] >= 0.75 * shares[0], "{said}");
+    }
 }

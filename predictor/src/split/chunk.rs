@@ -16,6 +16,8 @@ pub struct Chunk {
     /// When each worker ends, ns from the decision, as expected.
     pub cpu_ns: u64,
     pub link_ns: u64,
+    /// Tokens of an expert from which on it is copied; `None`: nothing is.
+    pub threshold: Option<u32>,
     /// Scratch.
     order: Vec<usize>,
 }
@@ -70,7 +72,7 @@ impl Split {
     pub fn choose_chunk(&mut self, layer: usize, tokens: &[u32], queue_ns: u64, out: &mut Chunk) {
         out.places.clear();
         out.places.resize(tokens.len(), Place::Cpu);
-        (out.cpu_ns, out.link_ns) = (0, 0);
+        (out.cpu_ns, out.link_ns, out.threshold) = (0, 0, None);
         let Some(given) = self.given(layer).map(|given| *given) else { return };
         let class = &self.classes[given.class];
         out.order.clear();
@@ -109,6 +111,7 @@ impl Split {
         for &expert in &out.order[..best] {
             out.places[expert] = Place::Link;
         }
+        out.threshold = best.checked_sub(1).map(|last| tokens[out.order[last]]);
         (out.cpu_ns, out.link_ns) = (ends.0 as u64, ends.1 as u64);
     }
 
@@ -126,7 +129,7 @@ impl Split {
         }
         if told.copies > 0 && told.copy_ns > 0 {
             let other = Other { count: told.cpu, share: both };
-            class.link.learn(given.at, told.copies, other, told.copy_ns as f64);
+            class.link.learn(given.at, told.copies, other, told.copy_ns as f64, false);
         }
     }
 }

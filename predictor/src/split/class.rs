@@ -4,119 +4,19 @@
 use super::chunk::Tokens;
 use super::reuse::Reuse;
 use super::track::{Step, Track};
+use super::trials::Trials;
+use super::way::{CPU, Candidate, DISASTER, LINK, Mean, Pick, Sorted, Way, bounded};
 use super::worker::{MOST, Other, Worker, sane};
 use super::{Asked, Options, Outcome, Seed};
 use crate::vocabulary::LayerShape;
 
-/// A share this many times slower than the best one is a disaster.
-pub const DISASTER: f64 = 4.0;
-/// Trials of each worker, and of each worker alone, that a class starts with.
-const TRIALS: u64 = 2;
 /// Layers' walls that the allowance for exploring may grow to.
 const SAVED: f64 = 64.0;
-/// Measurements after which a jump is the machine's, not the seed's error.
-const SETTLED: u64 = 16;
-/// Tokens until a disaster is looked at again after the other worker jumped.
-const SOON: u64 = 16;
 /// The spread of one measurement that tries are planned for (logarithm).
 const SPREAD: f64 = 0.4;
 /// Decisions that price one miss more at first, then one of so many.
 const PRICED: u64 = 64;
 const PRICE_EVERY: u64 = 8;
-/// Memory of that price, in misses.
-const MISS_MEMORY: f64 = 256.0;
-
-/// One way of sharing the misses of a layer: the rest goes to the CPU.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Way {
-    /// New copies.
-    pub copies: usize,
-    /// Copies under way that the layer waits for.
-    pub waits: usize,
-    pub cpu: usize,
-}
-
-impl Way {
-    /// Experts that come over the link.
-    pub fn link(&self) -> usize {
-        self.copies + self.waits
-    }
-
-    fn uses(&self, worker: usize) -> bool {
-        if worker == CPU { self.cpu > 0 } else { self.copies > 0 }
-    }
-}
-
-pub const CPU: usize = 0;
-pub const LINK: usize = 1;
-
-/// A way with what it is expected to take.
-#[derive(Clone, Copy, Debug)]
-pub struct Candidate {
-    pub way: Way,
-    /// ns from the decision to the last row.
-    pub wall_ns: f64,
-    /// `wall_ns`, if what is not known well turns out well.
-    hopeful_ns: f64,
-    /// What the copies will save later.
-    reuse_ns: f64,
-    /// Misses that the copy of the most promising expert saves.
-    pub saves: f64,
-}
-
-impl Candidate {
-    fn cost(&self) -> f64 {
-        self.wall_ns - self.reuse_ns
-    }
-}
-
-/// Why a way was taken.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Pick {
-    Best,
-    /// The first measurements of a worker.
-    Trial(usize),
-    /// Nearly as good as the best, and less well known.
-    Explore,
-    /// A worker that was not used for long.
-    Retry(usize),
-}
-
-/// When a worker is looked at again.
-#[derive(Clone, Debug, Default)]
-struct Watch {
-    /// Ways of this worker alone that were tried.
-    alone: u64,
-    /// Times that it was given something for its price.
-    trials: u64,
-    last_token: u64,
-    /// The pause after a disaster; 0: none was seen.
-    pause: u64,
-}
-
-/// The misses' gains, highest first, and the remaining times of those that
-/// are under way, ascending.
-type Sorted<'a> = (&'a [f64], &'a [f64]);
-
-/// A weighted mean that forgets.
-#[derive(Clone, Debug, Default)]
-struct Mean {
-    mean: f64,
-    weight: f64,
-}
-
-impl Mean {
-    fn note(&mut self, value: f64, weight: f64) {
-        self.weight = (self.weight + weight).min(MISS_MEMORY);
-        self.mean += (value - self.mean) * weight / self.weight;
-    }
-}
-
-/// ns that came from outside.
-fn bounded(ns: u64) -> f64 {
-    (ns as f64).min(1e12)
-}
-
 pub struct Class {
     pub cpu: Worker,
     pub link: Worker,
@@ -128,7 +28,7 @@ pub struct Class {
     /// link only, both]`, and for each pair of counts.
     kinds: [Track; 3],
     walls: Vec<Track>,
-    watch: [Watch; 2],
+    trials: Trials,
     /// ns that exploring may still cost.
     allowance_ns: f64,
     /// What exploring was expected to cost so far, and all walls, in ns.
@@ -150,7 +50,7 @@ impl Class {
             miss: Mean::default(),
             kinds: Default::default(),
             walls: vec![Track::default(); (MOST + 1) * (MOST + 1)],
-            watch: Default::default(),
+            trials: Trials::default(),
             allowance_ns: 0.0,
             explored_ns: 0.0,
             wall_ns: 0.0,
@@ -159,12 +59,13 @@ impl Class {
         };
         let cheaper = class.cpu.alone(0, 1).min(class.link.alone(0, 1));
         class.allowance_ns = options.first_explored.clamp(0.0, 1e6) * cheaper;
+        class.trials = Trials::new(2.0 * class.allowance_ns);
         class
     }
 
     /// The machine is another one: everything may be tried again.
     pub fn changed(&mut self) {
-        self.watch = Default::default();
+        self.trials.restart();
     }
 
     fn kind(way: &Way) -> usize {
@@ -248,7 +149,13 @@ impl Class {
             self.link.known(way.copies, way.cpu)
         };
         let hope = (-SPREAD / (1.0 + known).sqrt()).exp();
-        Candidate { way, wall_ns, hopeful_ns: wall_ns * hope, reuse_ns: 0.0, saves: 0.0 }
+        let free_ns = self.cpu.alone(layer, way.cpu);
+        let free_ns = match way.copies {
+            0 => free_ns,
+            copies => free_ns.max(queue_ns + self.link.alone(layer, copies)),
+        };
+        let hopeful_ns = wall_ns * hope;
+        Candidate { way, wall_ns, free_ns, hopeful_ns, reuse_ns: 0.0, saves: 0.0 }
     }
 
     /// Chooses for `layer` (of the class) in token `token`.
@@ -262,30 +169,26 @@ impl Class {
         self.price_miss(layer, asked, sorted);
         self.list(layer, asked, sorted.0, sorted.1);
         let best = self.cheapest(|_| true, Candidate::cost).expect("a way without copies exists");
-        let (chosen, pick) = self.trial(&best, token, options).unwrap_or_else(|| {
-            let near = |one: &Candidate| {
-                one.wall_ns < DISASTER * best.wall_ns
-                    && one.cost() - best.cost() <= self.allowance_ns
-            };
-            let hopeful = self.cheapest(near, |one| one.hopeful_ns - one.reuse_ns);
-            match hopeful {
-                Some(other) if other.way != best.way => (other, Pick::Explore),
-                _ => (best, Pick::Best),
-            }
-        });
-        if pick != Pick::Best {
-            let cost = (chosen.cost() - best.cost()).max(0.0);
-            self.explored_ns += cost;
-            self.allowance_ns -= cost;
-        }
-        for worker in [CPU, LINK] {
-            if chosen.way.uses(worker) {
-                self.watch[worker].last_token = token;
-                if pick == Pick::Best {
-                    self.watch[worker].pause = 0;
+        let (chosen, pick) =
+            self.trials.next(&self.candidates, &best, token, options).unwrap_or_else(|| {
+                let near = |one: &Candidate| {
+                    one.wall_ns < DISASTER * best.wall_ns
+                        && one.cost() - best.cost() <= self.allowance_ns
+                };
+                let hopeful = self.cheapest(near, |one| one.hopeful_ns - one.reuse_ns);
+                match hopeful {
+                    Some(other) if other.way != best.way => (other, Pick::Explore),
+                    _ => (best, Pick::Best),
                 }
-            }
+            });
+        let cost = (chosen.cost() - best.cost()).max(0.0);
+        match pick {
+            Pick::Best => {}
+            Pick::Retry(_) => self.trials.spend(cost),
+            Pick::Trial(_) | Pick::Explore => self.allowance_ns -= cost,
         }
+        self.explored_ns += if pick == Pick::Best { 0.0 } else { cost };
+        self.trials.used(&chosen.way, pick, token);
         (chosen, pick)
     }
 
@@ -298,55 +201,6 @@ impl Class {
         may.min_by(|a, b| by(a).total_cmp(&by(b))).copied()
     }
 
-    /// Is it time to try a worker, whatever it seems to cost?
-    fn trial(
-        &mut self,
-        best: &Candidate,
-        token: u64,
-        options: &Options,
-    ) -> Option<(Candidate, Pick)> {
-        for worker in [CPU, LINK] {
-            let count = |way: &Way| if worker == CPU { way.cpu } else { way.copies };
-            let least = |one: &Candidate| {
-                // As few as can be: it may be the disaster.
-                1e15 * count(&one.way) as f64 + one.wall_ns
-            };
-            let uses = |one: &Candidate| one.way.uses(worker);
-            let seen = if worker == CPU { self.cpu.seen() } else { self.link.seen() };
-            let watch = &self.watch[worker];
-            if seen < TRIALS && watch.trials < TRIALS {
-                if let Some(one) = self.cheapest(uses, least) {
-                    self.watch[worker].trials += 1;
-                    return Some((one, Pick::Trial(worker)));
-                }
-                continue;
-            }
-            let rest = |one: &Candidate| if worker == CPU { one.way.link() } else { one.way.cpu };
-            let only = |one: &Candidate| uses(one) && rest(one) == 0;
-            let alone = self.cheapest(|one| only(one) && one.way.waits == 0, Candidate::cost);
-            if let Some(one) = alone.filter(|one| one.wall_ns < DISASTER * best.wall_ns)
-                && watch.alone < TRIALS
-            {
-                self.watch[worker].alone += 1;
-                return Some((one, Pick::Trial(worker)));
-            }
-            if let Some(one) = self.cheapest(uses, least) {
-                let watch = &mut self.watch[worker];
-                let idle = token.saturating_sub(watch.last_token);
-                let disaster = one.wall_ns >= DISASTER * best.wall_ns;
-                if disaster && watch.pause == 0 {
-                    watch.pause = options.disaster_tokens.max(1);
-                }
-                let due = if disaster { watch.pause } else { options.retry_tokens.max(1) };
-                if idle >= due && one.cost() - best.cost() <= self.allowance_ns {
-                    watch.pause = watch.pause.saturating_mul(2);
-                    return Some((one, Pick::Retry(worker)));
-                }
-            }
-        }
-        None
-    }
-
     /// `way` was taken in `layer` (of the class).
     pub fn learn(&mut self, layer: usize, told: &Outcome, options: &Options) {
         let way = Way { copies: told.copies, waits: told.waits, cpu: told.cpu };
@@ -356,13 +210,25 @@ impl Class {
         let busy = links.max(if way.waits > 0 { told.wait_ns as f64 } else { 0.0 });
         if way.cpu > 0 && told.cpu_ns > 0 {
             let other = Other { count: way.copies, share: share(busy, own) };
-            let step = self.cpu.learn(layer, way.cpu, other, cpu_ns);
-            self.learned(CPU, step);
+            let step = self.cpu.learn(
+                layer,
+                way.cpu,
+                other,
+                cpu_ns,
+                self.trials.is_left(CPU, way.copies > 0),
+            );
+            self.learned(CPU, step, way.copies > 0);
         }
         if way.copies > 0 && told.copy_ns > 0 {
             let other = Other { count: way.cpu, share: share(own, links) };
-            let step = self.link.learn(layer, way.copies, other, link_ns);
-            self.learned(LINK, step);
+            let step = self.link.learn(
+                layer,
+                way.copies,
+                other,
+                link_ns,
+                self.trials.is_left(LINK, way.cpu > 0),
+            );
+            self.learned(LINK, step, way.cpu > 0);
         }
         let link_ends = if way.copies > 0 { told.delay_ns as f64 + link_ns } else { 0.0 };
         let waited = if way.waits > 0 { told.wait_ns as f64 } else { 0.0 };
@@ -375,6 +241,7 @@ impl Class {
         let earned = options.explore_share.clamp(0.0, 1.0) * wall_ns;
         let most = self.allowance_ns.max(SAVED * wall_ns);
         self.allowance_ns = (self.allowance_ns + earned).min(most);
+        self.trials.earn(earned, wall_ns);
         if told.wall_ns == 0 {
             return;
         }
@@ -382,28 +249,26 @@ impl Class {
         let (kind, at) = (Self::kind(&way), Self::wall_at(&way));
         let error = (wall_ns / explained).ln() - self.kinds[kind].mean() - self.walls[at].mean();
         let moved = self.kinds[kind].mean();
-        self.kinds[kind].note(error, 0.0, 64.0);
+        self.kinds[kind].note(error, 0.0, 64.0, false);
         let error = error - (self.kinds[kind].mean() - moved);
-        self.walls[at].note(error, 2.0, 64.0);
+        self.walls[at].note(error, 2.0, 64.0, false);
     }
 
     /// A copy ahead of need took `ns` on the link.
     pub fn copied(&mut self, layer: usize, ns: u64) {
         if ns > 0 {
-            let step = self.link.learn(layer, 1, Other { count: 0, share: 0.0 }, ns as f64);
-            self.learned(LINK, step);
+            let alone = Other { count: 0, share: 0.0 };
+            let step =
+                self.link.learn(layer, 1, alone, ns as f64, self.trials.is_left(LINK, false));
+            self.learned(LINK, step, false);
         }
     }
 
-    /// A settled worker that jumps says that the machine is another one, so
-    /// the other worker's disaster may be over as well.
-    fn learned(&mut self, worker: usize, step: Step) {
+    fn learned(&mut self, worker: usize, step: Step, is_beside: bool) {
         let seen = if worker == CPU { self.cpu.seen() } else { self.link.seen() };
-        if step == Step::Jumped && seen > SETTLED {
-            let other = &mut self.watch[1 - worker];
-            other.pause = other.pause.min(SOON);
-            // Some disturbances last for moments only.
-            self.watch[worker].pause = 1;
+        self.trials.learned(worker, step, seen, is_beside);
+        if step != Step::Followed && step != Step::Doubted {
+            self.miss.doubt();
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Why a layer's misses were shared as they were, in words for `--stats`.
 
-use super::class::{CPU, DISASTER};
-use super::{Candidate, Class, Pick};
+use super::Class;
+use super::way::{CPU, Candidate, DISASTER, Pick};
 use std::fmt;
 
 /// What one expert takes of either worker, in ns.

@@ -36,20 +36,23 @@ impl Default for Seed {
 /// How much may be tried.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Options {
-    /// What exploring may cost, as a share of the time of layers with misses.
+    /// What exploring may cost, as a share of the time of layers with misses,
+    /// and second looks as much again.
     pub explore_share: f64,
-    /// What it may cost beyond that, in times of one expert, per shape.
+    /// What it may cost beyond that, in times of one expert, per shape;
+    /// second looks twice as much.
     pub first_explored: f64,
-    /// Tokens after which a worker that was not used is tried again.
+    /// Tokens after which a worker that was not used is measured again.
     pub retry_tokens: u64,
-    /// The same for one that was at least four times slower than the best;
-    /// doubles with every time that it still is.
+    /// The same for one that is at least four times slower than the best;
+    /// three times as many with every time that it still is. One that has
+    /// just become slow is looked at sooner.
     pub disaster_tokens: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { explore_share: 0.01, first_explored: 16.0, retry_tokens: 256, disaster_tokens: 64 }
+        Self { explore_share: 0.01, first_explored: 16.0, retry_tokens: 64, disaster_tokens: 64 }
     }
 }
 
@@ -128,4 +131,20 @@ pub struct Outcome {
     pub hidden_ns: u64,
     /// ns from the decision to the layer's last row.
     pub wall_ns: u64,
+}
+
+/// Experts and ns that any machine could mean.
+const MOST_EXPERTS: usize = 1 << 16;
+const MOST_NS: u64 = 1_000_000_000_000;
+
+impl Outcome {
+    /// Without what cannot be.
+    pub(super) fn bounded(&self) -> Self {
+        let [cpu, copies, waits] =
+            [self.cpu, self.copies, self.waits].map(|count| count.min(MOST_EXPERTS));
+        let times = [self.cpu_ns, self.delay_ns, self.copy_ns, self.wait_ns];
+        let [cpu_ns, delay_ns, copy_ns, wait_ns] = times.map(|ns| ns.min(MOST_NS));
+        let [hidden_ns, wall_ns] = [self.hidden_ns, self.wall_ns].map(|ns| ns.min(MOST_NS));
+        Self { cpu, cpu_ns, copies, delay_ns, copy_ns, waits, wait_ns, hidden_ns, wall_ns }
+    }
 }

@@ -18,8 +18,12 @@ pub enum Step {
     Followed,
     /// Doubted: it moved the mean no further than the limit of doubt would.
     Doubted,
-    /// Enough doubted ones agreed: the estimate is their median now.
-    Jumped,
+    /// Enough doubted ones agreed: the estimate is their median now, above
+    /// or below what it was.
+    Rose,
+    Fell,
+    /// Beside the other worker only.
+    RoseBeside,
 }
 
 /// A clipped mean of deviations from what else is known, with a memory of
@@ -57,7 +61,8 @@ impl Track {
     /// Something was `error` above (in logarithms) what it was expected to
     /// be with this estimate in the expectation. `prior`: how many
     /// observations the estimate 0 is worth; `cap`: the memory.
-    pub fn note(&mut self, error: f64, prior: f64, cap: f64) -> Step {
+    /// `eager`: one in doubt is believed at once.
+    pub fn note(&mut self, error: f64, prior: f64, cap: f64, eager: bool) -> Step {
         self.seen = self.seen.saturating_add(1);
         if error.abs() <= DOUBT {
             self.doubts = 0;
@@ -69,18 +74,22 @@ impl Track {
         if self.returns > 0 && (target - self.before).abs() <= DOUBT {
             // What was doubted was a disturbance after all.
             (self.mean, self.weight, self.returns, self.doubts) = (self.before, 2.0, 0, 0);
-            return Step::Jumped;
+            return if error > 0.0 { Step::Rose } else { Step::Fell };
         }
         if self.doubts > 0 && (self.doubted[0] > self.mean) != (target > self.mean) {
             self.doubts = 0;
         }
         self.doubted[self.doubts] = target;
         self.doubts += 1;
-        // A price that nothing has confirmed yet gives way to two.
-        let needed = if self.weight < 1.0 { AGREE - 1 } else { AGREE };
+        let needed = match eager {
+            true => 1,
+            // What nothing has confirmed gives way to two.
+            false if self.weight < 1.0 => AGREE - 1,
+            false => AGREE,
+        };
         if self.doubts >= needed {
             self.jump();
-            return Step::Jumped;
+            return if error > 0.0 { Step::Rose } else { Step::Fell };
         }
         self.mean += DOUBT.copysign(error) / (prior + self.weight + 1.0);
         Step::Doubted
@@ -93,6 +102,17 @@ impl Track {
         self.mean = doubted[(self.doubts - 1) / 2];
         (self.before, self.returns) = (old, RETURNS);
         self.weight = self.doubts as f64;
+        self.doubts = 0;
+    }
+
+    /// Is something on the side of `error` in doubt already?
+    pub fn doubts_like(&self, error: f64) -> bool {
+        self.doubts > 0 && (self.doubted[0] > self.mean) == (error > 0.0)
+    }
+
+    /// Something else has taken over `by` of it.
+    pub fn shift(&mut self, by: f64) {
+        self.mean += by;
         self.doubts = 0;
     }
 

@@ -12,6 +12,12 @@ pub const MOST: usize = 32;
 const LEVEL: f64 = 24.0;
 const STRUCTURE: f64 = 64.0;
 
+/// How far the price of a count is from the line's at most (logarithm): a
+/// factor of four.
+const COUNT_MOST: f64 = 1.4;
+/// How much faster something may seem beside the other worker (logarithm).
+const FASTER: f64 = 0.1;
+
 /// A time in ns that estimates can live with.
 pub fn sane(ns: f64) -> f64 {
     if ns.is_finite() { ns.clamp(1.0, 1e12) } else { 1e12 }
@@ -29,6 +35,8 @@ pub struct Worker {
     /// `[MOST + 1]`
     counts: Vec<Track>,
     beside: Slope,
+    /// How much longer beside the other lately, beyond that.
+    both: Track,
     /// `[MOST + 1][MOST + 1]`: own experts, the other's.
     pairs: Vec<Track>,
     /// `[layers of the class]`
@@ -55,6 +63,7 @@ impl Worker {
             level: Track::default(),
             counts: vec![Track::default(); MOST + 1],
             beside: Slope::new(beside.ln()),
+            both: Track::default(),
             pairs: vec![Track::default(); (MOST + 1) * (MOST + 1)],
             layers: vec![Track::default(); n],
         }
@@ -62,7 +71,7 @@ impl Worker {
 
     /// Times that were told, doubted ones included.
     pub fn seen(&self) -> u64 {
-        self.level.seen()
+        self.level.seen().saturating_add(self.both.seen())
     }
 
     fn line(&self, count: usize) -> f64 {
@@ -97,7 +106,8 @@ impl Worker {
     /// ns of `count` experts in `layer` beside the other worker.
     pub fn time(&self, layer: usize, count: usize, other: Other) -> f64 {
         let pair = self.pairs[self.pair(count, other.count)].mean();
-        sane(self.alone(layer, count) * (self.beside.at(other.share) + pair).exp())
+        let both = if other.share > 0.0 { self.both.mean() } else { 0.0 };
+        sane(self.alone(layer, count) * (self.beside.at(other.share) + both + pair).exp())
     }
 
     /// How often exactly this pair of counts was seen, lately.
@@ -105,8 +115,16 @@ impl Worker {
         self.pairs[self.pair(count, other)].weight()
     }
 
-    /// `count` experts took `ns`.
-    pub fn learn(&mut self, layer: usize, count: usize, other: Other, ns: f64) -> Step {
+    /// `count` experts took `ns`. `eager`: the worker is left, and a time
+    /// that is better than expected is believed at once.
+    pub fn learn(
+        &mut self,
+        layer: usize,
+        count: usize,
+        other: Other,
+        ns: f64,
+        eager: bool,
+    ) -> Step {
         let logarithm = sane(ns).ln();
         let error = |this: &Self| logarithm - this.time(layer, count, other).ln();
         let (at, pair) = (count.min(MOST), self.pair(count, other.count));
@@ -116,18 +134,46 @@ impl Worker {
             self.counts[at].begin_at(inherited);
         }
         let first = error(self);
-        let step = self.level.note(first, 1.0, LEVEL);
-        if step == Step::Jumped {
-            self.counts.iter_mut().for_each(Track::trust);
-            return step;
+        let is_beside = other.share > 0.0;
+        // A surprise beside the other worker may be the two of them, or the
+        // machine; the next measurement alone tells.
+        // A count that was never seen alone may have a price of its own, in
+        // bounds: one expert does not fill the cores.
+        if is_beside && self.counts[at].weight() < 2.0 && first.abs() <= COUNT_MOST {
+            self.counts[at].note(first, 0.25, STRUCTURE, true);
+            return Step::Followed;
         }
-        let left = error(self);
-        if step == Step::Doubted {
-            return self.counts[at].note(left, 0.25, STRUCTURE);
+        let is_both = is_beside && !self.level.doubts_like(first);
+        let step = match is_both {
+            // What has not been tried beside the other is believed at once: a
+            // second look costs less than a second disaster.
+            true => {
+                let eager = if first < 0.0 { eager } else { self.both.weight() == 0.0 };
+                self.both.note(first, 1.0, LEVEL, eager)
+            }
+            false => self.note_level(first, eager),
+        };
+        if is_beside {
+            self.settle(other.share);
+        }
+        match step {
+            Step::Rose | Step::Fell | Step::RoseBeside => {
+                self.counts.iter_mut().for_each(Track::trust);
+                return if is_both && step == Step::Rose { Step::RoseBeside } else { step };
+            }
+            Step::Doubted if is_both => return step,
+            Step::Doubted => {
+                let left = error(self);
+                return self.counts[at].note(left, 0.25, STRUCTURE, false);
+            }
+            Step::Followed => {}
         }
         self.counts[at].trust();
-        if other.share > 0.0 {
+        if is_beside {
+            let left = error(self);
             self.beside.note(left, other.share, STRUCTURE);
+            let left = error(self);
+            self.level.follow(left, 1.0, LEVEL);
         }
         let left = error(self);
         self.counts[at].follow(left, 0.25, STRUCTURE);
@@ -136,6 +182,29 @@ impl Worker {
         let left = error(self);
         if let Some(track) = self.layers.get_mut(layer) {
             track.follow(left, 8.0, STRUCTURE);
+        }
+        step
+    }
+
+    /// Beside another nothing is much faster than alone: what seems so is the
+    /// level's.
+    fn settle(&mut self, share: f64) {
+        let faster = self.beside.at(share) + self.both.mean() + FASTER;
+        if faster < 0.0 {
+            self.both.shift(-faster);
+            self.level.shift(faster);
+        }
+    }
+
+    /// A time alone. If the level jumps, what seemed to be the other worker's
+    /// doing before was the machine's.
+    fn note_level(&mut self, error: f64, eager: bool) -> Step {
+        let before = self.level.mean();
+        let step = self.level.note(error, 1.0, LEVEL, eager && error < 0.0);
+        let moved = self.level.mean() - before;
+        let both = self.both.mean();
+        if matches!(step, Step::Rose | Step::Fell) && both * moved > 0.0 {
+            self.both.shift(-moved.clamp(-both.abs(), both.abs()));
         }
         step
     }

@@ -101,6 +101,11 @@ impl Machine {
         }
     }
 
+    pub fn scale_cpu(&mut self, factor: f64) {
+        self.cpu *= factor;
+        self.cpu_one *= factor;
+    }
+
     /// What probes at start would find, off by some.
     pub fn seed(&self, rng: &mut Rng) -> Seed {
         let mut off = || rng.factor(0.65, 1.5);

@@ -159,8 +159,10 @@ pub enum Rule<'a> {
 /// ns of layers, noise-free.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Totals {
-    /// Of the layers with misses, from the decision to the last row.
+    /// Of all layers, from the decision to the last row, and of those with
+    /// misses.
     pub wall: f64,
+    pub asked: f64,
     /// What the same decisions would have taken as best as can be, all on
     /// the CPU, all over the link.
     pub best: f64,
@@ -265,6 +267,7 @@ impl<'a> Decoder<'a> {
         let copies = self.choice.count(Place::Link);
         let now = wall(copies);
         totals.wall += now;
+        totals.asked += now;
         totals.events += 1;
         totals.misses += q;
         totals.copies += copies;
