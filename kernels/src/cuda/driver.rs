@@ -17,15 +17,17 @@
 
 mod graphs;
 mod kernels;
+mod memory;
 mod opening;
 
 pub(super) use graphs::GraphHandle;
 pub(super) use kernels::{FunctionAttributes, Launch};
+pub(super) use memory::{Block, MappedBlock, PinnedBlock};
 
 use super::error::{self, CudaError};
 use super::functions::Functions;
 use cudarc::driver::sys;
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{c_int, c_uint};
 use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -43,43 +45,12 @@ pub(super) struct Driver {
     captures: AtomicUsize,
 }
 
-/// Device memory of [`Driver::allocate`], in bytes behind its address.
-pub(super) struct Block(u64);
-/// Page-locked host memory of [`Driver::allocate_pinned`].
-pub(super) struct PinnedBlock(usize);
-/// The same of [`Driver::allocate_mapped`], and where the device finds it.
-pub(super) struct MappedBlock {
-    host: PinnedBlock,
-    address: u64,
-}
 pub(super) struct StreamHandle(usize);
 pub(super) struct EventHandle(usize);
 pub(super) struct ModuleHandle(usize);
 /// Lives as long as its module.
 #[derive(Clone, Copy)]
 pub(super) struct FunctionHandle(usize);
-
-impl Block {
-    pub fn address(&self) -> u64 {
-        self.0
-    }
-}
-
-impl PinnedBlock {
-    pub fn pointer(&self) -> *mut u8 {
-        self.0 as *mut u8
-    }
-}
-
-impl MappedBlock {
-    pub fn pointer(&self) -> *mut u8 {
-        self.host.pointer()
-    }
-
-    pub fn address(&self) -> u64 {
-        self.address
-    }
-}
 
 impl StreamHandle {
     fn raw(&self) -> sys::CUstream {
@@ -145,101 +116,6 @@ impl Driver {
     /// Calls that were made of the driver.
     pub fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
-    }
-
-    /// Free and total device memory, in bytes.
-    pub fn memory(&self) -> Result<(u64, u64), CudaError> {
-        let (mut free, mut total) = (0usize, 0usize);
-        // SAFETY: pointers to locals.
-        self.with_context("cuMemGetInfo", || unsafe {
-            (self.functions.cuMemGetInfo_v2)(&mut free, &mut total)
-        })?;
-        Ok((free as u64, total as u64))
-    }
-
-    /// Device memory, at least 256-byte aligned, contents unspecified.
-    pub fn allocate(&self, bytes: usize) -> Result<Block, CudaError> {
-        let mut address: sys::CUdeviceptr = 0;
-        // SAFETY: pointer to a local.
-        let result = self.with_context("cuMemAlloc", || unsafe {
-            (self.functions.cuMemAlloc_v2)(&mut address, bytes)
-        });
-        match result {
-            Ok(()) => Ok(Block(address)),
-            Err(CudaError::Api { code: error::OUT_OF_MEMORY, .. }) => {
-                let (free, _) = self.memory()?;
-                Err(CudaError::OutOfMemory { needed: bytes as u64, free })
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    pub fn free(&self, block: Block) {
-        // SAFETY: the block is of `allocate` and gone after this. The driver
-        // waits for work that uses it. An error is kept if it is sticky and
-        // else means nothing: the block is gone.
-        let _ =
-            self.with_context("cuMemFree", || unsafe { (self.functions.cuMemFree_v2)(block.0) });
-    }
-
-    /// Page-locked memory of every context, cached by the CPU as usual,
-    /// page-aligned.
-    pub fn allocate_pinned(&self, bytes: usize) -> Result<PinnedBlock, CudaError> {
-        self.allocate_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE as c_uint)
-    }
-
-    /// The same that kernels may read and write.
-    pub fn allocate_mapped(&self, bytes: usize) -> Result<MappedBlock, CudaError> {
-        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-        let host = self.allocate_host(bytes, flags as c_uint)?;
-        let mut address: sys::CUdeviceptr = 0;
-        // SAFETY: pointer to a local; a live block; no flags.
-        let found = self.with_context("cuMemHostGetDevicePointer", || unsafe {
-            (self.functions.cuMemHostGetDevicePointer_v2)(&mut address, host.pointer().cast(), 0)
-        });
-        match found {
-            Ok(()) => Ok(MappedBlock { host, address }),
-            Err(error) => {
-                self.free_pinned(host);
-                Err(error)
-            }
-        }
-    }
-
-    /// Waits for the device, which may be using the block.
-    pub fn free_mapped(&self, block: MappedBlock) {
-        // SAFETY: no arguments.
-        let ended = self
-            .with_context("cuCtxSynchronize", || unsafe { (self.functions.cuCtxSynchronize)() });
-        // Else it is leaked: the device may go on using it.
-        if ended.is_ok() {
-            self.free_pinned(block.host);
-        }
-    }
-
-    fn allocate_host(&self, bytes: usize, flags: c_uint) -> Result<PinnedBlock, CudaError> {
-        let mut pointer: *mut c_void = ptr::null_mut();
-        // SAFETY: pointer to a local.
-        let result = self.with_context("cuMemHostAlloc", || unsafe {
-            (self.functions.cuMemHostAlloc)(&mut pointer, bytes, flags)
-        });
-        match result {
-            Ok(()) => Ok(PinnedBlock(pointer as usize)),
-            // Systems refuse with any code.
-            Err(CudaError::Api { code, name, .. }) => {
-                Err(CudaError::OutOfPinned { needed: bytes as u64, code, name })
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    pub fn free_pinned(&self, block: PinnedBlock) {
-        // SAFETY: the block is of `allocate_host` and gone after this; no
-        // copy uses it (`Ticket` and `Link` own what copies use), and no
-        // kernel (`free_mapped` has waited). Errors as in `free`.
-        let _ = self.with_context("cuMemFreeHost", || unsafe {
-            (self.functions.cuMemFreeHost)(block.0 as *mut c_void)
-        });
     }
 
     /// `urgent`: of the highest priority that the device has, else the lowest.
@@ -345,77 +221,6 @@ impl Driver {
             (self.functions.cuEventElapsedTime)(&mut milliseconds, from.raw(), to.raw())
         })?;
         Ok(milliseconds)
-    }
-
-    /// # Safety
-    /// `from` is readable for `bytes`, and neither freed nor written before
-    /// the copy has ended on the stream.
-    pub unsafe fn copy_in(
-        &self,
-        to: u64,
-        from: *const u8,
-        bytes: usize,
-        stream: &StreamHandle,
-    ) -> Result<(), CudaError> {
-        // SAFETY: the caller's.
-        self.with_context("cuMemcpyHtoDAsync", || unsafe {
-            (self.functions.cuMemcpyHtoDAsync_v2)(to, from.cast(), bytes, stream.raw())
-        })
-    }
-
-    /// # Safety
-    /// `to` is writable for `bytes`, and neither freed nor touched before the
-    /// copy has ended on the stream.
-    pub unsafe fn copy_out(
-        &self,
-        to: *mut u8,
-        from: u64,
-        bytes: usize,
-        stream: &StreamHandle,
-    ) -> Result<(), CudaError> {
-        // SAFETY: the caller's.
-        self.with_context("cuMemcpyDtoHAsync", || unsafe {
-            (self.functions.cuMemcpyDtoHAsync_v2)(to.cast(), from, bytes, stream.raw())
-        })
-    }
-
-    /// Copies device memory; host memory is not touched.
-    pub fn copy_on_device(
-        &self,
-        to: u64,
-        from: u64,
-        bytes: usize,
-        stream: &StreamHandle,
-    ) -> Result<(), CudaError> {
-        // SAFETY: both ranges lie in spans of live arenas: the only caller,
-        // `Stream::copy`, takes them from there.
-        self.with_context("cuMemcpyDtoDAsync", || unsafe {
-            (self.functions.cuMemcpyDtoDAsync_v2)(to, from, bytes, stream.raw())
-        })
-    }
-
-    /// Sets a word of device memory.
-    pub fn set_word(&self, to: u64, word: u32, stream: &StreamHandle) -> Result<(), CudaError> {
-        // SAFETY: the word lies in a span of a live arena: the only caller,
-        // `flight.rs`, takes it from there.
-        self.with_context("cuMemsetD32Async", || unsafe {
-            (self.functions.cuMemsetD32Async)(to, word, 1, stream.raw())
-        })
-    }
-
-    /// Sets device memory to one byte.
-    pub fn fill(
-        &self,
-        to: u64,
-        byte: u8,
-        bytes: usize,
-        stream: &StreamHandle,
-    ) -> Result<(), CudaError> {
-        // SAFETY: the range lies in a span of a live arena: the only caller,
-        // `Stream::fill`, takes it from there.
-        self.with_context("cuMemsetD8Async", || unsafe {
-            (self.functions.cuMemsetD8Async)(to, byte, bytes, stream.raw())
-        })
     }
 }
 

@@ -6,7 +6,7 @@
 //! ([`StepLayout`]); in it, [`begin_step`] takes that over; behind each router
 //! [`post`] looks up which chosen experts are resident and tells the host
 //! ([`MailboxLayout`]); [`settle`] waits for the host's decisions about those
-//! that are not ([`Decision`]).
+//! that are not ([`super::Decision`]).
 //!
 //! Who writes what, and when:
 //! - the step block, before the launch and after the step before has ended;
@@ -21,7 +21,13 @@
 //!   might still use it was passed in this step.
 //!
 //! While `settle` waits, whatever waits for the whole device waits, too: the
-//! host takes and frees no memory of the device between launch and end.
+//! host takes and frees no memory, and loads no module, between launch and
+//! end. (Drivers load their own kernels late as well: [`Stream::set_word`]
+//! before the first step keeps the first published word from doing so in one.)
+//! Where it cannot go on it ends the step ([`super::Decision::give_up`])
+//! before it waits for it. Launches one by one are given to the driver layer by
+//! layer: its queue has room for about a thousand, and whoever fills it behind
+//! a `settle` that waits for him waits until that has lost its patience.
 
 use super::args::Args;
 use super::mailbox_layout::{MOST_CHOICES, MailboxLayout, Pieces, StepLayout};

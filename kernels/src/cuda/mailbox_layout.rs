@@ -203,6 +203,15 @@ impl Decision {
         };
         mapped.store_release(word, u64::from(step) << 32 | u64::from(value));
     }
+
+    /// Lets the device come to the end of a step whose answers nobody wants:
+    /// every choice of `words` is the host's, whatever its rows hold.
+    ///
+    /// # Panics
+    /// As [`Decision::tell`].
+    pub fn give_up(mapped: &Mapped, words: Range<usize>, step: u32) {
+        words.for_each(|word| Self::Host.tell(mapped, word, step));
+    }
 }
 
 /// What went wrong on the device during a step: a code of its error word.

@@ -10,4 +10,5 @@ mod links;
 mod mapped;
 mod memory;
 mod opening;
+mod published;
 mod world;

@@ -199,7 +199,7 @@ fn a_layer_waits_for_the_decision_of_every_missing_choice() {
                 Decision::Host.tell(&machine.decisions, choice, step);
             }
             assert!(comes(&machine, 1, step), "{drain:?}");
-            (K..2 * K).for_each(|word| Decision::Host.tell(&machine.decisions, word, step));
+            Decision::give_up(&machine.decisions, K..2 * K, step);
             machine.lab.device.compute().synchronize().unwrap();
         }
     }
@@ -302,6 +302,26 @@ fn a_host_that_does_not_answer_ends_the_step_with_an_error() {
         assert!(questions.is_some_and(|questions| questions > 100), "{questions:?}");
     }
     stream.synchronize().unwrap();
+}
+
+#[test]
+fn a_step_that_is_given_up_ends() {
+    for drain in DRAINS {
+        let Some((_standin, lab)) = open(drain) else { return };
+        let machine = Machine::new(lab, &mut Random::new(14));
+        let graph = machine.capture();
+        let token = Token::random(&mut Random::new(15));
+        let stream = machine.lab.device.compute();
+        machine.prepare(1, &token, &[]);
+        graph.launch(stream).unwrap();
+        assert!(!stream.query().unwrap());
+        Decision::give_up(&machine.decisions, 0..LAYERS * K, 1);
+        stream.synchronize().unwrap();
+        assert_eq!(StepError::read(&machine.error, 0), None);
+        assert!(comes(&machine, LAYERS - 1, 1));
+        let mut host = Host::new(&machine, 16);
+        run_step(&machine, Some(&graph), &mut host, 2, false);
+    }
 }
 
 #[test]
