@@ -139,7 +139,7 @@ fn what_cannot_be_captured_is_refused_and_spoils_nothing() {
     device.copy().synchronize().unwrap();
     assert_eq!(contents(&device, &spans[1]), [5; BYTES]);
     assert_ordinary(&device, &spans);
-    if let Some(world) = world {
+    if let Some(world) = &world {
         world.assert_no_violation();
     }
 }

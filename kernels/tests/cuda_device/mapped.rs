@@ -26,7 +26,7 @@ fn kernels_read_and_write_it_in_place() {
     while !stream.query().unwrap() {}
     mapped.read(2048..4096, &mut bytes[..2048]);
     assert_eq!(bytes[..2048], pattern(2, 2048));
-    if let Some(world) = world {
+    if let Some(world) = &world {
         world.assert_no_violation();
     }
 }

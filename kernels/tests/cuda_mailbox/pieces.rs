@@ -26,7 +26,9 @@ fn a_step_begins_with_its_inputs_and_updates() {
         let bytes: Vec<u8> = (0..4 * words).map(|_| random.bits() as u8).collect();
         block.write(layout.inputs_at(), &bytes);
         let mut wanted: Vec<i32> = (0..*entries).map(|i| 1000 + i).collect();
-        let (slot_of, inputs) = (lab.ints(&wanted), lab.space(4 * words));
+        // Two more than there are entries.
+        wanted.extend([-1, -1]);
+        let (slots, inputs) = (lab.ints(&wanted), lab.space(4 * words));
         let step_words = lab.cells(4);
         // Every index once at most, in no order; some are no index.
         let mut indices: Vec<u32> = (0..*entries as u32 + 2).collect();
@@ -36,7 +38,7 @@ fn a_step_begins_with_its_inputs_and_updates() {
             list.push((index, random.bits() as u32));
         }
         for (index, entry) in &list {
-            if let Some(slot) = wanted.get_mut(*index as usize) {
+            if let Some(slot) = wanted[..*entries as usize].get_mut(*index as usize) {
                 *slot = entry.cast_signed();
             }
         }
@@ -45,14 +47,14 @@ fn a_step_begins_with_its_inputs_and_updates() {
         let call = BeginStep {
             layout,
             block: &block.span(),
-            slot_of: &slot_of,
+            slot_of: &slots.part(0..4 * *entries as usize),
             words: &step_words,
             inputs: &inputs,
         };
         begin_step(&lab.device, lab.device.compute(), call).unwrap();
         assert_eq!(lab.read_ints(&step_words), [step as i32, position as i32, 0, 0]);
         assert!(lab.read(&inputs) == bytes, "{words} words");
-        assert_eq!(lab.read_ints(&slot_of), wanted, "{updates} updates");
+        assert_eq!(lab.read_ints(&slots), wanted, "{updates} updates");
     }
 }
 
