@@ -48,7 +48,12 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     let device = Device::for_backend(args.backend, args.threads)?;
     device.announce();
     let rows = ids.len() + args.greedy.saturating_sub(1);
-    let options = SessionOptions { context: Some(rows), kv: args.kv.into(), prefill_chunk: CHUNK };
+    let options = SessionOptions {
+        context: Some(rows),
+        kv: args.kv.into(),
+        prefill_chunk: CHUNK,
+        ..SessionOptions::default()
+    };
     let needs = Needs { logit_rows: CHUNK, ..Needs::new(&args.memory, options) };
     let model = model::load(&args.model, &device, &needs)?;
     let cancel = Cancel::new();

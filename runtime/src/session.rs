@@ -20,11 +20,14 @@ pub struct SessionOptions {
     /// Tokens of a prompt that go through the model together. It changes
     /// memory and speed, never results.
     pub prefill_chunk: usize,
+    /// On a GPU a token is submitted as one CUDA graph; else kernel by kernel.
+    /// It changes speed, never results.
+    pub graphs: bool,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { context: None, kv: KvFormat::F16, prefill_chunk: 512 }
+        Self { context: None, kv: KvFormat::F16, prefill_chunk: 512, graphs: true }
     }
 }
 
@@ -102,13 +105,7 @@ impl Session {
             description.ropes.iter().map(|rope| Rope::new(rope, context)).collect();
         let place = match model.gpu() {
             Some(gpu) => {
-                let session = GpuSession::new(
-                    gpu,
-                    description,
-                    (context, options.prefill_chunk),
-                    options.kv,
-                )?;
-                Place::Gpu(Box::new(session))
+                Place::Gpu(Box::new(GpuSession::new(gpu, description, context, &options)?))
             }
             None => Place::Host {
                 cache: Cache::new(description, context, options.kv)?,

@@ -34,7 +34,7 @@ const TOP_K: usize = 2;
 /// Configurations in a run of the tests.
 const SAMPLE: usize = 320;
 /// Longer than what decode's kernels take at once, and shorter.
-const PROMPTS: [&[u32]; 2] = [&[5, 42, 79, 116, 153, 190, 227, 264, 301, 18, 55], &[7, 300]];
+const PROMPTS: [&[u32]; 2] = [&[5, 42, 79, 116, 153, 190, 227, 264, 301], &[7, 300]];
 /// Greedy tokens behind each prompt.
 const ANSWER: usize = 3;
 
@@ -67,6 +67,8 @@ struct Config {
     horizon: usize,
     policy: &'static str,
     prefill_chunk: usize,
+    /// A token is one graph.
+    graphs: bool,
     drain: Drain,
     /// Page-locked memory that the system gives.
     pinned: u64,
@@ -88,7 +90,8 @@ impl Config {
             forecast: random.pick(&forecasts),
             horizon: random.pick(&[1, 2]),
             policy: random.pick(&policy::NAMES),
-            prefill_chunk: random.pick(&[1, 4, 64]),
+            prefill_chunk: random.pick(&[2, 4, 64, 64]),
+            graphs: random.below(3) > 0,
             drain: random.pick(&[Drain::Lazy, Drain::Eager, Drain::Random(seed + 1)]),
             pinned: random.pick(&[u64::MAX >> 1, u64::MAX >> 1, 0]),
         }
@@ -124,8 +127,9 @@ fn cpu() -> Arc<dyn Backend> {
 }
 
 /// Logits as bits, after each prompt and after each token behind it.
-fn converse(model: &Model, prefill_chunk: usize) -> Vec<Vec<u32>> {
-    let options = SessionOptions { context: Some(32), prefill_chunk, ..SessionOptions::default() };
+fn converse(model: &Model, prefill_chunk: usize, graphs: bool) -> Vec<Vec<u32>> {
+    let options =
+        SessionOptions { context: Some(32), prefill_chunk, graphs, ..SessionOptions::default() };
     let bits = |logits: &[f32]| logits.iter().map(|logit| logit.to_bits()).collect();
     let mut all: Vec<Vec<u32>> = Vec::new();
     for prompt in PROMPTS {
@@ -152,7 +156,11 @@ fn check_statistics(config: &Config, stats: &StreamStats) {
         assert!(missed > 0, "{config:?}: nothing was missing");
         match config.misses {
             Misses::Host => assert_eq!(left, missed, "{config:?}"),
-            Misses::Copied => assert!(left == 0 && read > 0, "{config:?}: {left} left, {read}"),
+            // Those of a token for which there is no frame are the host's.
+            Misses::Copied => {
+                let enough = config.forecast == "none" && config.ring >= TOP_K;
+                assert!(read > 0 && (left == 0 || !enough), "{config:?}: {left} left, {read}");
+            }
             Misses::Auto => assert!(left > 0, "{config:?}: the host computed nothing"),
         }
     }
@@ -173,7 +181,7 @@ fn check(standin: &Standin, path: &Path, expected: &[Vec<u32>], config: &Config)
     let options = LoadOptions { backend: cpu(), residency };
     let model = opened.load(options, &mut |_| {}).unwrap();
     standin.set_pinned(u64::MAX >> 1);
-    let found = converse(&model, config.prefill_chunk);
+    let found = converse(&model, config.prefill_chunk, config.graphs);
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert!(found == expected, "{config:?}: other logits at step {at}");
     }
@@ -201,7 +209,7 @@ fn experts_anywhere_give_the_bits_of_the_cpu() {
     let scratch = Scratch::new("gpu-identity");
     let path = tiny_model(&scratch);
     let options = LoadOptions { backend: cpu(), residency: Residency::Lazy };
-    let expected = converse(&Model::load(&path, options, &mut |_| {}).unwrap(), 64);
+    let expected = converse(&Model::load(&path, options, &mut |_| {}).unwrap(), 64, true);
     let asked = std::env::var("PREGATE_IDENTITY").ok().and_then(|seed| seed.parse().ok());
     let mut random = Random(asked.unwrap_or(1));
     let started = std::time::Instant::now();

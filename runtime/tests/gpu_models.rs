@@ -42,7 +42,8 @@ fn load(path: &Path, residency: Residency) -> Model {
 /// Logits and choices of a prompt and of greedy tokens behind it, as bits;
 /// then of another prompt that shares its beginning.
 fn answer(model: &Model, kv: KvFormat) -> (Vec<u32>, Vec<Choice>) {
-    let options = SessionOptions { context: Some(64), kv, prefill_chunk: 12 };
+    let options =
+        SessionOptions { context: Some(64), kv, prefill_chunk: 12, ..SessionOptions::default() };
     let mut session = Session::new(model, options).unwrap();
     let vocab = model.description().vocab as u32;
     let prompt: Vec<u32> = (0..20).map(|i| (i * 37 + 5) % vocab).collect();

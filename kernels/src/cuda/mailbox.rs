@@ -52,7 +52,7 @@ pub struct ExpertArena<'a> {
     /// All of it, at a multiple of 256 bytes.
     pub span: &'a Span,
     /// Bytes of a block of the layer: one that would end behind the arena is
-    /// none.
+    /// none. An arena that is shorter has none at all.
     pub block_bytes: usize,
 }
 
@@ -67,8 +67,8 @@ impl ExpertArena<'_> {
     /// The arena and how many starts it has.
     fn args(&self, call: &'static str, args: Args) -> Result<Args, CudaError> {
         let (bytes, block) = (self.span.bytes(), self.block_bytes);
-        holds(call, "the arena", self.span, block, 1, ENTRY_BYTES as u64)?;
-        let starts = (bytes - block) / ENTRY_BYTES + 1;
+        holds(call, "the arena", self.span, bytes, 1, ENTRY_BYTES as u64)?;
+        let starts = bytes.checked_sub(block).map_or(0, |last| last / ENTRY_BYTES + 1);
         let starts = i32::try_from(starts).map_err(|_| {
             CudaError::shape(call, format!("an arena of {bytes} bytes has too many entries"))
         })?;

@@ -4,8 +4,8 @@ use super::pass::{Pass, from_row};
 use super::weights::DeviceAttention;
 use crate::model::description::{AttentionDescription, QkNorm};
 use pregate_kernels::cuda::{
-    At, Attend, CellFormat, CudaError, DeviceCells, Flash, HeadNorms, OutputGate, PrepareHeads,
-    attend, flash, has_flash, prepare_heads,
+    Attend, CellFormat, CudaError, DeviceCells, Flash, HeadNorms, OutputGate, PrepareHeads, attend,
+    flash, has_flash, prepare_heads,
 };
 
 /// Leaves what the block adds in `delta`.
@@ -39,7 +39,7 @@ pub fn run(
         heads: a.heads,
         kv_heads: a.kv_heads,
         width,
-        at: At::Host(pass.first_position),
+        at: pass.at(0),
     };
     prepare_heads(pass.device(), pass.stream(), call)?;
     let (q_width, heads) = (a.heads * width, a.heads);
@@ -72,7 +72,7 @@ pub fn run(
                 kv_heads: a.kv_heads,
                 keys,
                 values,
-                at: At::Host(pass.first_position + first),
+                at: pass.at(first),
                 scale: a.scale,
                 window: a.window,
                 sinks: weights.sinks.as_ref(),

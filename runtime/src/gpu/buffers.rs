@@ -1,12 +1,11 @@
 //! Device memory of a session's passes: one arena, cut once.
 
 use super::delta_net;
-use crate::model::description::{FeedForward, Mixer, ModelDescription, MoeDescription};
+use crate::model::description::{FeedForward, Mixer, ModelDescription};
 use pregate_kernels::cuda::router::RouterScratch;
 use pregate_kernels::cuda::{
     Arena, Attend, CudaError, DeltaPrefill, Device, Groups, QuantisedSpans, Span,
 };
-use std::ops::Range;
 
 /// Tokens that decode's kernels take.
 pub const FEW_TOKENS: usize = pregate_kernels::cuda::MOST_TOKENS;
@@ -22,13 +21,6 @@ pub const ALIGN: usize = 256;
 
 /// Every buffer holds what the layer that needs most of it needs.
 pub struct Buffers {
-    /// What the host gives a pass: the residual stream `[tokens, hidden]`, then
-    /// the tables of the rotations.
-    pub inputs: Span,
-    /// Of `inputs`: the residual stream.
-    pub x: Span,
-    /// Of `inputs`, per rope: `[tokens, half, 2]`.
-    pub tables: Vec<Span>,
     /// `[tokens, hidden]`: what a block adds.
     pub delta: Span,
     /// `[tokens, hidden]`
@@ -47,10 +39,6 @@ pub struct Buffers {
     /// `[tokens, experts]`
     pub router_logits: Span,
     pub router_scratch: RouterScratch,
-    /// Per MoE layer, i32 and f32 `[tokens, top_k]`.
-    pub choices: Vec<Chosen>,
-    /// All of `choices`.
-    pub all_choices: Span,
     /// `[tokens, k, inner]`
     pub vectors: Span,
     /// `vectors` in groups of 32 and of 256, for more than a few tokens.
@@ -82,16 +70,6 @@ pub struct Sorted {
     pub row_of: Span,
     /// See [`pregate_kernels::cuda::Groups::tiles_bytes`].
     pub tiles: Span,
-    /// Of `inputs`: i32 `[2]`, 0 and the number of tokens, for dense blocks.
-    pub dense_starts: Span,
-}
-
-/// Where a layer's choice goes.
-pub struct Chosen {
-    pub ids: Span,
-    pub weights: Span,
-    /// Where both are in [`Buffers::all_choices`], in bytes.
-    pub range: Range<usize>,
 }
 
 /// What every buffer must hold; counts are of elements of one token.
@@ -99,8 +77,6 @@ struct Sizes<'a> {
     description: &'a ModelDescription,
     /// Of a pass.
     tokens: usize,
-    /// Pairs of each rope.
-    halves: Vec<usize>,
     mixer: [usize; 6],
     mixer_forms: usize,
     counters: usize,
@@ -115,14 +91,13 @@ struct Sizes<'a> {
 }
 
 /// Plain buffers of a session.
-const PLAIN: usize = 26;
+const PLAIN: usize = 24;
 
 impl<'a> Sizes<'a> {
     fn of(description: &'a ModelDescription, capacity: usize, tokens: usize) -> Self {
         let mut sizes = Self {
             description,
             tokens,
-            halves: description.ropes.iter().map(|rope| rope.dim / 2).collect(),
             mixer: [0; 6],
             // The head's input is one of them.
             mixer_forms: description.hidden,
@@ -188,45 +163,14 @@ impl<'a> Sizes<'a> {
         self.counters = self.counters.max(heads);
     }
 
-    /// Where the stream, the starts of a dense block and each rope's table are
-    /// in [`Buffers::inputs`].
-    fn inputs(&self) -> (Range<usize>, Range<usize>, Vec<Range<usize>>) {
-        let x = 0..4 * self.tokens * self.description.hidden;
-        let start = x.end.next_multiple_of(ALIGN);
-        let dense_starts = start..start + 8;
-        let mut end = dense_starts.end;
-        let table = |half: &usize| {
-            let start = end.next_multiple_of(ALIGN);
-            end = start + 8 * self.tokens * half;
-            start..end
-        };
-        let tables = self.halves.iter().map(table).collect();
-        (x, dense_starts, tables)
-    }
-
-    /// Where each MoE layer's ids and weights are in
-    /// [`Buffers::all_choices`].
-    fn choices(&self) -> Vec<Range<usize>> {
-        let mut end = 0;
-        let range = |(_, moe): (usize, &MoeDescription)| {
-            let start = end;
-            end += 2 * (4 * self.tokens * moe.top_k).next_multiple_of(ALIGN);
-            start..end
-        };
-        self.description.moe_layers().map(range).collect()
-    }
-
     /// Bytes of the plain buffers, in the order in which `Buffers::new` names
     /// them.
     fn plain(&self) -> [usize; PLAIN] {
-        let (_, dense_starts, tables) = self.inputs();
         let floats = |each: usize| 4 * self.tokens * each;
         let hidden = floats(self.description.hidden);
         let [a, b, c, d, e, f] = self.mixer.map(floats);
         let choices = self.tokens * self.top_k;
         [
-            tables.last().map_or(dense_starts.end, |table| table.end),
-            self.choices().last().map_or(0, |range| range.end),
             hidden,
             hidden,
             a,
@@ -305,8 +249,6 @@ impl Buffers {
         let spans: [Span; PLAIN] =
             spans.try_into().map_err(|_| CudaError::unsupported("another number of buffers"))?;
         let [
-            inputs,
-            all_choices,
             delta,
             normed,
             a,
@@ -333,37 +275,19 @@ impl Buffers {
             tiles,
         ] = spans;
         device.compute().fill(&counters, 0)?;
-        let (x, dense_starts, tables) = sizes.inputs();
-        let chosen = |range: Range<usize>| {
-            let half = (range.start + range.end) / 2;
-            let (ids, weights) = (range.start..half, half..range.end);
-            Chosen { ids: all_choices.part(ids), weights: all_choices.part(weights), range }
-        };
         Ok(Self {
-            x: inputs.part(x),
-            tables: tables.into_iter().map(|range| inputs.part(range)).collect(),
-            choices: sizes.choices().into_iter().map(chosen).collect(),
             normed_forms: forms(&arena, tokens, description.hidden)?,
             mixer_forms: forms(&arena, tokens, sizes.mixer_forms)?,
             vector_forms: forms(&arena, tokens, sizes.vectors)?,
-            sorted: Sorted {
-                starts,
-                token_of,
-                choice_of,
-                row_of,
-                tiles,
-                dense_starts: inputs.part(dense_starts),
-            },
+            sorted: Sorted { starts, token_of, choice_of, row_of, tiles },
             router_scratch: RouterScratch::new(&arena, device.compute())?,
             mixer: [a, b, c, d, e, f],
-            inputs,
             delta,
             normed,
             attention_scratch,
             delta_scratch,
             counters,
             router_logits,
-            all_choices,
             vectors,
             other_vectors,
             answers,

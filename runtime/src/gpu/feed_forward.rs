@@ -1,16 +1,18 @@
 //! Dense and Mixture-of-Experts blocks; see [`crate::forward`]'s.
 
-use super::buffers::{Buffers, Chosen, FEW_TOKENS};
+use super::buffers::{Buffers, FEW_TOKENS};
+use super::exchange::Chosen;
 use super::experts::{DeviceBlock, DeviceExperts};
 use super::misses::Visit;
 use super::pass::{Companions, Pass};
+use super::token::{TokenPath, host_rows};
 use super::weights::{DeviceFeedForward, DeviceMoe, DeviceNorm};
 use crate::error::Result;
 use pregate_kernels::cuda::router::{self, RouterStep, RouterTable, router_step};
 use pregate_kernels::cuda::router_chunk::{ChunkChoice, ChunkGather, chunk_choose, chunk_gather};
 use pregate_kernels::cuda::{
-    self, Choices, Combine, CudaError, Down, GateUp, GroupGemm, Groups, SharedAnswer, Span, Up,
-    group_gemm, group_tiles,
+    self, Choices, Combine, CudaError, Down, GateUp, GroupGemm, Groups, HostRows, SharedAnswer,
+    Span, Up, group_gemm, group_tiles,
 };
 use pregate_kernels::{Format, GatedActivation};
 
@@ -23,17 +25,63 @@ pub fn run(
     weights: &DeviceFeedForward,
     companions: &mut Companions<'_, '_>,
 ) -> Result<bool> {
+    let Some(moe) = begin(pass, norm, weights)? else { return Ok(true) };
+    let chosen = &pass.exchange.choices[moe.router];
+    let visit = || Visit::new(pass, layer, moe, chosen);
+    let visit = (!moe.experts.is_whole()).then(visit).transpose()?;
+    shared(pass, moe)?;
+    let launch = |table: &Span| routed(pass, moe, table);
+    match visit {
+        Some(visit) => visit.run(companions, &pass.buffers.answers, &launch)?,
+        None => launch(&moe.experts.table)?,
+    }
+    combine(pass, moe, None)?;
+    Ok(false)
+}
+
+/// [`run`] of a token that the device computes by itself.
+pub fn step(
+    pass: &Pass<'_>,
+    path: &TokenPath,
+    layer: usize,
+    norm: &DeviceNorm,
+    weights: &DeviceFeedForward,
+) -> Result<bool, CudaError> {
+    let Some(moe) = begin(pass, norm, weights)? else { return Ok(true) };
+    let mail = path.mail().layers[layer];
+    let posted = mail.map(|mail| path.post(pass, layer, moe, &mail)).transpose()?;
+    let Some((mail, table)) = mail.zip(posted).filter(|_| !moe.experts.is_whole()) else {
+        routed(pass, moe, &moe.experts.table)?;
+        shared(pass, moe)?;
+        combine(pass, moe, None)?;
+        return Ok(false);
+    };
+    routed(pass, moe, &table)?;
+    // Behind the experts, whose vectors it overwrites: time for the host.
+    shared(pass, moe)?;
+    let late = path.settle(pass, moe, &mail)?;
+    routed(pass, moe, &late)?;
+    combine(pass, moe, Some(host_rows(&path.host_rows(&mail))))?;
+    Ok(false)
+}
+
+/// A dense block, whose answer is in `delta` then; or the norm and the router
+/// of one with experts.
+fn begin<'a>(
+    pass: &Pass<'_>,
+    norm: &DeviceNorm,
+    weights: &'a DeviceFeedForward,
+) -> Result<Option<&'a DeviceMoe>, CudaError> {
     match weights {
         DeviceFeedForward::Dense(block) => {
             pass.norm(norm, true, pass.tokens, &[block.shape.gate.format])?;
-            let delta = &pass.buffers.delta;
-            dense(pass, block, GatedActivation::Silu, delta)?;
-            Ok(true)
+            dense(pass, block, GatedActivation::Silu, &pass.buffers.delta)?;
+            Ok(None)
         }
         DeviceFeedForward::Moe(moe) => {
             pass.norm(norm, true, pass.tokens, &formats(pass, moe))?;
-            mixture(pass, layer, moe, companions)?;
-            Ok(false)
+            choose(pass, moe, &pass.exchange.choices[moe.router])?;
+            Ok(Some(moe))
         }
     }
 }
@@ -50,46 +98,43 @@ fn routers<'a>(pass: &Pass<'a>) -> Option<&'a RouterTable> {
     pass.model.weights.routers.as_ref()
 }
 
-fn mixture(
-    pass: &Pass<'_>,
-    layer: usize,
-    moe: &DeviceMoe,
-    companions: &mut Companions<'_, '_>,
-) -> Result<()> {
-    let Buffers { x, answers, shared, shared_gate, choices, .. } = pass.buffers;
-    let (device, stream, tokens) = (pass.device(), pass.stream(), pass.tokens);
-    let chosen = &choices[moe.router];
-    choose(pass, moe, chosen)?;
-    let visit = || Visit::new(pass, layer, moe, chosen);
-    let visit = (!moe.experts.is_whole()).then(visit).transpose()?;
+/// The answers of the routed experts that have an address in `table`.
+fn routed(pass: &Pass<'_>, moe: &DeviceMoe, table: &Span) -> Result<(), CudaError> {
+    let choice = Choice { ids: Some(&pass.exchange.choices[moe.router].ids), k: moe.top_k };
+    experts(pass, &moe.experts, table, choice, moe.activation, &pass.buffers.answers)
+}
+
+/// The shared expert's answers, and its gate.
+fn shared(pass: &Pass<'_>, moe: &DeviceMoe) -> Result<(), CudaError> {
     if let Some(block) = &moe.shared {
-        dense(pass, block, moe.activation, shared)?;
+        dense(pass, block, moe.activation, &pass.buffers.shared)?;
     }
     if let Some(gate) = &moe.shared_gate {
-        pass.multiply(gate, None, tokens, pass.normed(gate.format), shared_gate)?;
+        let out = &pass.buffers.shared_gate;
+        pass.multiply(gate, None, pass.tokens, pass.normed(gate.format), out)?;
     }
-    let routed = Choice { ids: Some(&chosen.ids), k: moe.top_k };
-    let launch = |table: &Span| experts(pass, &moe.experts, table, routed, moe.activation, answers);
-    match visit {
-        Some(visit) => visit.run(companions, answers, &launch)?,
-        None => launch(&moe.experts.table)?,
-    }
+    Ok(())
+}
+
+/// Adds all answers, those of `host` among them, to the stream.
+fn combine(pass: &Pass<'_>, moe: &DeviceMoe, host: Option<HostRows<'_>>) -> Result<(), CudaError> {
+    let Buffers { answers, shared, shared_gate, .. } = pass.buffers;
     let shared = moe.shared.as_ref().map(|_| SharedAnswer {
         answers: shared,
         gate_logits: moe.shared_gate.as_ref().map(|_| shared_gate),
     });
     let call = Combine {
-        tokens,
+        tokens: pass.tokens,
         k: moe.top_k,
         hidden: pass.description.hidden,
         answers,
-        weights: &chosen.weights,
+        weights: &pass.exchange.choices[moe.router].weights,
         shared,
-        residual: Some((x, pass.description.residual_scale)),
+        residual: Some((&pass.exchange.x, pass.description.residual_scale)),
         out: None,
-        host: None,
+        host,
     };
-    Ok(cuda::combine(device, stream, call)?)
+    cuda::combine(pass.device(), pass.stream(), call)
 }
 
 /// Ids and weights of every token's experts.
@@ -104,7 +149,7 @@ fn choose(pass: &Pass<'_>, moe: &DeviceMoe, chosen: &Chosen) -> Result<(), CudaE
         let call = RouterStep {
             table,
             scratch: &pass.buffers.router_scratch,
-            state: &words(&pass.buffers.x, pass.description.hidden),
+            state: &words(&pass.exchange.x, pass.description.hidden),
             chosen: Some(router::Chosen { layer: moe.router, ids: &ids, weights: &weights }),
             ahead: None,
         };
@@ -201,7 +246,7 @@ fn for_few(
 /// start.
 fn sort(pass: &Pass<'_>, experts: usize, choice: &Choice<'_>) -> Result<Span, CudaError> {
     let sorted = &pass.buffers.sorted;
-    let Some(ids) = choice.ids else { return Ok(sorted.dense_starts.clone()) };
+    let Some(ids) = choice.ids else { return Ok(pass.exchange.dense_starts.clone()) };
     let words = |span: &Span, count: usize| span.part(0..4 * count);
     let choices = pass.tokens * choice.k;
     let starts = words(&sorted.starts, experts + 1);

@@ -5,7 +5,7 @@ use super::pass::{Pass, from_row};
 use super::weights::{DeviceKeyUp, DeviceLatent, DeviceQuery};
 use crate::model::description::LatentDescription;
 use pregate_kernels::cuda::{
-    self, At, Attend, CudaError, DeviceCells, Flash, Gemv, Input, Norm, NormKind, PrepareLatent,
+    self, Attend, CudaError, DeviceCells, Flash, Gemv, Input, Norm, NormKind, PrepareLatent,
     Strides, attend, flash, prepare_latent,
 };
 
@@ -56,7 +56,7 @@ pub fn run(
         nope: l.nope_dim,
         rope: l.rope_dim,
         rank: l.kv_rank,
-        at: At::Host(pass.first_position),
+        at: pass.at(0),
     };
     prepare_latent(device, stream, call)?;
     absorb(pass, l, weights)?;
@@ -86,7 +86,7 @@ pub fn run(
                 kv_heads: 1,
                 keys: rows,
                 values: &latent,
-                at: At::Host(pass.first_position + first),
+                at: pass.at(first),
                 scale: l.scale,
                 window: None,
                 sinks: None,

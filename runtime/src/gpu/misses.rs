@@ -2,7 +2,8 @@
 //! router chose, computes some of the missing experts, and has others copied
 //! while the device computes those that are there. All have the same bits.
 
-use super::buffers::{Chosen, FEW_TOKENS};
+use super::buffers::FEW_TOKENS;
+use super::exchange::Chosen;
 use super::pass::{Companions, Pass, words};
 use super::weights::DeviceMoe;
 use crate::error::Result;
@@ -162,46 +163,53 @@ impl<'a> Visit<'a> {
         let mut grouping = Grouping::default();
         grouping.gather(&choices);
         let mut found = vec![0.0; grouping.rows() * hidden];
-        self.compute_rows(&x, &grouping, &mut found);
+        expert_rows(pass, self.layer, moe, (&x, pass.tokens), &grouping, &mut found);
         send(pass, &rows, &grouping, &found, answers)
-    }
-
-    /// What experts answer to `x`, in the order of `grouping`.
-    fn compute_rows(&self, x: &[f32], grouping: &Grouping, answers: &mut [f32]) {
-        let Self { pass, layer, moe, .. } = *self;
-        let engine = pass.engine;
-        let FeedForwardWeights::Moe(weights) = &engine.weights.layers[layer].feed_forward else {
-            unreachable!("the device's layers are the model's")
-        };
-        let weights = |expert: u32| {
-            let block: &GatedBlock = &weights.experts[expert as usize];
-            match pass.model.moving() {
-                Some(moving) => moving.view(engine.files, (layer, expert as usize), block),
-                None => block.view(engine.files),
-            }
-        };
-        let groups: Vec<ExpertGroup<'_>> = (grouping.experts().enumerate())
-            .map(|(index, expert)| grouping.group(index, weights(expert)))
-            .collect();
-        engine.backend.expert_rows(ExpertRows {
-            x,
-            tokens: pass.tokens,
-            groups: &groups,
-            activation: moe.activation,
-            answers,
-        });
     }
 }
 
+/// What experts answer to `x`, `[tokens, hidden]`, in the order of `grouping`.
+pub fn expert_rows(
+    pass: &Pass<'_>,
+    layer: usize,
+    moe: &DeviceMoe,
+    (x, tokens): (&[f32], usize),
+    grouping: &Grouping,
+    answers: &mut [f32],
+) {
+    let engine = pass.engine;
+    let FeedForwardWeights::Moe(weights) = &engine.weights.layers[layer].feed_forward else {
+        unreachable!("the device's layers are the model's")
+    };
+    let weights = |expert: u32| {
+        let block: &GatedBlock = &weights.experts[expert as usize];
+        match pass.model.moving() {
+            Some(moving) => moving.view(engine.files, (layer, expert as usize), block),
+            None => block.view(engine.files),
+        }
+    };
+    let groups: Vec<ExpertGroup<'_>> = (grouping.experts().enumerate())
+        .map(|(index, expert)| grouping.group(index, weights(expert)))
+        .collect();
+    let (groups, activation) = (&groups[..], moe.activation);
+    engine.backend.expert_rows(ExpertRows { x, tokens, groups, activation, answers });
+}
+
 /// Which of the missing experts the host computes.
-fn leave(pass: &Pass<'_>, missing: Missing<'_>) -> Vec<ExpertId> {
+pub fn leave(pass: &Pass<'_>, missing: Missing<'_>) -> Vec<ExpertId> {
     let host = match pass.model.misses() {
         Misses::Host => true,
         Misses::Copied => false,
         // Many tokens make a copy worth its time.
         Misses::Auto => pass.tokens <= FEW_TOKENS,
     };
-    if host { missing.missing.to_vec() } else { Vec::new() }
+    let copied = match (host, pass.step.is_some()) {
+        (true, _) => 0,
+        // Nobody leaves a frame before the device has passed the layer.
+        (false, true) => missing.free.min(missing.missing.len()),
+        (false, false) => missing.missing.len(),
+    };
+    missing.missing[copied..].to_vec()
 }
 
 /// Copies the rows of the missing choices, whose places are `rows`, to the

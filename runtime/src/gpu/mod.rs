@@ -10,6 +10,7 @@
 mod attention;
 mod buffers;
 mod delta_net;
+mod exchange;
 mod experts;
 mod feed_forward;
 mod host_store;
@@ -19,7 +20,10 @@ mod mover;
 mod moving;
 mod needs;
 mod pass;
+mod serve;
 mod session;
+mod slots;
+mod token;
 mod upload;
 mod vram;
 mod weights;
@@ -36,8 +40,9 @@ use crate::store::ExpertStore;
 use moving::Moving;
 use needs::{dense_bytes, experts_bytes};
 use pregate_kernels::cuda::Device;
+use slots::SlotTable;
 use upload::Uploader;
-use weights::DeviceWeights;
+use weights::{DeviceLayer, DeviceWeights};
 
 /// A model's weights on a device, and what of its experts comes and goes.
 pub struct GpuModel {
@@ -86,7 +91,7 @@ impl GpuModel {
         let mut uploader = Uploader::new(&device, files, bytes, &mut tell_all)?;
         let weights_there =
             DeviceWeights::upload(&device, &mut uploader, description, weights, &fixed)?;
-        let frames = uploader.rest()?;
+        let frames = (uploader.rest(), &weights_there.slots);
         let moving = plan
             .map(|plan| {
                 plan.start(&device, files, weights, &fixed, frames, &mut |done| {
@@ -105,6 +110,15 @@ impl GpuModel {
     /// The experts that come and go, if some do.
     pub fn store(&self) -> Option<&ExpertStore> {
         self.moving.as_ref().map(Moving::store)
+    }
+
+    fn layers(&self) -> &[DeviceLayer] {
+        &self.weights.layers
+    }
+
+    /// Where experts are, for the device.
+    fn slots(&self) -> &SlotTable {
+        &self.weights.slots
     }
 
     /// What is there of experts that come and go.

@@ -1,6 +1,7 @@
 //! Brings experts from host memory into frames of the device.
 
 use super::host_store::HostStore;
+use super::slots::SlotTable;
 use super::vram::Vram;
 use crate::store::frames::Ticket;
 use crate::store::mover::{Counters, Done, Fill, MoveError, Mover, Notice};
@@ -17,15 +18,29 @@ use std::sync::Arc;
 ///
 /// What a frame held may still be read by work that was launched: a copy
 /// starts behind everything that the compute stream had when it was submitted.
+/// Not so while the device computes a token by itself: then nobody leaves a
+/// frame before the device has passed its layer, and a copy that waited for the
+/// stream would wait for the whole token.
 pub struct LinkMover {
     link: Link<HostPart>,
     store: Arc<HostStore>,
     vram: Arc<Vram>,
+    slots: Arc<SlotTable>,
     compute: Stream,
-    outstanding: HashMap<u64, Ticket>,
+    /// The device reads frames in an order of its own, and no others than the
+    /// store knows.
+    is_alone: bool,
+    outstanding: HashMap<u64, Outstanding>,
     /// Fills that could not be given to the link.
     refused: Vec<(u64, CudaError)>,
     words: String,
+}
+
+/// A fill on its way.
+struct Outstanding {
+    ticket: Ticket,
+    /// The copy tells the device.
+    is_published: bool,
 }
 
 impl LinkMover {
@@ -35,6 +50,7 @@ impl LinkMover {
         device: &Device,
         store: Arc<HostStore>,
         vram: Arc<Vram>,
+        slots: Arc<SlotTable>,
         options: &LinkOptions,
     ) -> Result<Self, CudaError> {
         let words = match store.pageable_bytes() {
@@ -45,7 +61,9 @@ impl LinkMover {
             link: Link::new(device, options)?,
             store,
             vram,
+            slots,
             compute: device.compute().clone(),
+            is_alone: false,
             outstanding: HashMap::new(),
             refused: Vec::new(),
             words,
@@ -57,23 +75,33 @@ impl LinkMover {
         let memory = self.store.block(id.layer(), id.expert()).cloned();
         let memory = memory.ok_or_else(|| CudaError::unsupported("an expert without a block"))?;
         let bytes = memory.bytes().len();
+        let destination = self.vram.span(fill.ticket.frame());
+        let entry = self.slots.entry(&destination);
+        let publish = self.slots.publish(id.layer(), id.expert()).map(|at| (at, entry));
+        // A device that is alone has passed whatever read the frame before.
+        let after = (!self.is_alone).then(|| self.compute.record()).transpose()?;
         Ok(Transfer {
             key: fill.key,
             memory,
             parts: vec![Part { from: 0..bytes, to: 0 }],
-            destination: self.vram.span(fill.ticket.frame()),
+            destination,
             urgency: match fill.urgency {
                 Urgency::Demand => LinkUrgency::Demand,
                 Urgency::Prefetch => LinkUrgency::Prefetch,
             },
-            after: Some(self.compute.record()?),
-            publish: None,
+            after,
+            publish,
         })
     }
 
     /// Ends a fill.
     fn done(&mut self, key: u64, result: Result<(), MoveError>, bytes: u64, ns: [u64; 2]) -> Done {
-        let ticket = self.outstanding.remove(&key).expect("the link answers what it was given");
+        let Outstanding { ticket, is_published } =
+            self.outstanding.remove(&key).expect("the link answers what it was given");
+        if result.is_ok() && !is_published {
+            let (id, block) = (expert_of(key), self.vram.span(ticket.frame()));
+            self.slots.set(id.layer(), id.expert(), self.slots.entry(&block));
+        }
         let (frame, generation) = (ticket.frame(), ticket.generation());
         let whole = ticket.chunks(std::slice::from_ref(&(0..0))).pop();
         whole.and_then(|chunk| if result.is_ok() { chunk.done() } else { chunk.fail() });
@@ -88,11 +116,16 @@ impl Mover for LinkMover {
     }
 
     fn submit(&mut self, fill: Fill) {
+        let mut is_published = false;
         match self.transfer(&fill) {
-            Ok(transfer) => self.link.submit(transfer),
+            Ok(transfer) => {
+                is_published = transfer.publish.is_some();
+                self.link.submit(transfer);
+            }
             Err(error) => self.refused.push((fill.key, error)),
         }
-        self.outstanding.insert(fill.key, fill.ticket);
+        let outstanding = Outstanding { ticket: fill.ticket, is_published };
+        self.outstanding.insert(fill.key, outstanding);
     }
 
     fn promote(&mut self, key: u64) {
@@ -151,6 +184,15 @@ impl Mover for LinkMover {
             slow_reads: 0,
             outstanding: outstanding + self.refused.len() as u64,
         }
+    }
+
+    fn begin_pass(&mut self, keeps_ahead: bool) {
+        self.is_alone = keeps_ahead;
+    }
+
+    fn vacated(&mut self, key: u64) {
+        let id = expert_of(key);
+        self.slots.set(id.layer(), id.expert(), 0);
     }
 
     fn notice(&mut self) -> Option<Notice> {

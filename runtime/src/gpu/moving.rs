@@ -4,6 +4,7 @@
 use super::experts::BlockShape;
 use super::host_store::HostStore;
 use super::mover::LinkMover;
+use super::slots::SlotTable;
 use super::vram::{Classes, MovingLayer, Vram};
 use crate::error::{Error, Result};
 use crate::files::ModelFiles;
@@ -79,7 +80,7 @@ impl Plan {
         files: &ModelFiles,
         weights: &ModelWeights,
         fixed: &[usize],
-        memory: Span,
+        (memory, slots): (Span, &Arc<SlotTable>),
         tell: &mut dyn FnMut(u64),
     ) -> Result<Moving> {
         let Self { classes, streaming, misses, host_bytes } = self;
@@ -89,7 +90,8 @@ impl Plan {
         }
         let host = HostStore::fill(device, files, weights, fixed, &mut |done, _| tell(done))?;
         let (host, vram) = (Arc::new(host), Arc::new(Vram::new(memory, &classes)));
-        let mover = LinkMover::new(device, host.clone(), vram.clone(), &LinkOptions::default())?;
+        let (source, frames_at, options) = (host.clone(), vram.clone(), LinkOptions::default());
+        let mover = LinkMover::new(device, source, frames_at, slots.clone(), &options)?;
         let started = Instant::now();
         let clock: Clock = Arc::new(move || started.elapsed().as_nanos() as u64);
         let Classes { shape, block_bytes, frames } = classes;
@@ -105,7 +107,7 @@ impl Plan {
             tell(done);
         }
         store.begin_statistics();
-        Ok(Moving { store, vram, host, misses })
+        Ok(Moving { store, vram, slots: slots.clone(), host, misses })
     }
 }
 
@@ -113,6 +115,7 @@ impl Plan {
 pub struct Moving {
     store: ExpertStore,
     vram: Arc<Vram>,
+    slots: Arc<SlotTable>,
     host: Arc<HostStore>,
     misses: Misses,
 }
@@ -129,6 +132,11 @@ impl Moving {
     /// Where a frame starts, for the device.
     pub fn address(&self, frame: FrameId) -> u64 {
         self.vram.span(frame).address()
+    }
+
+    /// What the device calls a frame.
+    pub fn entry(&self, frame: FrameId) -> u32 {
+        self.slots.entry(&self.vram.span(frame))
     }
 
     /// The weights of an expert on the host.

@@ -1,8 +1,9 @@
 //! What a model asks of a GPU's memory, before any of it is taken.
 
-use super::buffers::{Buffers, FEW_TOKENS, pass_tokens};
+use super::buffers::{FEW_TOKENS, pass_tokens};
 use super::experts::BlockShape;
 use super::session::GpuSession;
+use super::slots::SlotTable;
 use super::upload::padded;
 use super::vram::{Classes, MovingLayer};
 use crate::budget::{self, Placement, Request, Sizes};
@@ -87,7 +88,7 @@ impl GpuShare {
         let parts = GpuParts {
             weights_bytes: dense_bytes(files, weights),
             kv_bytes: GpuSession::state_bytes(description, context, options.kv) as u64,
-            scratch_bytes: Buffers::bytes(description, context, tokens) as u64,
+            scratch_bytes: GpuSession::scratch_bytes(description, context, tokens) as u64,
             ..GpuParts::default()
         };
         let Some(left) = room.vram_bytes.checked_sub(parts.total()) else { return Err(parts) };
@@ -284,7 +285,13 @@ pub fn dense_bytes(files: &ModelFiles, weights: &ModelWeights) -> u64 {
             + feed_forward
     });
     let routers = weights.moe_layers().count() * RouterTable::LAYER_BYTES;
-    projection(&weights.head) + norm(&weights.final_norm) + layers.sum::<u64>() + padded(routers)
+    let experts = weights.moe_layers().map(|(_, moe)| moe.experts.len()).sum();
+    let slots = padded(SlotTable::bytes(experts));
+    projection(&weights.head)
+        + norm(&weights.final_norm)
+        + layers.sum::<u64>()
+        + padded(routers)
+        + slots
 }
 
 fn floats(values: Option<&[f32]>) -> u64 {

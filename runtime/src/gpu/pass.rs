@@ -2,6 +2,8 @@
 
 use super::GpuModel;
 use super::buffers::{Buffers, FEW_TOKENS};
+use super::exchange::Exchange;
+use super::token::Step;
 use super::upload::DeviceProjection;
 use super::weights::DeviceNorm;
 use crate::forward::{Engine, Meter};
@@ -9,7 +11,7 @@ use crate::model::description::{ModelDescription, NormKind, RopePairs};
 use crate::model::rope::Rope;
 use crate::session::Cancel;
 use pregate_kernels::cuda::{
-    self, CudaError, Device, DeviceMatrix, Gemm, Gemv, HostPart, Input, Norm, Pairs, Quantise,
+    self, At, CudaError, Device, DeviceMatrix, Gemm, Gemv, HostPart, Input, Norm, Pairs, Quantise,
     QuantisedSpans, Rotation, Span, Stream, Ticket,
 };
 use pregate_kernels::{ActivationKind, Format};
@@ -33,9 +35,13 @@ pub struct Pass<'a> {
     pub description: &'a ModelDescription,
     pub buffers: &'a Buffers,
     pub ropes: &'a [Rope],
+    /// What the host gives, and what routers leave.
+    pub exchange: &'a Exchange,
     /// At most those that the buffers are for.
     pub tokens: usize,
     pub first_position: usize,
+    /// The device computes its one token by itself.
+    pub step: Option<Step<'a>>,
 }
 
 /// The form among two that `format` reads; `None`: it reads floats.
@@ -51,6 +57,14 @@ impl<'a> Pass<'a> {
 
     pub fn stream(&self) -> &'a Stream {
         self.device().compute()
+    }
+
+    /// Where token `first` of the pass stands.
+    pub fn at(&self, first: usize) -> At<'a> {
+        match self.step {
+            Some(Step { path, most }) => At::Step { words: &path.words, most },
+            None => At::Host(self.first_position + first),
+        }
     }
 
     pub fn epsilon(&self) -> f32 {
@@ -69,7 +83,8 @@ impl<'a> Pass<'a> {
         rows: usize,
         formats: &[Format],
     ) -> Result<(), CudaError> {
-        let Buffers { x, delta, normed, normed_forms, .. } = self.buffers;
+        let Buffers { delta, normed, normed_forms, .. } = self.buffers;
+        let x = &self.exchange.x;
         let width = self.description.hidden;
         let last =
             |span: &Span| span.part(4 * width * (self.tokens - rows)..4 * width * self.tokens);
@@ -187,7 +202,7 @@ impl<'a> Pass<'a> {
             RopePairs::Halves => Pairs::Halves,
             RopePairs::Neighbours => Pairs::Neighbours,
         };
-        Rotation { table: &self.buffers.tables[rope], half: self.ropes[rope].half(), pairs }
+        Rotation { table: &self.exchange.tables[rope], half: self.ropes[rope].half(), pairs }
     }
 }
 

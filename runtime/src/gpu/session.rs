@@ -2,8 +2,11 @@
 
 use super::GpuModel;
 use super::buffers::{ALIGN, Buffers, FEW_TOKENS, pass_tokens};
+use super::exchange::Exchange;
 use super::pass::{Companions, Pass, from_row, words};
-use super::weights::{DeviceFeedForward, DeviceMixer};
+use super::serve::{Service, ServiceBuffers};
+use super::token::{Graphs, Step, TokenPath};
+use super::weights::{DeviceFeedForward, DeviceLayer, DeviceMixer};
 use super::{attention, delta_net, feed_forward, latent};
 use crate::error::{Error, Result};
 use crate::forward::cache::KvFormat;
@@ -11,7 +14,7 @@ use crate::forward::{Meter, check_finite, embed};
 use crate::model::Model;
 use crate::model::description::{Mixer, ModelDescription};
 use crate::model::rope::Rope;
-use crate::session::Cancel;
+use crate::session::{Cancel, SessionOptions};
 use crate::store::PassInfo;
 use pregate_kernels::cuda::{Arena, CellFormat, CudaError, Device, DeviceCells, Span};
 use pregate_predictor::Observer;
@@ -52,6 +55,7 @@ enum LayerState {
 /// A sequence's memory on a device.
 pub struct GpuSession {
     buffers: Buffers,
+    exchange: Exchange,
     layers: Vec<LayerState>,
     capacity: usize,
     /// Tokens of a pass, at most.
@@ -60,10 +64,57 @@ pub struct GpuSession {
     logits: Vec<f32>,
     /// Recurrent state is to be cleared.
     is_new: bool,
-    /// What the host gives a pass, and what of.
-    inputs: Vec<u8>,
+    inputs: Inputs,
+    /// Tokens that the device computes by itself; else the reason.
+    token: Result<Token, CudaError>,
+}
+
+/// What the host gives a pass, and what of.
+#[derive(Default)]
+struct Inputs {
+    bytes: Vec<u8>,
     embedded: Vec<f32>,
     rope_table: Vec<[f32; 2]>,
+}
+
+impl Inputs {
+    /// Embedded tokens and rotations.
+    fn fill(
+        &mut self,
+        (model, ropes): (&Model, &[Rope]),
+        exchange: &Exchange,
+        ids: &[u32],
+        first_position: usize,
+    ) -> Result<()> {
+        let Self { bytes, embedded, rope_table } = self;
+        embedded.resize(ids.len() * model.description().hidden, 0.0);
+        embed(model.engine(), ids, embedded)?;
+        exchange.fill((embedded, ids.len()), (ropes, first_position), rope_table, bytes);
+        Ok(())
+    }
+}
+
+/// Tokens that the device computes by itself.
+struct Token {
+    path: TokenPath,
+    graphs: Option<Graphs>,
+    /// Of the last token.
+    step: u32,
+    buffers: ServiceBuffers,
+}
+
+impl Token {
+    fn new(
+        model: &GpuModel,
+        arena: &Arena,
+        description: &ModelDescription,
+        graphs: bool,
+    ) -> Result<Self, CudaError> {
+        let (device, slots) = (model.device(), model.slots());
+        let path = TokenPath::new(device, arena, description, &model.weights, slots)?;
+        let graphs = graphs.then(Graphs::default);
+        Ok(Self { path, graphs, step: 0, buffers: ServiceBuffers::default() })
+    }
 }
 
 impl GpuSession {
@@ -74,27 +125,43 @@ impl GpuSession {
         parts.map(|bytes| bytes.next_multiple_of(ALIGN)).sum()
     }
 
-    /// For `capacity` positions, and passes of up to `prefill_chunk` tokens.
+    /// Bytes of what passes over up to `tokens` tokens use.
+    pub fn scratch_bytes(description: &ModelDescription, capacity: usize, tokens: usize) -> usize {
+        Buffers::bytes(description, capacity, tokens) + Self::exchange_bytes(description, tokens)
+    }
+
+    fn exchange_bytes(description: &ModelDescription, tokens: usize) -> usize {
+        Exchange::bytes(description, tokens) + TokenPath::device_bytes(description)
+    }
+
+    /// For `capacity` positions.
     pub fn new(
         model: &GpuModel,
         description: &ModelDescription,
-        (capacity, prefill_chunk): (usize, usize),
-        kv: KvFormat,
+        capacity: usize,
+        options: &SessionOptions,
     ) -> Result<Self> {
-        let tokens = pass_tokens(prefill_chunk, capacity);
+        let kv = options.kv;
+        let tokens = pass_tokens(options.prefill_chunk, capacity);
         let arena = model.device().arena(Self::state_bytes(description, capacity, kv).max(1))?;
         let layers = (description.layers.iter())
             .map(|layer| state(&arena, &layer.mixer, capacity, cell_format(kv)));
+        let layers = layers.collect::<Result<_, CudaError>>()?;
+        let arena = model.device().arena(Self::exchange_bytes(description, tokens))?;
+        let token = match Token::new(model, &arena, description, options.graphs) {
+            Err(error) if error.is_sticky() => return Err(error.into()),
+            token => token,
+        };
         Ok(Self {
-            layers: layers.collect::<Result<_, CudaError>>()?,
+            layers,
             buffers: Buffers::new(model.device(), description, capacity, tokens)?,
+            exchange: Exchange::new(&arena, description, tokens)?,
             capacity,
             pass_tokens: tokens,
             logits: Vec::new(),
             is_new: true,
-            inputs: Vec::new(),
-            embedded: Vec::new(),
-            rope_table: Vec::new(),
+            inputs: Inputs::default(),
+            token,
         })
     }
 
@@ -150,37 +217,15 @@ impl GpuSession {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let tokens = ids.len();
             let first_position = pass.first_position + before;
-            before += tokens;
+            before += ids.len();
             // Of this piece, those that are among the last `wanted`.
-            let wanted = (before + pass.wanted).saturating_sub(pass.ids.len()).min(tokens);
-            self.upload(model, gpu.device(), ropes, ids, first_position)?;
-            let piece = Pass {
-                model: gpu,
-                engine: model.engine(),
-                description,
-                buffers: &self.buffers,
-                ropes,
-                tokens,
-                first_position,
-            };
-            let info = PassInfo {
-                ids,
-                session: pass.session,
-                is_start: first_position == 0,
-                keeps_ahead: false,
-            };
-            let store = gpu.store();
-            let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
-            let mut meter = Meter::start(store);
-            let mut companions =
-                Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
-            launch(&piece, &self.layers, wanted, &mut companions)?;
-            tell(&piece, companions.observer)?;
-            head(&piece, wanted, &mut self.logits)?;
-            drop(companions);
-            meter.finish();
+            let wanted = (before + pass.wanted).saturating_sub(pass.ids.len()).min(ids.len());
+            let piece = GpuPass { ids, first_position, wanted, ..pass };
+            match (ids.len(), wanted, &self.token) {
+                (1, 1, Ok(_)) => self.token(model, gpu, ropes, piece, observer, cancel)?,
+                _ => self.piece(model, gpu, ropes, piece, observer, cancel)?,
+            }
         }
         if description.logit_scale != 1.0 {
             self.logits.iter_mut().for_each(|logit| *logit *= description.logit_scale);
@@ -189,31 +234,124 @@ impl GpuSession {
         check_finite(&self.logits, description.vocab, first)
     }
 
-    /// Embedded tokens and rotations of a pass, in one copy.
-    fn upload(
+    /// A pass in which the host launches layer by layer.
+    fn piece(
         &mut self,
         model: &Model,
-        device: &Device,
+        gpu: &GpuModel,
         ropes: &[Rope],
-        ids: &[u32],
-        first_position: usize,
+        pass: GpuPass<'_>,
+        observer: &mut dyn Observer,
+        cancel: &Cancel,
     ) -> Result<()> {
-        let Self { buffers, embedded, inputs, rope_table, .. } = self;
-        embedded.resize(ids.len() * model.description().hidden, 0.0);
-        embed(model.engine(), ids, embedded)?;
-        let start = buffers.inputs.address();
-        inputs.clear();
-        inputs.extend(embedded.iter().flat_map(|value| value.to_ne_bytes()));
-        inputs.resize((buffers.sorted.dense_starts.address() - start) as usize, 0);
-        inputs.extend([0, ids.len() as i32].into_iter().flat_map(i32::to_ne_bytes));
-        for (rope, table) in ropes.iter().zip(&buffers.tables) {
-            inputs.resize((table.address() - start) as usize, 0);
-            rope.fill(first_position, ids.len(), rope_table);
-            inputs.extend(rope_table.iter().flatten().flat_map(|value| value.to_ne_bytes()));
-        }
-        let span = buffers.inputs.part(0..inputs.len());
-        Ok(device.compute().upload(&span, inputs)?)
+        let GpuPass { ids, first_position, wanted, .. } = pass;
+        self.inputs.fill((model, ropes), &self.exchange, ids, first_position)?;
+        let span = self.exchange.inputs.part(0..self.inputs.bytes.len());
+        gpu.device().compute().upload(&span, &self.inputs.bytes)?;
+        let piece = Pass {
+            model: gpu,
+            engine: model.engine(),
+            description: model.description(),
+            buffers: &self.buffers,
+            exchange: &self.exchange,
+            ropes,
+            tokens: ids.len(),
+            first_position,
+            step: None,
+        };
+        let store = gpu.store();
+        let info = pass_info(&pass, false);
+        let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
+        let mut meter = Meter::start(store);
+        let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
+        launch(&piece, &self.layers, wanted, &mut |index, layer: &DeviceLayer| {
+            if companions.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let (norm, block) = (&layer.feed_forward_norm, &layer.feed_forward);
+            feed_forward::run(&piece, index, norm, block, &mut companions)
+        })?;
+        tell(&piece, companions.observer)?;
+        head(&piece, wanted, &mut self.logits)?;
+        drop(companions);
+        meter.finish();
+        Ok(())
     }
+
+    /// One token, which the device computes by itself.
+    fn token(
+        &mut self,
+        model: &Model,
+        gpu: &GpuModel,
+        ropes: &[Rope],
+        pass: GpuPass<'_>,
+        observer: &mut dyn Observer,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let Ok(token) = &mut self.token else { unreachable!("the caller has looked") };
+        let GpuPass { ids, first_position, .. } = pass;
+        let store = gpu.store();
+        let info = pass_info(&pass, true);
+        let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
+        let mut meter = Meter::start(store);
+        let Token { path, graphs, step, buffers } = token;
+        self.inputs.fill((model, ropes), &path.exchange, ids, first_position)?;
+        let most = Graphs::most(first_position, self.capacity);
+        let piece = Pass {
+            model: gpu,
+            engine: model.engine(),
+            description: model.description(),
+            buffers: &self.buffers,
+            exchange: &path.exchange,
+            ropes,
+            tokens: 1,
+            first_position,
+            step: Some(Step { path, most }),
+        };
+        let layers = &self.layers;
+        let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
+        // Kernels are loaded by the first token, outside of a capture.
+        let graph = match graphs.as_mut().filter(|_| *step > 0) {
+            Some(graphs) => {
+                let whole = || launch_token(&piece, path, layers, &mut |_| Ok(()));
+                Some(graphs.get(&piece, most, whole)?)
+            }
+            None => None,
+        };
+        *step = step.checked_add(1).unwrap_or(1);
+        let updates = gpu.slots().take();
+        let written = path.write_step(*step, first_position, &updates, &self.inputs.bytes);
+        if let Err(error) = written {
+            gpu.slots().put_back(&updates);
+            return Err(error.into());
+        }
+        let mut service = Service::new(&piece, path, *step, &mut companions, buffers);
+        let launched = match graph {
+            Some(graph) => graph.launch(piece.stream()).map_err(Error::from),
+            None => launch_token(&piece, path, layers, &mut |layer| service.serve_before(layer)),
+        };
+        if let Err(error) = launched {
+            // Setting an entry twice does no harm.
+            gpu.slots().put_back(&updates);
+            return Err(error);
+        }
+        service.serve_before(layers.len())?;
+        let rows = gpu.weights.head.weight.rows;
+        let logits = words(piece.stream(), &piece.buffers.logits, rows)?;
+        self.logits.extend(logits.map(f32::from_ne_bytes));
+        service.finish()?;
+        if path.mail().layers.iter().all(Option::is_none) {
+            tell(&piece, companions.observer)?;
+        }
+        drop(companions);
+        meter.finish();
+        Ok(())
+    }
+}
+
+fn pass_info<'a>(pass: &GpuPass<'a>, keeps_ahead: bool) -> PassInfo<'a> {
+    let GpuPass { ids, first_position, session, .. } = *pass;
+    PassInfo { ids, session, is_start: first_position == 0, keeps_ahead }
 }
 
 /// Bytes of a layer's memory of a sequence: those of its two parts.
@@ -255,21 +393,18 @@ fn state(
 }
 
 /// All launches of a pass but the head's: leaves the final norm of the last
-/// `wanted` tokens in `normed`.
-fn launch(
+/// `wanted` tokens in `normed`. `block` launches a layer's feed-forward block.
+fn launch<E: From<CudaError>>(
     pass: &Pass<'_>,
     layers: &[LayerState],
     wanted: usize,
-    companions: &mut Companions<'_, '_>,
-) -> Result<()> {
+    block: &mut dyn FnMut(usize, &DeviceLayer) -> Result<bool, E>,
+) -> Result<(), E> {
     let weights = &pass.model.weights;
     // Whether `delta` holds what the last block adds.
     let mut has_delta = false;
     let described = layers.iter().zip(&pass.description.layers);
     for (index, (layer, (state, of))) in weights.layers.iter().zip(described).enumerate() {
-        if companions.cancel.is_cancelled() {
-            return Err(Error::Cancelled);
-        }
         pass.norm(&layer.mixer_norm, has_delta, pass.tokens, &layer.mixer.first_formats())?;
         match (&layer.mixer, state, &of.mixer) {
             (
@@ -287,8 +422,7 @@ fn launch(
             }
             _ => unreachable!("state and weights are made from one description"),
         }
-        let (norm, block) = (&layer.feed_forward_norm, &layer.feed_forward);
-        has_delta = feed_forward::run(pass, index, norm, block, companions)?;
+        has_delta = block(index, layer)?;
     }
     if wanted == 0 {
         return Ok(());
@@ -296,6 +430,28 @@ fn launch(
     // Of more rows only pieces are quantised, by `head`.
     let format = (wanted <= FEW_TOKENS).then_some(weights.head.weight.format);
     Ok(pass.norm(&weights.final_norm, has_delta, wanted, format.as_slice())?)
+}
+
+/// All launches of a token that the device computes by itself. `launched`
+/// hears of each layer whose launches were made, and may serve those before
+/// it: more than a driver takes at once would wait for the device, and the
+/// device for the host.
+fn launch_token<E: From<CudaError>>(
+    pass: &Pass<'_>,
+    path: &TokenPath,
+    layers: &[LayerState],
+    launched: &mut dyn FnMut(usize) -> Result<(), E>,
+) -> Result<(), E> {
+    path.begin(pass)?;
+    launch(pass, layers, 1, &mut |index, layer: &DeviceLayer| -> Result<bool, E> {
+        let (norm, block) = (&layer.feed_forward_norm, &layer.feed_forward);
+        let has_delta = feed_forward::step(pass, path, index, norm, block)?;
+        launched(index)?;
+        Ok(has_delta)
+    })?;
+    let projection = &pass.model.weights.head;
+    let input = pass.normed(projection.weight.format);
+    Ok(pass.product(projection, 1, input, &pass.buffers.logits)?)
 }
 
 /// Appends the logits of what [`launch`] left, a few tokens at a time: the
@@ -320,11 +476,11 @@ fn head(pass: &Pass<'_>, wanted: usize, logits: &mut Vec<f32>) -> Result<(), Cud
 
 /// Tells the observer what the routers of a pass chose.
 fn tell(pass: &Pass<'_>, observer: &mut dyn Observer) -> Result<(), CudaError> {
-    let all = &pass.buffers.all_choices;
+    let all = &pass.exchange.all_choices;
     let words: Vec<[u8; 4]> = words(pass.stream(), all, all.bytes() / 4)?.collect();
     for (index, layer) in pass.model.weights.layers.iter().enumerate() {
         let DeviceFeedForward::Moe(moe) = &layer.feed_forward else { continue };
-        let chosen = &pass.buffers.choices[moe.router];
+        let chosen = &pass.exchange.choices[moe.router];
         let (ids, weights) = words[chosen.range.start / 4..chosen.range.end / 4]
             .split_at((chosen.range.end - chosen.range.start) / 8);
         let of = |words: &[[u8; 4]], token: usize| words[token * moe.top_k..][..moe.top_k].to_vec();

@@ -27,7 +27,9 @@ pub struct Uploader<'a> {
     device: &'a Device,
     pub files: &'a ModelFiles,
     pub dense: Arena,
-    experts: Arena,
+    experts: Span,
+    /// Of `experts`, in bytes.
+    used: usize,
     done: u64,
     tell: &'a mut dyn FnMut(u64),
 }
@@ -41,22 +43,35 @@ impl<'a> Uploader<'a> {
         [dense, experts]: [u64; 2],
         tell: &'a mut dyn FnMut(u64),
     ) -> Result<Self, CudaError> {
-        let arena = |bytes: u64| device.arena(bytes.max(1) as usize);
-        Ok(Self { device, files, dense: arena(dense)?, experts: arena(experts)?, done: 0, tell })
+        let dense = device.arena(dense.max(1) as usize)?;
+        let experts = device.arena(experts.max(1) as usize)?.take(experts as usize, ALIGN)?;
+        Ok(Self { device, files, dense, experts, used: 0, done: 0, tell })
     }
 
-    /// What is left for experts.
-    pub fn rest(&self) -> Result<Span, CudaError> {
-        self.experts.take(self.experts.free_bytes() / ALIGN * ALIGN, ALIGN)
+    /// Room for all experts that are there at once.
+    pub fn experts(&self) -> &Span {
+        &self.experts
+    }
+
+    /// What is left of it.
+    pub fn rest(&self) -> Span {
+        self.experts.part(self.used..self.experts.bytes())
     }
 
     /// Memory of unspecified contents, to be written.
     fn room(&mut self, memory: Memory, bytes: usize) -> Result<Writer, CudaError> {
-        let arena = match memory {
-            Memory::Dense => &self.dense,
-            Memory::Experts => &self.experts,
+        let span = match memory {
+            Memory::Dense => self.dense.take(bytes, ALIGN)?,
+            Memory::Experts => {
+                let (needed, free) = (padded(bytes), (self.experts.bytes() - self.used) as u64);
+                if needed > free {
+                    return Err(CudaError::OutOfMemory { needed, free });
+                }
+                let start = self.used;
+                self.used += needed as usize;
+                self.experts.part(start..start + bytes)
+            }
         };
-        let span = arena.take(bytes, ALIGN)?;
         Ok(Writer { span, written: 0, piece: Vec::new() })
     }
 

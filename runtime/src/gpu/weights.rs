@@ -2,6 +2,7 @@
 //! [`crate::model::weights`] has them.
 
 use super::experts::{DeviceBlock, DeviceExperts};
+use super::slots::SlotTable;
 use super::upload::{DeviceProjection, Uploader};
 use crate::error::Result;
 use crate::model::description::{FeedForward, ModelDescription, NormKind};
@@ -12,6 +13,7 @@ use crate::model::weights::{
 use pregate_kernels::cuda::router::{RouterLayer, RouterNorm, RouterNormKind, RouterTable};
 use pregate_kernels::cuda::{CudaError, Device, DeviceMatrix, Span};
 use pregate_kernels::{Format, GatedActivation};
+use std::sync::Arc;
 
 pub struct DeviceWeights {
     pub head: DeviceProjection,
@@ -19,6 +21,8 @@ pub struct DeviceWeights {
     pub layers: Vec<DeviceLayer>,
     /// The routers of the MoE layers, in their order; `None` without any.
     pub routers: Option<RouterTable>,
+    /// Where the routed experts are.
+    pub slots: Arc<SlotTable>,
 }
 
 /// Weight and optional bias of a normalisation, `[width]`.
@@ -32,6 +36,16 @@ pub struct DeviceLayer {
     pub mixer: DeviceMixer,
     pub feed_forward_norm: DeviceNorm,
     pub feed_forward: DeviceFeedForward,
+}
+
+impl DeviceLayer {
+    /// Its routed experts, if it has some.
+    pub fn experts(&self) -> Option<&DeviceExperts> {
+        match &self.feed_forward {
+            DeviceFeedForward::Moe(moe) => Some(&moe.experts),
+            DeviceFeedForward::Dense(_) => None,
+        }
+    }
 }
 
 pub enum DeviceMixer {
@@ -139,9 +153,18 @@ impl DeviceWeights {
         let head = up.projection(&weights.head)?;
         let final_norm = norm(up, &weights.final_norm)?;
         let routers = table(up, device, description.hidden, routers)?;
+        let slots = Arc::new(slots(up, &layers)?);
         debug_assert!(up.dense.free_bytes() < 256, "{} bytes left over", up.dense.free_bytes());
-        Ok(Self { head, final_norm, layers, routers })
+        Ok(Self { head, final_norm, layers, routers, slots })
     }
+}
+
+fn slots(up: &mut Uploader<'_>, layers: &[DeviceLayer]) -> Result<SlotTable, CudaError> {
+    let of = |layer: usize| layers[layer].experts();
+    let counts: Vec<usize> =
+        (0..layers.len()).map(|layer| of(layer).map_or(0, |experts| experts.count)).collect();
+    let address = |layer, expert| of(layer).map_or(0, |experts| experts.address(expert));
+    SlotTable::upload(up, &counts, address)
 }
 
 fn table(

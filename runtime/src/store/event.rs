@@ -92,10 +92,17 @@ impl<'s> Event<'s> {
         leave: &mut dyn FnMut(Missing<'_>) -> Vec<ExpertId>,
     ) -> Self {
         let mut inner = store.lock();
+        if inner.keeps_ahead {
+            inner.passed = layer;
+        }
         inner.collect(store);
         inner.tell_routes(layer, routes);
         let mut lists = std::mem::take(&mut inner.lists);
         inner.planner.request(layer, experts, &mut lists.request);
+        if inner.keeps_ahead {
+            // What the layer needs stays until the event ends.
+            inner.passed = layer + 1;
+        }
         let Request { resident, early, in_flight, missing, retire, .. } = &lists.request;
         for &id in in_flight {
             inner.mover.promote(key_of(id));
@@ -167,6 +174,12 @@ impl<'s> Event<'s> {
     /// were handed out. The caller drops the answer before it asks again.
     pub fn next(&mut self, cancel: &Cancel) -> Result<Vec<Arrived>> {
         self.settle();
+        self.more(cancel)
+    }
+
+    /// As [`Event::next`], but what was handed out before is still in use, and
+    /// only the rest is handed out.
+    pub fn more(&mut self, cancel: &Cancel) -> Result<Vec<Arrived>> {
         self.prefetch();
         self.receive(0)?;
         // A read that was given up has landed: it is asked for again before
@@ -179,8 +192,9 @@ impl<'s> Event<'s> {
             self.receive(WAIT_NS)?;
             self.ask();
         }
+        let before = self.lists.handed.len();
         self.lists.handed.append(&mut self.lists.ready);
-        Ok(self.lists.handed.iter().map(|&id| self.pin(id)).collect())
+        Ok(self.lists.handed[before..].iter().map(|&id| self.pin(id)).collect())
     }
 
     fn pin(&self, id: ExpertId) -> Arrived {

@@ -25,7 +25,7 @@ use crate::model::weights::GatedBlock;
 use crate::session::Cancel;
 use crate::statistics::{LayerStats, LinkStats, StreamStats, Time};
 use disk::DiskReport;
-use frames::{ClassSpec, Frames};
+use frames::{ClassSpec, FrameId, Frames};
 use layout::ModelLayout;
 use mover::{Counters, Done, Fill, MoveError, Mover, Notice, Urgency};
 use notices::Told;
@@ -88,6 +88,11 @@ struct Inner {
     tokens: usize,
     session: u64,
     keeps_ahead: bool,
+    /// A device that is alone reads no frame of the layers before this one any
+    /// more in this pass.
+    passed: usize,
+    /// Frames without an expert that it may still read.
+    limbo: Vec<FrameId>,
     /// Notices that were given out.
     told: Told,
 }
@@ -150,6 +155,8 @@ impl ExpertStore {
             tokens: 1,
             session: 0,
             keeps_ahead: false,
+            passed: usize::MAX,
+            limbo: Vec::new(),
             told: Told::default(),
         };
         Self {
@@ -199,6 +206,17 @@ impl ExpertStore {
         inner.meter_link();
         inner.tokens = pass.ids.len();
         inner.keeps_ahead = pass.keeps_ahead;
+        inner.mover.begin_pass(pass.keeps_ahead);
+        // No device is in a pass: every frame without an expert is free, and
+        // what leaves now is out of its sight before it begins.
+        inner.passed = usize::MAX;
+        for frame in std::mem::take(&mut inner.limbo) {
+            inner.places.give_back(frame);
+        }
+        if pass.keeps_ahead {
+            inner.collect(self);
+            inner.passed = 0;
+        }
         match *pass.ids {
             [token] => inner.planner.begin_token(token),
             _ => inner.planner.begin_chunk(pass.ids),
@@ -417,7 +435,10 @@ impl Inner {
         let released = store.frames.release(frame);
         debug_assert!(released, "{frame:?} of {id} is in use");
         self.mover.vacated(key_of(id));
-        self.places.give_back(frame);
+        match id.layer() < self.passed {
+            true => self.places.give_back(frame),
+            false => self.limbo.push(frame),
+        }
     }
 
     /// Books what the mover has brought.

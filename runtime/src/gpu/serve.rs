@@ -1,0 +1,248 @@
+//! The host's part of a token that the device computes by itself: it hears
+//! what each layer's router chose, has missing experts brought or computes
+//! them, and tells the device which.
+//!
+//! A layer's event of the store stays open until the next layer's router was
+//! heard: until then the device may read what arrived for it.
+
+use super::misses::{expert_rows, leave};
+use super::pass::{Companions, Pass};
+use super::token::{LayerMail, PATIENCE, TokenPath};
+use super::weights::{DeviceFeedForward, DeviceMoe};
+use crate::error::Result;
+use crate::forward::Work;
+use crate::store::{Arrived, Event, Missing};
+use pregate_kernels::cuda::{CudaError, Decision, Posted};
+use pregate_kernels::{Choice, Grouping, Routes};
+use std::time::Instant;
+
+/// Looks at a mailbox between two questions to the driver, which say whether
+/// the device still works.
+const LOOKS: u64 = 1024;
+
+/// A token's layers, served one after the other. Dropped before the last of
+/// them, it answers for the rest, so that the device ends the token.
+pub struct Service<'p, 'c, 'a, 'm> {
+    pass: &'p Pass<'p>,
+    path: &'p TokenPath,
+    step: u32,
+    companions: &'c mut Companions<'a, 'm>,
+    buffers: &'c mut ServiceBuffers,
+    /// The layer that comes next.
+    next: usize,
+    open: Option<(Event<'p>, Vec<Arrived>)>,
+    is_over: bool,
+}
+
+/// Kept from token to token.
+#[derive(Default)]
+pub struct ServiceBuffers {
+    posted: Posted,
+    routes: Routes,
+    choices: Vec<Choice>,
+    ids: Vec<u32>,
+    grouping: Grouping,
+    rows: Vec<f32>,
+}
+
+impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
+    /// For step `step`, before its first launch.
+    pub fn new(
+        pass: &'p Pass<'p>,
+        path: &'p TokenPath,
+        step: u32,
+        companions: &'c mut Companions<'a, 'm>,
+        buffers: &'c mut ServiceBuffers,
+    ) -> Self {
+        Self { pass, path, step, companions, buffers, next: 0, open: None, is_over: false }
+    }
+
+    /// Serves the layers before `layer`.
+    pub fn serve_before(&mut self, layer: usize) -> Result<()> {
+        while self.next < layer {
+            let index = self.next;
+            if let Some(mail) = self.path.mail().layers[index] {
+                self.serve(index, &mail)?;
+            }
+            self.next += 1;
+        }
+        Ok(())
+    }
+
+    /// The device has ended the step.
+    pub fn finish(mut self) -> Result<()> {
+        self.is_over = true;
+        self.close();
+        match self.path.mail().error() {
+            Some(error) => Err(CudaError::unsupported(format!("a token: {error:?}")).into()),
+            None => Ok(()),
+        }
+    }
+
+    fn serve(&mut self, layer: usize, mail: &LayerMail) -> Result<()> {
+        self.companions.meter.lap(Work::Overhead);
+        self.hear(mail)?;
+        self.companions.meter.lap(Work::Dense);
+        self.close();
+        let DeviceFeedForward::Moe(moe) = &self.pass.model.layers()[layer].feed_forward else {
+            unreachable!("mail comes from layers with routers")
+        };
+        self.read_choices(layer, moe)?;
+        if !moe.experts.is_whole() {
+            self.answer(layer, moe, mail)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the layer's message.
+    fn hear(&mut self, mail: &LayerMail) -> Result<()> {
+        let Self { pass, path, step, .. } = *self;
+        let boxes = &path.mail().boxes;
+        let started = Instant::now();
+        let mut was_idle = false;
+        for look in 1u64.. {
+            if mail.layout.read(boxes, mail.mailbox, step, &mut self.buffers.posted) {
+                break;
+            }
+            if look.is_multiple_of(LOOKS) {
+                if self.companions.cancel.is_cancelled() {
+                    return Err(crate::Error::Cancelled);
+                }
+                // Idle before a look that found nothing: nothing will come.
+                if was_idle {
+                    return Err(CudaError::unsupported("a token that ended early").into());
+                }
+                was_idle = pass.stream().query()?;
+                if started.elapsed() > PATIENCE {
+                    let problem = "a GPU that does not answer: look at dmesg for NVRM: Xid";
+                    return Err(CudaError::unsupported(problem).into());
+                }
+            }
+            std::hint::spin_loop();
+        }
+        Ok(())
+    }
+
+    fn read_choices(&mut self, layer: usize, moe: &DeviceMoe) -> Result<()> {
+        let ServiceBuffers { posted, routes, choices, ids, .. } = &mut *self.buffers;
+        ids.clear();
+        choices.clear();
+        for (&id, &weight) in posted.ids.iter().zip(&posted.weights) {
+            let expert = u32::try_from(id).ok().filter(|&id| (id as usize) < moe.experts.count);
+            let expert = expert.ok_or_else(|| {
+                CudaError::unsupported(format!("a router that chose expert {id} in layer {layer}"))
+            })?;
+            ids.push(expert);
+            choices.push(Choice { expert, weight });
+        }
+        routes.clear();
+        routes.push(choices);
+        let position = self.pass.first_position;
+        self.companions.observer.routed(layer, position, ids, &posted.weights);
+        Ok(())
+    }
+
+    /// Decides about everything that is missing.
+    fn answer(&mut self, layer: usize, moe: &DeviceMoe, mail: &LayerMail) -> Result<()> {
+        let pass = self.pass;
+        let mut leave = |missing: Missing<'_>| leave(pass, missing);
+        let ServiceBuffers { routes, ids, .. } = &*self.buffers;
+        let store = pass.model.store();
+        let mut event = store.map(|store| store.begin_shared(layer, ids, routes, &mut leave));
+        let left: Vec<u32> = match &event {
+            Some(event) => event.left().iter().map(|id| id.expert).collect(),
+            None => ids.iter().copied().filter(|&id| !moe.experts.is_fixed(id as usize)).collect(),
+        };
+        let mut there = match &mut event {
+            Some(event) if event.has_ready() => event.next(self.companions.cancel)?,
+            _ => Vec::new(),
+        };
+        there.iter().for_each(|arrived| self.tell_arrived(mail, arrived));
+        self.companions.meter.lap(Work::Overhead);
+        self.compute(layer, moe, mail, &left);
+        self.companions.meter.lap(Work::Experts);
+        let Some(mut event) = event else { return Ok(()) };
+        let before = event.waited_ns();
+        loop {
+            let arrived = event.more(self.companions.cancel)?;
+            if arrived.is_empty() {
+                break;
+            }
+            arrived.iter().for_each(|arrived| self.tell_arrived(mail, arrived));
+            there.extend(arrived);
+        }
+        self.companions.meter.lap_with_wait(Work::Overhead, event.waited_ns() - before);
+        self.open = Some((event, there));
+        Ok(())
+    }
+
+    /// Choice of an expert that the device did not find.
+    fn missing_choice(&self, expert: u32) -> Option<usize> {
+        let ServiceBuffers { posted, ids, .. } = &*self.buffers;
+        let choice = ids.iter().position(|&id| id == expert)?;
+        (posted.missing >> choice & 1 == 1).then_some(choice)
+    }
+
+    /// Tells the device where an expert is, if it did not find it.
+    fn tell_arrived(&self, mail: &LayerMail, arrived: &Arrived) {
+        let Some(choice) = self.missing_choice(arrived.expert) else { return };
+        let Some(moving) = self.pass.model.moving() else { return };
+        let entry = moving.entry(arrived.frame());
+        let decisions = &self.path.mail().decisions;
+        Decision::Resident(entry).tell(decisions, mail.decisions + choice, self.step);
+    }
+
+    /// Computes the experts `left`, and tells the device.
+    fn compute(&mut self, layer: usize, moe: &DeviceMoe, mail: &LayerMail, left: &[u32]) {
+        if left.is_empty() {
+            return;
+        }
+        let hidden = self.pass.description.hidden;
+        // One that left before its removal was told: the device has it still.
+        let missing: Vec<usize> =
+            left.iter().filter_map(|&expert| self.missing_choice(expert)).collect();
+        let ServiceBuffers { posted, routes, choices, grouping, rows, ids, .. } =
+            &mut *self.buffers;
+        choices.clear();
+        choices.extend(missing.iter().map(|&choice| Choice { expert: ids[choice], weight: 1.0 }));
+        routes.clear();
+        routes.push(choices);
+        grouping.gather(routes);
+        rows.resize(grouping.rows() * hidden, 0.0);
+        expert_rows(self.pass, layer, moe, (&posted.x, 1), grouping, rows);
+        let mailed = self.path.mail();
+        for (index, choice) in missing.into_iter().enumerate() {
+            let row = &rows[grouping.row_of(index) * hidden..][..hidden];
+            mailed.rows.write_floats(mail.rows + 4 * hidden * choice, row);
+            Decision::Host.tell(&mailed.decisions, mail.decisions + choice, self.step);
+        }
+    }
+
+    /// Ends the open event: the device has passed its layer.
+    fn close(&mut self) {
+        if let Some((event, there)) = self.open.take() {
+            drop(there);
+            event.finish(self.pass.first_position, 1, self.companions.observer);
+        }
+    }
+}
+
+impl Drop for Service<'_, '_, '_, '_> {
+    fn drop(&mut self) {
+        if self.is_over {
+            return;
+        }
+        let mail = self.path.mail();
+        for layer in mail.layers[self.next..].iter().flatten() {
+            for choice in 0..layer.layout.k {
+                Decision::Host.tell(&mail.decisions, layer.decisions + choice, self.step);
+            }
+        }
+        // What it says is of no interest: the token is lost.
+        let _ = self.pass.stream().synchronize();
+        if let Some((event, there)) = self.open.take() {
+            drop(there);
+            drop(event);
+        }
+    }
+}

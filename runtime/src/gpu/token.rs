@@ -1,0 +1,282 @@
+//! One token as one list of launches, mostly a CUDA graph: the device finds
+//! the experts that it has by itself. Behind each router it tells the host
+//! what was chosen; where something is missing, it goes on with what is there
+//! and waits for the host's decision ([`super::serve`]). The protocol is that
+//! of [`pregate_kernels::cuda::post`] and its neighbours.
+
+use super::buffers::ALIGN;
+use super::exchange::Exchange;
+use super::pass::Pass;
+use super::slots::SlotTable;
+use super::weights::{DeviceFeedForward, DeviceMoe, DeviceWeights};
+use crate::model::description::ModelDescription;
+use pregate_kernels::cuda::{
+    Arena, BeginStep, CudaError, Device, Graph, HostRows, MailboxLayout, Mapped, Post, STEP_WORDS,
+    Settle, Span, StepLayout, begin_step, post, settle,
+};
+use std::collections::HashMap;
+use std::time::Duration;
+
+/// How long host and device wait for each other.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+/// Positions that the smallest graph is for.
+const SMALLEST_GRAPH: usize = 256;
+
+/// A session's memory for tokens of their own.
+pub struct TokenPath {
+    /// Of one token.
+    pub exchange: Exchange,
+    /// i32 `[4]`: step, position, 0, 0.
+    pub words: Span,
+    /// u32: the choices of a layer that were not there, and those that the
+    /// host computed.
+    missing: Span,
+    from_host: Span,
+    /// u64 `[experts]`: where the layer's experts are that were there, and
+    /// those that came later.
+    table: Span,
+    late: Span,
+    step_layout: StepLayout,
+    step_block: Mapped,
+    mail: Mail,
+}
+
+/// What host and device share about the layers.
+pub struct Mail {
+    /// Per layer of the model; `None`: nothing is asked there.
+    pub layers: Vec<Option<LayerMail>>,
+    pub boxes: Mapped,
+    /// A word per choice; behind the last layer's the error word.
+    pub decisions: Mapped,
+    /// f32 `[k, hidden]` per layer.
+    pub rows: Mapped,
+    error_word: usize,
+}
+
+/// A layer's places in [`Mail`].
+#[derive(Clone, Copy, Debug)]
+pub struct LayerMail {
+    pub layout: MailboxLayout,
+    /// In bytes.
+    pub mailbox: usize,
+    /// In words.
+    pub decisions: usize,
+    /// In bytes.
+    pub rows: usize,
+}
+
+/// A step as the launches see it.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    pub path: &'a TokenPath,
+    /// Positions that the launches are for.
+    pub most: usize,
+}
+
+impl TokenPath {
+    /// Bytes of device memory.
+    pub fn device_bytes(description: &ModelDescription) -> usize {
+        let experts = most_experts(description);
+        let tables = 2 * (8 * experts).next_multiple_of(ALIGN);
+        Exchange::bytes(description, 1) + 3 * ALIGN + tables
+    }
+
+    /// # Errors
+    /// The system refuses page-locked memory, or the device fails.
+    pub fn new(
+        device: &Device,
+        arena: &Arena,
+        description: &ModelDescription,
+        weights: &DeviceWeights,
+        slots: &SlotTable,
+    ) -> Result<Self, CudaError> {
+        let tables = 8 * most_experts(description);
+        let input_bytes = Exchange::inputs_bytes(description, 1);
+        let step_layout = StepLayout { updates: slots.all().bytes() / 4, input_bytes };
+        Ok(Self {
+            exchange: Exchange::new(arena, description, 1)?,
+            words: arena.take(4 * STEP_WORDS, ALIGN)?,
+            missing: arena.take(4, ALIGN)?,
+            from_host: arena.take(4, ALIGN)?,
+            table: arena.take(tables, ALIGN)?,
+            late: arena.take(tables, ALIGN)?,
+            step_block: device.mapped(step_layout.bytes())?,
+            step_layout,
+            mail: Mail::new(device, description, weights)?,
+        })
+    }
+
+    pub fn mail(&self) -> &Mail {
+        &self.mail
+    }
+
+    /// Says what the next step is: to be called between steps.
+    pub fn write_step(
+        &self,
+        step: u32,
+        position: usize,
+        updates: &[(u32, u32)],
+        inputs: &[u8],
+    ) -> Result<(), CudaError> {
+        self.step_layout.write(&self.step_block, step, position, updates)?;
+        self.step_block.write(self.step_layout.inputs_at(), inputs);
+        Ok(())
+    }
+
+    /// The first launch.
+    pub fn begin(&self, pass: &Pass<'_>) -> Result<(), CudaError> {
+        let inputs = &self.exchange.inputs;
+        let call = BeginStep {
+            layout: self.step_layout,
+            block: &self.step_block.span(),
+            slot_of: pass.model.slots().all(),
+            words: &self.words,
+            inputs,
+        };
+        begin_step(pass.device(), pass.stream(), call)
+    }
+
+    /// Tells the host what a layer's router chose, and finds those of them
+    /// that are there. The answer is where: u64 `[experts]`.
+    pub fn post(
+        &self,
+        pass: &Pass<'_>,
+        layer: usize,
+        moe: &DeviceMoe,
+        mail: &LayerMail,
+    ) -> Result<Span, CudaError> {
+        let k = 4 * moe.top_k;
+        let chosen = &self.exchange.choices[moe.router];
+        let table = self.table.part(0..8 * moe.experts.count);
+        let slots = pass.model.slots();
+        let (from, bytes) = (mail.mailbox, mail.layout.bytes());
+        let call = Post {
+            layout: mail.layout,
+            mailbox: &self.mail.boxes.span().part(from..from + bytes),
+            words: &self.words,
+            ids: &chosen.ids.part(0..k),
+            weights: &chosen.weights.part(0..k),
+            slot_of: &slots.of_layer(layer),
+            arena: slots.arena(moe.experts.shape.block_bytes),
+            table: &table,
+            missing: &self.missing,
+            ahead: None,
+            x: &pass.buffers.normed.part(0..4 * pass.description.hidden),
+        };
+        post(pass.device(), pass.stream(), call)?;
+        Ok(table)
+    }
+
+    /// Waits for the host's decisions about a layer. The answer is where
+    /// experts are that came meanwhile: u64 `[experts]`.
+    pub fn settle(
+        &self,
+        pass: &Pass<'_>,
+        moe: &DeviceMoe,
+        mail: &LayerMail,
+    ) -> Result<Span, CudaError> {
+        let (k, late) = (moe.top_k, self.late.part(0..8 * moe.experts.count));
+        let word = |first: usize, count: usize| {
+            self.mail.decisions.span().part(8 * first..8 * (first + count))
+        };
+        let call = Settle {
+            words: &self.words,
+            missing: &self.missing,
+            ids: &self.exchange.choices[moe.router].ids.part(0..4 * k),
+            k,
+            decisions: &word(mail.decisions, k),
+            arena: pass.model.slots().arena(moe.experts.shape.block_bytes),
+            patience: PATIENCE,
+            error: &word(self.mail.error_word, 1),
+            late: &late,
+            from_host: &self.from_host,
+        };
+        settle(pass.device(), pass.stream(), call)?;
+        Ok(late)
+    }
+
+    /// The rows that the host computed, `[k, hidden]`, and which they are.
+    pub fn host_rows(&self, mail: &LayerMail) -> [Span; 2] {
+        let bytes = 4 * mail.layout.k * mail.layout.hidden;
+        [self.mail.rows.span().part(mail.rows..mail.rows + bytes), self.from_host.clone()]
+    }
+}
+
+/// What [`pregate_kernels::cuda::Combine`] takes of [`TokenPath::host_rows`].
+pub fn host_rows([rows, from_host]: &[Span; 2]) -> HostRows<'_> {
+    HostRows { rows, from_host }
+}
+
+fn most_experts(description: &ModelDescription) -> usize {
+    description.moe_layers().map(|(_, moe)| moe.experts).max().unwrap_or(1)
+}
+
+impl Mail {
+    fn new(
+        device: &Device,
+        description: &ModelDescription,
+        weights: &DeviceWeights,
+    ) -> Result<Self, CudaError> {
+        let is_whole = weights.layers.iter().all(|layer| match &layer.feed_forward {
+            DeviceFeedForward::Moe(moe) => moe.experts.is_whole(),
+            DeviceFeedForward::Dense(_) => true,
+        });
+        let (mut boxes, mut words, mut rows) = (0, 0, 0);
+        let hidden = description.hidden;
+        let mut mail = |layer: &DeviceFeedForward| {
+            let DeviceFeedForward::Moe(moe) = layer else { return None };
+            let layout = MailboxLayout { k: moe.top_k, hidden, ahead: 0, experts: 0 };
+            let mail = LayerMail { layout, mailbox: boxes, decisions: words, rows };
+            boxes += layout.bytes();
+            words += moe.top_k;
+            rows += (4 * moe.top_k * hidden).next_multiple_of(ALIGN);
+            Some(mail)
+        };
+        let layers = weights.layers.iter();
+        let layers: Vec<Option<LayerMail>> = match is_whole {
+            true => layers.map(|_| None).collect(),
+            false => layers.map(|layer| mail(&layer.feed_forward)).collect(),
+        };
+        Ok(Self {
+            layers,
+            boxes: device.mapped(boxes.max(8))?,
+            decisions: device.mapped(8 * (words + 1))?,
+            rows: device.mapped(rows.max(8))?,
+            error_word: words,
+        })
+    }
+
+    /// What the device found wrong with a step.
+    pub fn error(&self) -> Option<pregate_kernels::cuda::StepError> {
+        pregate_kernels::cuda::StepError::read(&self.decisions, self.error_word)
+    }
+}
+
+/// Graphs of tokens, by the positions that they are for.
+#[derive(Default)]
+pub struct Graphs(HashMap<usize, Graph>);
+
+impl Graphs {
+    /// Positions that the launches of a token are for: as few sizes as leave
+    /// at most half of them behind the context.
+    pub fn most(position: usize, capacity: usize) -> usize {
+        let most = (position + 1).next_power_of_two().max(SMALLEST_GRAPH).min(capacity);
+        assert!(position < most, "position {position} of {capacity}");
+        most
+    }
+
+    /// The graph for `most` positions, of what `launch` launches.
+    pub fn get(
+        &mut self,
+        pass: &Pass<'_>,
+        most: usize,
+        launch: impl FnOnce() -> Result<(), CudaError>,
+    ) -> Result<&Graph, CudaError> {
+        match self.0.entry(most) {
+            std::collections::hash_map::Entry::Occupied(graph) => Ok(graph.into_mut()),
+            std::collections::hash_map::Entry::Vacant(room) => {
+                Ok(room.insert(Graph::capture(pass.stream(), launch)?))
+            }
+        }
+    }
+}
