@@ -87,10 +87,25 @@ fn a_busy_link_and_missing_frames_leave_all_to_the_cpu() {
     assert_eq!(choice.count(Place::Link), 0, "{}", choice.reason);
     split.choose(&Asked { frames: 0, ..asked(1, &misses) }, &mut choice);
     assert_eq!(choice.count(Place::Link), 0, "{}", choice.reason);
-    // Behind other work of the GPU a copy costs nothing; one that is worth
-    // something later comes then.
     split.choose(&asked(1, &misses), &mut choice);
     assert_eq!(choice.count(Place::Link), 1, "{}", choice.reason);
+}
+
+/// Behind other work of the GPU a copy costs nothing, and what is used again
+/// is worth something.
+#[test]
+fn copies_hide_behind_other_work() {
+    let (mut split, mut choice) = taught(4, 64);
+    let misses = misses(4);
+    for _ in 0..64 {
+        split.next_token();
+        split.routed(1, &[0, 1, 2, 3]);
+        split.choose(&asked(1, &misses), &mut choice);
+        split.measured(1, &outcome(&choice, 0));
+    }
+    split.choose(&Asked { hidden_ns: 10 * COPY_NS, ..asked(1, &misses) }, &mut choice);
+    assert_eq!(choice.count(Place::Link), 4, "{}", choice.reason);
+    assert_eq!(choice.expected_ns, 10 * COPY_NS);
 }
 
 #[test]

@@ -17,6 +17,8 @@ const SPREAD: f64 = 0.4;
 /// Decisions that price one miss more at first, then one of so many.
 const PRICED: u64 = 64;
 const PRICE_EVERY: u64 = 8;
+/// What a miss costs at least, as a share of one expert's time.
+const LEAST_MISS: f64 = 0.05;
 pub struct Class {
     pub cpu: Worker,
     pub link: Worker,
@@ -99,7 +101,9 @@ impl Class {
         candidates.clear();
         let queue_ns = bounded(asked.queue_ns);
         let hidden_ns = bounded(asked.hidden_ns);
-        let miss_ns = self.miss.mean.max(0.0);
+        // Beside others one miss more may cost nothing; all of them do.
+        let cheaper = self.cpu.alone(layer, 1).min(self.link.alone(layer, 1));
+        let miss_ns = self.miss.mean.max(LEAST_MISS * cheaper);
         for waits in 0..=waits_ns.len() {
             let waited_ns = waits.checked_sub(1).map_or(0.0, |last| waits_ns[last]);
             let mut reuse_ns = 0.0;

@@ -156,6 +156,16 @@ pub enum Rule<'a> {
     Live(&'a mut Split, Rng),
 }
 
+impl Rule<'_> {
+    /// [`Split::explored_ns`] so far.
+    pub fn explored_ns(&self) -> (u64, u64) {
+        match self {
+            Self::Live(split, _) => split.explored_ns(),
+            Self::Share(_) | Self::Clairvoyant => (0, 0),
+        }
+    }
+}
+
 /// ns of layers, noise-free.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Totals {
