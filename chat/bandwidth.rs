@@ -2,14 +2,14 @@
 //! every active weight once per token.
 
 use crate::{
-    device::{Device, Gpu},
+    device::Device,
     exit::Failure,
     expert_speed::{Pages, Pool},
     plan::Planned,
 };
 use pregate_kernels::{
     Backend,
-    cuda::{CudaError, probe_read},
+    cuda::{self, CudaError, Span, probe_read},
 };
 use std::{
     array::from_fn,
@@ -22,6 +22,10 @@ const BUFFER_BYTES: usize = 512 << 20;
 /// With less the caches would help.
 const SMALLEST_BUFFER_BYTES: usize = 128 << 20;
 const PASSES: usize = 8;
+/// What a GPU reads first; one that takes so long (less than 1 GB/s) is asked
+/// for no more.
+const FIRST_BYTES: usize = 4 << 20;
+const LONG_S: f64 = 0.004;
 /// Sums side by side, so that adding does not limit reading.
 const LANES: usize = 32;
 /// What a thread reads in one go.
@@ -33,30 +37,40 @@ const STREAMS: usize = 4;
 /// Of the memory that holds the weights, in GB/s.
 pub fn of(device: &Device, planned: &Planned) -> Result<f64, Failure> {
     match &device.gpu {
-        Some(gpu) => gpu_read_gb_s(gpu).map_err(|error| Failure::Runtime(error.into())),
+        Some(gpu) => gpu_read_gb_s(&gpu.device).map_err(|error| Failure::Runtime(error.into())),
         None => read_gb_s(&*device.backend, planned.plan.budget_bytes),
     }
 }
 
 /// The best of several passes in which a GPU reads a buffer once. The buffer
 /// is there for this call only, and smaller where memory is short.
-fn gpu_read_gb_s(gpu: &Gpu) -> Result<f64, CudaError> {
+pub fn gpu_read_gb_s(gpu: &cuda::Device) -> Result<f64, CudaError> {
     // What a device holds at most: eight blocks of 256 threads each.
-    let blocks = 8 * gpu.device.info().multiprocessors;
-    let (free_bytes, _) = gpu.device.memory()?;
+    let blocks = 8 * gpu.info().multiprocessors;
+    let (free_bytes, _) = gpu.memory()?;
     let words = (free_bytes / 2).min(BUFFER_BYTES as u64) as usize / 16;
-    let arena = gpu.device.arena(16 * words + 4 * 256 * blocks as usize)?;
+    let arena = gpu.arena(16 * words + 4 * 256 * blocks as usize)?;
     let (from, sums) = (arena.take(16 * words, 256)?, arena.take(4 * 256 * blocks as usize, 16)?);
-    let stream = gpu.device.compute();
+    let stream = gpu.compute();
+    let read = |from: &Span| -> Result<f64, CudaError> {
+        let since = stream.record_timed()?;
+        probe_read(gpu, stream, blocks, from, &sums)?;
+        let until = stream.record_timed()?;
+        until.synchronize()?;
+        Ok(until.seconds_since(&since)?.max(1e-9))
+    };
+    let gb_s = |from: &Span, seconds: f64| from.bytes() as f64 / seconds / 1e9;
+    let first = from.part(0..from.bytes().min(FIRST_BYTES));
+    stream.fill(&first, 1)?;
+    read(&first)?;
+    let seconds = read(&first)?;
+    if seconds > LONG_S {
+        return Ok(gb_s(&first, seconds));
+    }
     stream.fill(&from, 1)?;
     let mut best = 0.0f64;
     for _ in 0..PASSES {
-        let since = stream.record_timed()?;
-        probe_read(&gpu.device, stream, blocks, &from, &sums)?;
-        let until = stream.record_timed()?;
-        until.synchronize()?;
-        let seconds = until.seconds_since(&since)?.max(1e-9);
-        best = best.max(from.bytes() as f64 / seconds / 1e9);
+        best = best.max(gb_s(&from, read(&from)?));
     }
     Ok(best)
 }

@@ -66,12 +66,17 @@ Standard output has the answer and nothing else; notes and --stats go to standar
   pregate plan --model model.gguf
   pregate plan --model model.gguf --ram 50% --context 4096
   pregate plan --model model.gguf --ram 6G --json | jq .prediction
+  pregate plan --model model.gguf --device cuda --vram 8G
 
 A model that fits is used where it is mapped. Of one that does not, all weights but the
 experts stay in memory, experts come from disk into slots, and every layer has slots for at
 least the experts of one token. The prediction takes every expert to be as likely as every
 other; real routing hits slots more often. Its bounds are memory bandwidth / bytes per token
-and disk bandwidth / bytes that miss.")]
+and disk bandwidth / bytes that miss.
+
+Where a GPU has no room for all experts, the GPU, the link and the processor are measured, alone
+and at once, and the prediction is the expected time over all numbers of missing experts, in each
+of which the slowest ends the layer. Copies ahead of need are left out.")]
     Plan(PlanArgs),
     /// Measure prompt and decode speed
     #[command(after_help = "Examples:

@@ -150,6 +150,11 @@ impl Device {
     }
 }
 
+/// Whether this is the tests' stand-in for a GPU, whose times mean nothing.
+pub fn is_standin(gpu: &cuda::DeviceInfo) -> bool {
+    gpu.name == "Pregate stand-in"
+}
+
 /// The processor with `threads` threads, or as many as it has cores.
 pub fn processor(threads: Option<usize>) -> Result<Cpu, Failure> {
     Cpu::new(CpuOptions { threads, isa: None }).map_err(|error| {

@@ -176,6 +176,29 @@ impl<'a> Experts<'a> {
     }
 }
 
+impl Experts<'_> {
+    /// As [`Experts::gb_s`], one token at least and more while `more` says so.
+    pub fn gb_s_while<E>(
+        &mut self,
+        backend: &dyn Backend,
+        count: usize,
+        more: &mut dyn FnMut() -> Result<bool, E>,
+    ) -> Result<f64, E> {
+        let started = Instant::now();
+        let mut tokens = 0;
+        loop {
+            self.token(backend, count);
+            tokens += 1;
+            if !more()? {
+                break;
+            }
+        }
+        black_box(&self.answers);
+        let bytes = tokens * count * self.shape.bytes();
+        Ok(bytes as f64 / started.elapsed().as_secs_f64() / 1e9)
+    }
+}
+
 /// Plain reads that walk over a pool.
 pub struct Reader<'a> {
     pool: &'a [u8],
@@ -300,15 +323,50 @@ pub fn measure(
     Ok(Speed::of(at_once, quiet, loud))
 }
 
-/// Two experts at once of the usual shape, in less than a second.
-pub fn usual(backend: &dyn Backend) -> Result<Speed, Failure> {
+/// What experts cost the processor: `start_us + bytes / gb_s`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Line {
+    pub gb_s: f64,
+    pub start_us: f64,
+    /// With [`AT_ONCE`] of them, the start included.
+    pub measured_gb_s: f64,
+}
+
+/// Experts that a line is measured with, beside one alone.
+pub const AT_ONCE: usize = 4;
+
+impl Line {
+    /// Through the times of one expert of `bytes` and of [`AT_ONCE`].
+    fn through(bytes: usize, one_gb_s: f64, some_gb_s: f64) -> Self {
+        let one_ns = bytes as f64 / one_gb_s;
+        let some_ns = (AT_ONCE * bytes) as f64 / some_gb_s;
+        // More experts take longer, by less than as many times one.
+        let each_ns = (some_ns - one_ns) / (AT_ONCE - 1) as f64;
+        let each_ns = each_ns.clamp(one_ns / 4.0, one_ns);
+        Self {
+            gb_s: bytes as f64 / each_ns,
+            start_us: (one_ns - each_ns) / 1e3,
+            measured_gb_s: some_gb_s,
+        }
+    }
+}
+
+/// Memory for short measurements; of the large pages that experts have.
+pub fn pool() -> Result<Pool, Failure> {
     let free = memory::available().bytes;
     if free / 2 < Effort::SHORT.pool_bytes as u64 {
         let words = format!("{} of free memory are too little to measure in", output::bytes(free));
         return Err(Failure::Resources(words));
     }
-    let pool = Pool::new(Pages::Huge, Effort::SHORT.pool_bytes)?;
-    measure(backend, &pool, USUAL, 2, Effort::SHORT)
+    Pool::new(Pages::Huge, Effort::SHORT.pool_bytes)
+}
+
+/// One expert alone and [`AT_ONCE`] at once, in less than a second; the line
+/// through both, and the second.
+pub fn line(backend: &dyn Backend, pool: &Pool, shape: Shape) -> Result<(Line, Speed), Failure> {
+    let one = measure(backend, pool, shape, 1, Effort::SHORT)?;
+    let some = measure(backend, pool, shape, AT_ONCE, Effort::SHORT)?;
+    Ok((Line::through(shape.bytes(), one.gb_s, some.gb_s), some))
 }
 
 /// The middle of the samples; of an even number, the mean of the two there.
@@ -385,6 +443,18 @@ mod tests {
         assert_eq!((speed.left_out, speed.disturbed), (4, false));
         let loud = Speed::of(1, Vec::new(), quiet);
         assert_eq!((loud.share, loud.left_out, loud.disturbed), (speed.share, 0, true));
+    }
+
+    #[test]
+    fn a_line_goes_through_both_times() {
+        // 10 + 20 us each: 30 and 90 us for 600 kB each.
+        let line = Line::through(600_000, 20.0, 2_400_000.0 / 90_000.0);
+        assert!((line.gb_s - 30.0).abs() < 1e-9 && (line.start_us - 10.0).abs() < 1e-9);
+        // Four that are slower than four times one are no line.
+        let noisy = Line::through(600_000, 20.0, 10.0);
+        assert_eq!((noisy.gb_s, noisy.start_us), (20.0, 0.0));
+        let noisy = Line::through(600_000, 20.0, 1000.0);
+        assert!(noisy.gb_s <= 80.0 && noisy.start_us > 0.0);
     }
 
     #[test]

@@ -114,14 +114,17 @@ fn doctor_looks_at_everything_and_a_gpu_is_no_must() {
     let output = run(&["doctor"]);
     let text = stdout(&output);
     assert_eq!(output.status.code(), Some(0), "{text}");
-    for about in ["processor", "experts", "memory", "model", "disk", "gpu"] {
+    for about in ["processor", "experts", "memory", "pinning", "model", "disk", "gpu"] {
         let lines = text.lines().filter(|line| line.split_whitespace().nth(1) == Some(about));
         assert!(lines.count() >= 1, "nothing about {about}: {text}");
     }
     let report: serde_json::Value =
         serde_json::from_str(&stdout(&run(&["doctor", "--json"]))).expect("JSON");
     assert_eq!(report["can_run"], true);
-    assert!(report["cpu_experts"]["gb_s"].as_f64().is_some_and(|gb_s| gb_s > 0.0), "{report}");
+    assert!(
+        report["cpu_experts"]["line"]["gb_s"].as_f64().is_some_and(|gb_s| gb_s > 0.0),
+        "{report}"
+    );
     let gpus = report["gpus"].as_array().expect("a list");
     let of_gpu = report["findings"].as_array().expect("a list").iter();
     let of_gpu: Vec<_> = of_gpu.filter(|finding| finding["about"] == "gpu").collect();

@@ -83,7 +83,47 @@ fn the_plan_tells_what_a_gpu_holds() {
     let split = ["plan", "--json", "--device", "cuda:0", "--vram", "270M", "--context", "512"];
     let Some(output) = on_gpu("", &split) else { return };
     let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(plan["prediction"].is_null(), "{plan}");
+    assert!(plan["prediction"].is_null() && plan["not_predicted"].is_null(), "{plan}");
+    let speed = &plan["split"];
+    let number = |name: &str| speed[name].as_f64().unwrap_or(f64::NAN);
+    assert!(number("predicted_tok_s") > 0.0, "{plan}");
+    assert!(number("all_on_gpu_tok_s") > 0.0, "{plan}");
+    for part in ["gpu_allows_tok_s", "visits_allow_tok_s"] {
+        assert!(number(part) >= number("predicted_tok_s") * 0.999999, "{part}: {plan}");
+    }
+    assert!((0.01..0.99).contains(&number("hit_ratio")), "{plan}");
+    assert_eq!(speed["facts"]["is_standin"], true, "{plan}");
+    let link = &speed["facts"]["link"];
+    for name in ["pinned_gb_s", "pageable_gb_s", "copy_us", "visit_us"] {
+        assert!(link[name].as_f64().is_some_and(|value| value > 0.0), "{name}: {plan}");
+    }
+    let words = ["plan", "--device", "cuda:0", "--vram", "270M", "--context", "512"];
+    let Some(output) = on_gpu("", &words) else { return };
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("tok/s without prefetch; the "), "{text}");
+    assert!(text.contains("mean nothing"), "{text}");
+}
+
+#[test]
+fn the_doctor_measures_the_link_and_says_what_a_stand_in_is() {
+    for settings in ["drain=lazy", "drain=eager"] {
+        let Some(output) = on_gpu(settings, &["doctor", "--json"]) else { return };
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let gpu = &report["gpus"][0];
+        assert_eq!(gpu["is_standin"], true, "{report}");
+        for name in ["read_gb_s", "pinned_gb_s", "pageable_gb_s", "copy_us", "visit_us"] {
+            let value = gpu["speed"][name].as_f64();
+            assert!(value.is_some_and(|value| value > 0.0), "{name}: {report}");
+        }
+        let both = &gpu["speed"]["both"];
+        for name in ["cpu_gb_s", "link_gb_s"] {
+            assert!(both[name].as_f64().is_some_and(|value| value > 0.0), "{name}: {report}");
+        }
+        let findings = report["findings"].as_array().unwrap().iter();
+        let link: Vec<_> = findings.filter(|finding| finding["about"] == "link").collect();
+        assert_eq!(link.len(), 1, "{report}");
+        assert!(link[0]["next"].as_str().unwrap().contains("mean nothing"), "{report}");
+    }
 }
 
 #[test]

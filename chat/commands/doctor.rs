@@ -1,15 +1,18 @@
 //! `pregate doctor`: what this machine has, and what to do about the rest.
 
 mod gpu;
+mod limits;
+mod pci;
 
 use crate::{
     cli::DoctorArgs,
     exit::{self, Failure},
-    expert_speed::{self, Speed},
+    expert_speed::{self, Line, Pool, Speed, USUAL},
     memory, model,
     output::{self, bytes},
     plan,
 };
+use limits::Limits;
 use pregate_kernels::{Cpu, CpuOptions, Isa};
 use pregate_runtime::{
     OpenedModel,
@@ -35,7 +38,8 @@ pub enum State {
 /// One thing that was looked at.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
-    /// "processor", "experts", "memory", "model", "disk" or "gpu".
+    /// "processor", "experts", "memory", "pinning", "model", "disk", "gpu" or
+    /// "link".
     pub about: &'static str,
     pub state: State,
     pub found: String,
@@ -63,19 +67,22 @@ struct Report {
     findings: Vec<Finding>,
     gpus: Vec<gpu::Gpu>,
     /// Experts on the processor; `null` where it was not measured.
-    cpu_experts: Option<Speed>,
+    cpu_experts: Option<CpuExperts>,
+    limits: Limits,
 }
 
 /// The exit code: 0 if models can run on the processor.
 pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
-    let (mut findings, cpu_experts) = processor();
-    findings.push(memory_of_machine());
+    let (mut findings, measured) = processor();
+    let (with, cpu_experts) = measured.unzip();
+    let (limits, of_limits) = limits::look();
+    findings.extend([memory_of_machine(), of_limits]);
     findings.extend(model_and_disk(args.model.as_deref()));
-    let (gpus, of_gpus) = gpu::look();
+    let (gpus, of_gpus) = gpu::look(with.as_ref());
     findings.extend(of_gpus);
     let can_run = findings.iter().all(|finding| finding.state != State::Bad);
     let report =
-        Report { version: env!("CARGO_PKG_VERSION"), can_run, findings, gpus, cpu_experts };
+        Report { version: env!("CARGO_PKG_VERSION"), can_run, findings, gpus, cpu_experts, limits };
     match args.json {
         true => output::json(&report)?,
         false => output::line(text(&report).trim_end())?,
@@ -100,7 +107,20 @@ fn text(report: &Report) -> String {
     lines.chain([verdict.to_string()]).collect()
 }
 
-fn processor() -> (Vec<Finding>, Option<Speed>) {
+/// What measurements need.
+pub struct Measuring {
+    pub cpu: Cpu,
+    pub pool: Pool,
+}
+
+/// How fast the processor computes experts, for `--json`.
+#[derive(Serialize)]
+struct CpuExperts {
+    line: Line,
+    speed: Speed,
+}
+
+fn processor() -> (Vec<Finding>, Option<(Measuring, CpuExperts)>) {
     let cpu = match Cpu::new(CpuOptions::default()) {
         Ok(cpu) => cpu,
         Err(error) => {
@@ -109,31 +129,35 @@ fn processor() -> (Vec<Finding>, Option<Speed>) {
             return (vec![Finding::new("processor", State::Bad, found).next(next)], None);
         }
     };
-    let (speed, of_experts) = experts(&cpu);
-    (vec![threads(&cpu), of_experts], speed)
+    let threads = threads(&cpu);
+    cpu.pin_caller();
+    let measured = expert_speed::pool().and_then(|pool| {
+        let (line, speed) = expert_speed::line(&cpu, &pool, USUAL)?;
+        Ok((Measuring { cpu, pool }, CpuExperts { line, speed }))
+    });
+    match measured {
+        Ok(measured) => (vec![threads, experts(&measured.1)], Some(measured)),
+        Err(failure) => {
+            let finding = Finding::new("experts", State::Note, failure.to_string());
+            (vec![threads, finding], None)
+        }
+    }
 }
 
-/// How fast it computes experts from memory.
-fn experts(cpu: &Cpu) -> (Option<Speed>, Finding) {
-    let about = "experts";
-    let shape = expert_speed::USUAL;
-    match expert_speed::usual(cpu) {
-        Ok(speed) => {
-            let disturbed =
-                if speed.disturbed { ", other programs took the processor" } else { "" };
-            let found = format!(
-                "the processor computes those of {} in {} and {} at {:.1} GB/s, {:.0} % of what a \
-                 plain read reaches{disturbed}",
-                shape.of,
-                shape.gate_up.name(),
-                shape.down.name(),
-                speed.gb_s,
-                speed.share * 100.0
-            );
-            (Some(speed), Finding::new(about, State::Ok, found))
-        }
-        Err(failure) => (None, Finding::new(about, State::Note, failure.to_string())),
-    }
+fn experts(CpuExperts { line, speed }: &CpuExperts) -> Finding {
+    let disturbed = if speed.disturbed { ", beside other programs" } else { "" };
+    let found = format!(
+        "those of {} in {} and {} on the processor: {:.1} GB/s ({} at once), {:.0} % of a plain \
+         read{disturbed}; {:.0} us to start",
+        USUAL.of,
+        USUAL.gate_up.name(),
+        USUAL.down.name(),
+        speed.gb_s,
+        speed.experts,
+        speed.share * 100.0,
+        line.start_us
+    );
+    Finding::new("experts", State::Ok, found)
 }
 
 fn threads(cpu: &Cpu) -> Finding {
@@ -221,6 +245,7 @@ mod tests {
             ],
             gpus: Vec::new(),
             cpu_experts: None,
+            limits: Limits { locked_bytes: None, wsl: false },
         };
         let lines = text(&report);
         assert_eq!(

@@ -9,7 +9,9 @@ use crate::{
     output::{self, bytes},
     plan::{self, GpuPlan, Needs, Planned},
     roofline::{self, Prediction},
+    split_speed::{self, Facts, SplitSpeed},
 };
+use pregate_predictor::roofline::Hits;
 use pregate_runtime::{
     OpenedModel,
     budget::{ClassPlan, Parts, Placement},
@@ -50,6 +52,10 @@ struct Report {
     read_bandwidth_gb_s: f64,
     /// `null` where a GPU and the processor share the experts.
     prediction: Option<Prediction>,
+    /// Where they do.
+    split: Option<SplitSpeed>,
+    /// Why there is neither.
+    not_predicted: Option<String>,
 }
 
 /// What the probe of the disk found.
@@ -100,6 +106,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let prediction = (!planned.is_split()).then(|| {
         roofline::predict(model.bytes_per_token(), &planned.loads(), gb_s * 1e9, disk_rate)
     });
+    let (split, not_predicted) = split(&model, &device, &planned, gb_s)?;
     let report = Report {
         model: path.display().to_string(),
         model_bytes: planned.sizes.whole_bytes,
@@ -131,11 +138,33 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         disk,
         read_bandwidth_gb_s: gb_s,
         prediction,
+        split,
+        not_predicted,
     };
     if args.json {
         return output::json(&report);
     }
     output::line(text(&report, &planned, &model).trim_end())
+}
+
+/// What is expected where a GPU and the processor share the experts, or why
+/// nothing can be said; neither where they do not.
+fn split(
+    model: &OpenedModel,
+    device: &Device,
+    planned: &Planned,
+    gpu_read_gb_s: f64,
+) -> Result<(Option<SplitSpeed>, Option<String>), Failure> {
+    let parts = device.gpu.as_ref().zip(planned.gpu.as_ref());
+    let Some((gpu, plan)) = parts.filter(|_| planned.is_split()) else { return Ok((None, None)) };
+    let facts = match Facts::measure(gpu, gpu_read_gb_s, &*device.backend, model) {
+        Ok(facts) => facts,
+        Err(Failure::Resources(why)) => return Ok((None, Some(why))),
+        Err(failure) => return Err(failure),
+    };
+    let bytes = model.bytes_per_token();
+    let speed = split_speed::predict(planned, plan, gpu.misses, bytes, Hits::Uniform, &facts);
+    Ok((Some(speed), None))
 }
 
 /// Where the system does not say what is free, the budget has no number.
@@ -235,12 +264,14 @@ fn text(report: &Report, planned: &Planned, model: &OpenedModel) -> String {
     if let Some(disk) = &report.disk {
         add("disk", disk.line.clone());
     }
-    match &report.prediction {
-        Some(found) => prediction(found, report.slots.is_some(), &mut add),
-        None => add(
-            "prediction",
-            "none: what the processor computes beside the GPU is not predicted yet".to_string(),
-        ),
+    if let Some(found) = &report.prediction {
+        prediction(found, report.slots.is_some(), &mut add);
+    }
+    for (label, value) in report.split.iter().flat_map(split_speed::lines) {
+        add(label, value);
+    }
+    if let Some(why) = &report.not_predicted {
+        add("prediction", format!("none: {why}"));
     }
     out
 }

@@ -1,5 +1,6 @@
 //! Decisions only: the vocabulary of routing, residency, eviction policies,
-//! forecasts, the planner, and the split of misses between CPU and link.
+//! forecasts, the planner, the split of misses between CPU and link, and what
+//! speed a split allows.
 //!
 //! No GPU, no file, no clock, no thread.
 
@@ -9,6 +10,7 @@ pub mod ledger;
 pub mod observer;
 pub mod planner;
 pub mod policy;
+pub mod roofline;
 pub mod split;
 pub mod vocabulary;
 

@@ -1,11 +1,22 @@
 //! What `pregate doctor` says of CUDA: no driver, one that is too old, no
 //! device, or the devices.
 
-use super::{Finding, State};
-use crate::output::bytes;
+use super::{
+    Finding, Measuring, State,
+    pci::{self, Links},
+};
+use crate::{
+    bandwidth, device,
+    expert_speed::{self, Experts, USUAL},
+    link_speed::{self, LinkSpeed},
+    output::bytes,
+};
 use pregate_kernels::cuda::{CudaError, Device, DeviceInfo, DeviceOptions};
 use serde::Serialize;
-use std::{fs, path::Path};
+use std::path::Path;
+
+/// Where Linux tells of devices.
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
 
 /// A device, for `--json`.
 #[derive(Clone, Debug, Serialize)]
@@ -22,20 +33,67 @@ pub struct Gpu {
     pub driver: String,
     /// Where it is plugged in.
     pub pci: String,
-    /// The link to the host; `null` where the system does not say.
-    pub link: Option<String>,
+    /// The link to the host, read while it was in use if it was measured;
+    /// `null` where the system does not say.
+    pub link: Option<Links>,
+    /// The tests' stand-in, whose times mean nothing.
+    pub is_standin: bool,
+    /// `null` where it was not measured.
+    pub speed: Option<Speed>,
+}
+
+/// What a GPU and the host reach, GB/s and microseconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Speed {
+    /// The GPU reading its own memory.
+    pub read_gb_s: f64,
+    #[serde(flatten)]
+    pub link: LinkSpeed,
+}
+
+impl Speed {
+    fn measure(device: &Device, with: &Measuring) -> Result<Self, CudaError> {
+        let read_gb_s = bandwidth::gpu_read_gb_s(device)?;
+        let at_once = expert_speed::AT_ONCE;
+        let mut experts = Experts::new(USUAL, with.pool.bytes(), at_once)
+            .expect("the pool holds so many of the usual experts");
+        let link = link_speed::measure(device, &with.cpu, &mut experts, at_once)?;
+        Ok(Self { read_gb_s, link })
+    }
+
+    fn words(&self) -> String {
+        let LinkSpeed { pinned_gb_s, pin_refused, pageable_gb_s, copy_us, visit_us, both } =
+            &self.link;
+        let pinned = match (pinned_gb_s, pin_refused) {
+            (Some(gb_s), _) => format!("{gb_s:.1} GB/s from page-locked memory"),
+            (None, Some(why)) => format!("no page-locked memory ({why})"),
+            (None, None) => "no page-locked memory".to_string(),
+        };
+        format!(
+            "reads {:.1} GB/s; copies to it: {pinned}, {pageable_gb_s:.1} from other; \
+             {copy_us:.0} us for a small one, {visit_us:.0} for an empty kernel; at once: experts \
+             on the processor {:.1}, copies {:.1} GB/s",
+            self.read_gb_s, both.cpu_gb_s, both.link_gb_s
+        )
+    }
 }
 
 /// Every device, and a finding for each, or for why there is none.
-pub fn look() -> (Vec<Gpu>, Vec<Finding>) {
+pub fn look(with: Option<&Measuring>) -> (Vec<Gpu>, Vec<Finding>) {
     let (mut gpus, mut findings) = (Vec::new(), Vec::new());
     for ordinal in 0.. {
         match Device::open(ordinal, &DeviceOptions::default()) {
             Ok(device) => {
-                let link = link(Path::new("/sys/bus/pci/devices"), &device.info().pci);
+                let speed = with.map(|with| Speed::measure(&device, with)).transpose();
+                let link = Links::of(Path::new(PCI_DEVICES), &device.info().pci);
                 let free = device.memory().ok().map(|(free, _)| free);
-                let gpu = gpu(device.info(), free, link);
+                let mut gpu = gpu(device.info(), free, link);
                 findings.push(present(&gpu));
+                match speed {
+                    Ok(speed) => gpu.speed = speed,
+                    Err(error) => findings.push(failed(&error)),
+                }
+                findings.extend(gpu.speed.as_ref().map(|speed| measured(&gpu, speed)));
                 gpus.push(gpu);
             }
             Err(CudaError::NoSuchDevice { devices, .. }) if ordinal >= devices => break,
@@ -48,10 +106,32 @@ pub fn look() -> (Vec<Gpu>, Vec<Finding>) {
             }
         }
     }
+    if gpus.is_empty() {
+        findings.extend(without_driver(Path::new(PCI_DEVICES)));
+    }
     (gpus, findings)
 }
 
-fn gpu(info: &DeviceInfo, free_bytes: Option<u64>, link: Option<String>) -> Gpu {
+/// GPUs that are there although CUDA has none.
+fn without_driver(devices: &Path) -> Vec<Finding> {
+    let found = |pci: String| {
+        let link = Links::of(devices, &pci).map(|links| format!(", {}", links.words()));
+        let found = format!("one of NVIDIA's is plugged in at {pci}{}", link.unwrap_or_default());
+        Finding::new("gpu", State::Note, found).next("with its driver it could be used")
+    };
+    pci::nvidia(devices).into_iter().map(found).collect()
+}
+
+fn measured(gpu: &Gpu, speed: &Speed) -> Finding {
+    let words = speed.words();
+    match gpu.is_standin {
+        true => Finding::new("link", State::Note, format!("{}: {words}", gpu.ordinal))
+            .next("a stand-in for a GPU: its times mean nothing"),
+        false => Finding::new("link", State::Ok, format!("{}: {words}", gpu.ordinal)),
+    }
+}
+
+fn gpu(info: &DeviceInfo, free_bytes: Option<u64>, link: Option<Links>) -> Gpu {
     let (major, minor) = info.compute_capability;
     Gpu {
         ordinal: info.ordinal,
@@ -63,14 +143,16 @@ fn gpu(info: &DeviceInfo, free_bytes: Option<u64>, link: Option<String>) -> Gpu 
         driver: info.driver_version.to_string(),
         pci: info.pci.clone(),
         link,
+        is_standin: device::is_standin(info),
+        speed: None,
     }
 }
 
 fn present(gpu: &Gpu) -> Finding {
     let free = gpu.free_bytes.map(|free| format!(" ({} free)", bytes(free))).unwrap_or_default();
-    let link = gpu.link.as_deref().unwrap_or("of unknown speed");
+    let link = gpu.link.map_or_else(|| "link of unknown speed".to_string(), |link| link.words());
     let found = format!(
-        "{}: {}, {}{free}, compute capability {}, {} multiprocessors, driver for CUDA {}, link {link}",
+        "{}: {}, {}{free}, compute capability {}, {} multiprocessors, driver for CUDA {}, {link}",
         gpu.ordinal,
         gpu.name,
         bytes(gpu.memory_bytes),
@@ -87,44 +169,33 @@ fn failed(error: &CudaError) -> Finding {
     Finding::new("gpu", State::Note, error.to_string())
 }
 
-/// "16.0 GT/s PCIe x16 (of 32.0 GT/s PCIe x16)", as Linux says. Idle devices
-/// may say less than they reach.
-fn link(devices: &Path, pci: &str) -> Option<String> {
-    let folder = devices.join(pci);
-    let read = |name: &str| {
-        let text = fs::read_to_string(folder.join(name)).ok()?;
-        Some(text.trim().to_string())
-    };
-    let of = |which: &str| {
-        let (speed, width) = (format!("{which}_link_speed"), format!("{which}_link_width"));
-        Some(format!("{} x{}", read(&speed)?, read(&width)?))
-    };
-    let now = of("current")?;
-    Some(match of("max") {
-        Some(most) if most != now => format!("{now} (of {most})"),
-        _ => now,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link_speed::Both;
     use pregate_kernels::cuda::Version;
+    use std::fs;
 
     #[test]
-    fn a_device_is_told_with_its_link() {
+    fn a_device_is_told_with_its_link_and_what_it_reaches() {
         let folder = tempfile::tempdir().unwrap();
         let device = folder.path().join("0000:65:00.0");
         fs::create_dir(&device).unwrap();
-        let write = |name: &str, text: &str| fs::write(device.join(name), text).unwrap();
-        assert_eq!(link(folder.path(), "0000:65:00.0"), None);
-        write("current_link_speed", "8.0 GT/s PCIe\n");
-        write("current_link_width", "8\n");
-        assert_eq!(link(folder.path(), "0000:65:00.0").as_deref(), Some("8.0 GT/s PCIe x8"));
-        write("max_link_speed", "16.0 GT/s PCIe\n");
-        write("max_link_width", "16\n");
-        let link = link(folder.path(), "0000:65:00.0");
-        assert_eq!(link.as_deref(), Some("8.0 GT/s PCIe x8 (of 16.0 GT/s PCIe x16)"));
+        let files = [
+            ("current_link_speed", "8.0 GT/s PCIe"),
+            ("current_link_width", "8"),
+            ("max_link_speed", "16.0 GT/s PCIe"),
+            ("max_link_width", "16"),
+            ("vendor", "0x10de"),
+            ("class", "0x030000"),
+        ];
+        for (name, text) in files {
+            fs::write(device.join(name), format!("{text}\n")).unwrap();
+        }
+        let link = Links::of(folder.path(), "0000:65:00.0");
+        let absent = without_driver(folder.path());
+        assert_eq!(absent.len(), 1);
+        assert!(absent[0].found.contains("0000:65:00.0, PCIe 3.0 x8"), "{absent:?}");
         let info = DeviceInfo {
             ordinal: 0,
             name: "RTX".to_string(),
@@ -137,11 +208,32 @@ mod tests {
             integrated: false,
             pci: "0000:65:00.0".to_string(),
         };
-        let found = present(&gpu(&info, Some(23_000_000_000), link)).found;
-        for words in ["RTX, 24.0 GB (23.0 GB free)", "capability 8.9", "CUDA 12.4", "(of 16.0 GT/s"]
-        {
-            assert!(found.contains(words), "{found}");
-        }
+        let gpu = gpu(&info, Some(23_000_000_000), link);
+        let found = present(&gpu).found;
+        let parts = ["RTX, 24.0 GB (23.0 GB free)", "capability 8.9", "CUDA 12.4", "(of PCIe 4.0"];
+        assert!(parts.iter().all(|words| found.contains(words)), "{found}");
+
+        let link = LinkSpeed {
+            pinned_gb_s: Some(7.1),
+            pin_refused: None,
+            pageable_gb_s: 4.2,
+            copy_us: 12.0,
+            visit_us: 8.0,
+            both: Both { cpu_gb_s: 31.0, link_gb_s: 6.5 },
+        };
+        let speed = Speed { read_gb_s: 912.0, link };
+        let found = measured(&gpu, &speed);
+        assert_eq!((found.state, found.next), (State::Ok, None));
+        let found = found.found;
+        let parts =
+            ["912.0 GB/s", "7.1 GB/s from page-locked", "4.2 from other", "31.0, copies 6.5"];
+        assert!(parts.iter().all(|words| found.contains(words)), "{found}");
+        let refused = Some("no more".to_string());
+        let link = LinkSpeed { pinned_gb_s: None, pin_refused: refused, ..speed.link };
+        let standin = Gpu { is_standin: true, ..gpu };
+        let found = measured(&standin, &Speed { link, ..speed });
+        assert!(found.found.contains("no page-locked memory (no more)"), "{found:?}");
+        assert!(found.next.unwrap().contains("mean nothing"));
     }
 
     #[test]
