@@ -117,6 +117,24 @@ fn two_hundred_machines_settle_at_the_best_fixed_split() {
     assert!(above <= 0.0, "{above}");
 }
 
+/// A device with one frame to spare: the link is never alone with two misses.
+#[test]
+fn one_copy_at_a_time_settles_too() {
+    let window = SETTLED..192;
+    let run = |seed| {
+        let mut world = World::random(seed, window.end);
+        world.frames = 1;
+        Run::new(seed, &world, window.clone())
+    };
+    let runs = of_all(0..40, run);
+    for run in &runs {
+        let (seed, best) = (run.seed, run.best());
+        assert!(run.above(best) <= 0.04, "world {seed}: {:.4}", run.above(best));
+    }
+    let mean = runs.iter().map(|run| run.above(run.best())).sum::<f64>() / runs.len() as f64;
+    assert!(mean <= 0.0, "{mean}");
+}
+
 /// A world whose machine is not what its probes found.
 fn lying(seed: u64, tokens: usize) -> (World, Seed) {
     let mut world = World::random(seed, tokens);

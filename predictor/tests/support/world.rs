@@ -67,6 +67,8 @@ pub struct World {
     pub experts: usize,
     pub slots: usize,
     pub by_use: bool,
+    /// Copies that a layer may order.
+    pub frames: usize,
     /// `[tokens][layers]`: the chosen experts.
     routes: Vec<Vec<Vec<u32>>>,
 }
@@ -90,6 +92,7 @@ impl World {
             experts,
             slots: slots.min(experts - 1),
             by_use: rng.chance(0.3),
+            frames: usize::MAX,
             routes: Vec::new(),
         };
         world.route(tokens, rng);
@@ -237,6 +240,7 @@ impl<'a> Decoder<'a> {
         let missing = chosen.iter().filter(|&&expert| !cache.resident[expert as usize]);
         self.list.extend(missing.map(|&expert| Miss { expert, remaining_ns: None }));
         let q = self.list.len();
+        let most = q.min(self.world.frames);
         let busy = self.traffic.chance(machine.busy);
         let queue = if busy { self.traffic.uniform(0.0, machine.busy_ns) } else { 0.0 };
         let gpu = machine.late + (chosen.len() - q) as f64 * bytes / machine.vram;
@@ -252,13 +256,14 @@ impl<'a> Decoder<'a> {
         match rule {
             Rule::Share(share) => {
                 self.rest += *share * q as f64;
-                let copies = (self.rest.round() as usize).min(q);
-                self.rest -= copies as f64;
+                let copies = (self.rest.round() as usize).min(most);
+                // What found no frame is not caught up on.
+                self.rest = (self.rest - copies as f64).min(1.0);
                 places.clear();
                 places.resize(copies, Place::Link);
             }
             Rule::Clairvoyant => {
-                let copies = (0..=q).min_by(|&a, &b| wall(a).total_cmp(&wall(b))).unwrap_or(0);
+                let copies = (0..=most).min_by(|&a, &b| wall(a).total_cmp(&wall(b))).unwrap_or(0);
                 places.clear();
                 places.resize(copies, Place::Link);
             }
@@ -267,7 +272,7 @@ impl<'a> Decoder<'a> {
                     layer,
                     misses: &self.list,
                     resident: self.world.slots,
-                    frames: q,
+                    frames: most,
                     queue_ns: queue as u64,
                     hidden_ns: gpu as u64,
                 };
@@ -282,7 +287,7 @@ impl<'a> Decoder<'a> {
         totals.misses += q;
         totals.copies += copies;
         if let Rule::Live(split, rng) = rule {
-            let best = (0..=q).map(wall).fold(f64::INFINITY, f64::min);
+            let best = (0..=most).map(wall).fold(f64::INFINITY, f64::min);
             totals.best += best;
             totals.cpu_only += wall(0);
             totals.link_only += wall(q);
