@@ -68,8 +68,9 @@ pub struct SplitSpeed {
     pub predicted_tok_s: f64,
     /// "GPU", "processor", "link" or "way between GPU and host".
     pub binds: &'static str,
-    /// If routing is uniform, or as it was.
     pub hit_ratio: f64,
+    /// Whether this is what a run had; else what uniform routing would have.
+    pub hits_measured: bool,
     /// Weights that a token reads or moves.
     pub gpu_bytes_per_token: u64,
     pub cpu_bytes_per_token: u64,
@@ -85,9 +86,10 @@ pub struct SplitSpeed {
 }
 
 impl SplitSpeed {
-    fn new(found: &Prediction, facts: &Facts) -> Self {
+    fn new(found: &Prediction, hits: Hits, facts: &Facts) -> Self {
         Self {
             predicted_tok_s: found.tok_s(),
+            hits_measured: hits != Hits::Uniform,
             binds: found.binds().name(),
             hit_ratio: found.hit_ratio,
             gpu_bytes_per_token: found.gpu_bytes.round() as u64,
@@ -131,14 +133,16 @@ pub fn predict(
     };
     let machine = facts.link.machine(facts.gpu_read_gb_s, &facts.cpu);
     let dense = bytes_per_token.saturating_sub(routed);
-    SplitSpeed::new(&roofline::predict(dense, &layers, hits, bring, &machine), facts)
+    let found = roofline::predict(dense, &layers, hits, bring, &machine);
+    SplitSpeed::new(&found, hits, facts)
 }
 
 /// Label and text of each line.
 pub fn lines(speed: &SplitSpeed) -> Vec<(&'static str, String)> {
-    let Facts { gpu_read_gb_s, cpu, link, is_standin, .. } = &speed.facts;
+    let Facts { gpu_read_gb_s, cpu, link, .. } = &speed.facts;
+    let hits = if speed.hits_measured { "as measured" } else { "if routing is uniform" };
     let mut lines = vec![
-        ("hit ratio", format!("{:.1} % if routing is uniform", speed.hit_ratio * 100.0)),
+        ("hit ratio", format!("{:.1} % {hits}", speed.hit_ratio * 100.0)),
         (
             "read per token",
             format!(
@@ -181,16 +185,23 @@ pub fn lines(speed: &SplitSpeed) -> Vec<(&'static str, String)> {
         speed.visits_allow_tok_s,
         format!("{:.0} us in each layer that misses experts", link.visit_us),
     );
-    let standin = match is_standin {
+    let found = format!("{:.1} tok/s without prefetch; {}", speed.predicted_tok_s, binds(speed));
+    lines.push(("prediction", found));
+    lines
+}
+
+/// "44.1 tok/s with 36.5 % of the experts on the GPU; the link binds".
+pub fn in_short(speed: &SplitSpeed) -> String {
+    let (tok_s, hits) = (speed.predicted_tok_s, speed.hit_ratio * 100.0);
+    format!("{tok_s:.1} tok/s with {hits:.1} % of the experts on the GPU; {}", binds(speed))
+}
+
+fn binds(speed: &SplitSpeed) -> String {
+    let standin = match speed.facts.is_standin {
         true => "; a stand-in for a GPU: its times mean nothing",
         false => "",
     };
-    let found = format!(
-        "{:.1} tok/s without prefetch; the {} binds{standin}",
-        speed.predicted_tok_s, speed.binds
-    );
-    lines.push(("prediction", found));
-    lines
+    format!("the {} binds{standin}", speed.binds)
 }
 
 #[cfg(test)]
@@ -218,7 +229,7 @@ mod tests {
         let machine = facts.link.machine(facts.gpu_read_gb_s, &facts.cpu);
         let of = |bring| {
             let found = roofline::predict(80_000_000, &[layer; 8], Hits::Uniform, bring, &machine);
-            SplitSpeed::new(&found, &facts)
+            SplitSpeed::new(&found, Hits::Uniform, &facts)
         };
         let speed = of(Bring::Cpu);
         assert_eq!((speed.hit_ratio, speed.link_allows_tok_s), (0.5, None));
@@ -238,7 +249,10 @@ mod tests {
         {
             assert!(text.contains(words), "{words}: {text}");
         }
-        assert!(!text.contains("stand-in"));
+        assert!(!text.contains("stand-in") && text.contains("if routing is uniform"));
+        assert!(in_short(&speed).contains("with 50.0 % of the experts on the GPU; the processor"));
+        let measured = SplitSpeed { hits_measured: true, ..speed };
+        assert!(format!("{:?}", super::lines(&measured)).contains("50.0 % as measured"));
         let copied = of(Bring::Link);
         assert!(lines(&copied).contains(&"link allows") && copied.cpu_allows_tok_s.is_none());
         let facts = Facts { is_standin: true, ..facts.clone() };

@@ -105,6 +105,23 @@ fn the_plan_tells_what_a_gpu_holds() {
 }
 
 #[test]
+fn a_run_is_judged_by_the_prediction_for_the_hits_that_it_had() {
+    let few = ["--vram", "264M", "-p", "0", "-n", "2", "-r", "1"];
+    let Some(output) = on_gpu("", &[&["bench", "--json", "--device", "cuda"], &few[..]].concat())
+    else {
+        return;
+    };
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    let predicted = number(&report["split"]["predicted_tok_s"]);
+    let share = number(&report["decode_prediction_share"]);
+    let decode = number(&report["decode_tok_s"][0]);
+    assert!((share * predicted / decode - 1.0).abs() < 1e-6, "{report}");
+    assert_eq!(report["split"]["hits_measured"], true, "{report}");
+    assert!(report["decode_bandwidth_share"].is_null(), "{report}");
+}
+
+#[test]
 fn the_doctor_measures_the_link_and_says_what_a_stand_in_is() {
     for settings in ["drain=lazy", "drain=eager"] {
         let Some(output) = on_gpu(settings, &["doctor", "--json"]) else { return };

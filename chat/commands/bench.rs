@@ -10,11 +10,14 @@ use crate::{
     ledger, memory, model, notices, output,
     plan::{self, GpuPlan, Needs, Planned},
     progress::Progress,
-    signals, statistics,
+    signals,
+    split_speed::{self, Facts, SplitSpeed},
+    statistics,
 };
-use pregate_predictor::{NoObserver, Observer};
+use pregate_predictor::{NoObserver, Observer, roofline::Hits};
 use pregate_runtime::{
-    Cancel, Model, Run, Session, SessionOptions, StreamStats, budget::Parts, store::ExpertStore,
+    Cancel, Model, OpenedModel, Run, Session, SessionOptions, StreamStats, budget::Parts,
+    store::ExpertStore,
 };
 use pregate_traces::AccessLog;
 use serde::Serialize;
@@ -36,6 +39,11 @@ struct Report {
     /// bytes_per_token * median decode tok/s / bandwidth; `null` without
     /// decode samples, and where a GPU and the processor share the experts.
     decode_bandwidth_share: Option<f64>,
+    /// What was predicted with the hit ratio that decoding had, where a GPU and
+    /// the processor share the experts; `null` also where nothing could be.
+    split: Option<SplitSpeed>,
+    /// Median decode tok/s / prediction.
+    decode_prediction_share: Option<f64>,
     /// "gpu", "whole" or "streaming".
     placement: &'static str,
     /// The memory as planned.
@@ -77,6 +85,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     // takes no memory: the same machine, the same minute, the same budget.
     let bandwidth = || bandwidth::of(&device, &planned);
     let before = bandwidth()?;
+    let facts = facts(&opened, &device, &planned, before)?;
     let model = model::place(opened, &device, &planned)?;
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
@@ -116,6 +125,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
     drop((bench, model));
     let read_bandwidth_gb_s = before.max(bandwidth()?);
+    let split = split(&device, &planned, bytes_per_token, stats.as_ref(), facts.as_ref());
     let report = Report {
         model: path.display().to_string(),
         backend: device.describe(),
@@ -125,6 +135,10 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         decode_bandwidth_share: median(&decode_tok_s)
             .filter(|_| !planned.is_split())
             .map(|speed| bytes_per_token as f64 * speed / (read_bandwidth_gb_s * 1e9)),
+        decode_prediction_share: median(&decode_tok_s)
+            .zip(split.as_ref())
+            .map(|(speed, split)| speed / split.predicted_tok_s),
+        split,
         prompt_tok_s,
         decode_tok_s,
         bytes_per_token,
@@ -140,6 +154,42 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         commit: option_env!("PREGATE_COMMIT"),
     };
     if args.json { output::json(&report) } else { print(&report, &experts) }
+}
+
+/// What a prediction rests on, where a GPU and the processor share the
+/// experts.
+fn facts(
+    model: &OpenedModel,
+    device: &Device,
+    planned: &Planned,
+    gpu_read_gb_s: f64,
+) -> Result<Option<Facts>, Failure> {
+    let Some(gpu) = device.gpu.as_ref().filter(|_| planned.is_split()) else { return Ok(None) };
+    match Facts::measure(gpu, gpu_read_gb_s, &*device.backend, model) {
+        Ok(facts) => Ok(Some(facts)),
+        Err(Failure::Resources(why)) => {
+            eprintln!("note: no prediction: {why}");
+            Ok(None)
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
+/// With the hit ratio that decoding had.
+fn split(
+    device: &Device,
+    planned: &Planned,
+    bytes_per_token: u64,
+    stats: Option<&StreamStats>,
+    facts: Option<&Facts>,
+) -> Option<SplitSpeed> {
+    let (gpu, plan) = device.gpu.as_ref().zip(planned.gpu.as_ref())?;
+    let total = stats.map(|stats| stats.decode.total());
+    let hits = match total.filter(|total| total.requests() > 0) {
+        Some(total) => Hits::Ratio(total.hits as f64 / total.requests() as f64),
+        None => Hits::Uniform,
+    };
+    Some(split_speed::predict(planned, plan, gpu.misses, bytes_per_token, hits, facts?))
 }
 
 fn stream_stats(model: &Model) -> Option<StreamStats> {
@@ -257,6 +307,14 @@ fn print(report: &Report, experts: &str) -> Result<(), Failure> {
     }
     if let Some(share) = report.decode_bandwidth_share {
         output::line(&format!("{:<16} {:10.1} %", "decode uses", share * 100.0))?;
+    }
+    if let Some((share, split)) = report.decode_prediction_share.zip(report.split.as_ref()) {
+        output::line(&format!(
+            "{:<16} {:10.1} %       {}",
+            "of prediction",
+            share * 100.0,
+            split_speed::in_short(split)
+        ))?;
     }
     if let Some(bound) = report.belady_hit_ratio {
         output::line(&format!(
