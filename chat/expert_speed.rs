@@ -4,106 +4,28 @@
 //! Where a GPU holds only some of the experts, this decides what the others
 //! cost: each is read once per token and used for one token.
 
+mod line;
 mod pool;
 mod quiet;
+mod shape;
 
+pub use line::{AT_ONCE, Line};
 pub use pool::{Pages, Pool};
+pub use shape::{Shape, USUAL, shapes};
 
 use crate::{bandwidth, exit::Failure, memory, output};
 use pool::random;
-use pregate_kernels::{
-    Backend, ExpertGroup, ExpertRows, ExpertWeights, Format, GatedActivation, Matrix,
-};
+use pregate_kernels::{Backend, ExpertGroup, ExpertRows, ExpertWeights, GatedActivation};
 use quiet::Watch;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use std::{
     hint::black_box,
     thread,
     time::{Duration, Instant},
 };
 
-/// One expert's matrices: gate and up `[inner, hidden]`, down `[hidden,
-/// inner]`.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Shape {
-    /// Whose experts have these sizes.
-    pub of: &'static str,
-    pub hidden: usize,
-    pub inner: usize,
-    #[serde(serialize_with = "name")]
-    pub gate_up: Format,
-    #[serde(serialize_with = "name")]
-    pub down: Format,
-}
-
-fn name<S: Serializer>(format: &Format, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_str(format.name())
-}
-
-/// Sizes of published models, from their configurations.
-const SIZES: [(&str, usize, usize); 2] = [("Qwen3-30B-A3B", 2048, 768), ("OLMoE", 2048, 1024)];
-/// Of gate and up, of down. Q4_K_M files have Q6_K for half of the downs, Q4_K
-/// for the others.
-const FORMATS: [(Format, Format); 5] = [
-    (Format::Q4K, Format::Q6K),
-    (Format::Q4K, Format::Q4K),
-    (Format::Q4_0, Format::Q4_0),
-    (Format::Q8_0, Format::Q8_0),
-    (Format::Mxfp4, Format::Mxfp4),
-];
-
-/// What [`crate::commands::bench`] measures.
-pub fn shapes() -> Vec<Shape> {
-    let of_size = |(of, hidden, inner)| {
-        FORMATS.map(|(gate_up, down)| Shape { of, hidden, inner, gate_up, down })
-    };
-    SIZES.into_iter().flat_map(of_size).collect()
-}
-
-/// What stands for all of them where time is short.
-pub const USUAL: Shape = Shape {
-    of: SIZES[0].0,
-    hidden: SIZES[0].1,
-    inner: SIZES[0].2,
-    gate_up: FORMATS[0].0,
-    down: FORMATS[0].1,
-};
-
 /// Where experts start in the pool, as in a GPU's arena.
 const EXPERT_ALIGN_BYTES: usize = 256;
-
-impl Shape {
-    /// Weight bytes of gate or up, and of down.
-    fn matrix_bytes(&self) -> Option<(usize, usize)> {
-        let gate = self.gate_up.row_bytes(self.hidden)?.checked_mul(self.inner)?;
-        let down = self.down.row_bytes(self.inner)?.checked_mul(self.hidden)?;
-        Some((gate, down))
-    }
-
-    /// Weight bytes of an expert; 0 for sizes that are not whole blocks.
-    pub fn bytes(&self) -> usize {
-        self.matrix_bytes().map_or(0, |(gate, down)| 2 * gate + down)
-    }
-
-    /// The matrices of an expert that starts at `at` of `pool`.
-    fn weights<'a>(&self, pool: &'a [u8], at: usize) -> Result<ExpertWeights<'a>, Failure> {
-        let bad = |error| Failure::Internal(format!("{self:?}: {error}"));
-        let (gate_bytes, _) =
-            self.matrix_bytes().ok_or_else(|| bad("not whole blocks".to_string()))?;
-        let matrix = |format, rows, cols, at: usize| {
-            Matrix::new(format, rows, cols, &pool[at..]).map_err(|error| bad(error.to_string()))
-        };
-        let Self { hidden, inner, gate_up, down, .. } = *self;
-        Ok(ExpertWeights {
-            gate: matrix(gate_up, inner, hidden, at)?,
-            up: matrix(gate_up, inner, hidden, at + gate_bytes)?,
-            down: matrix(down, hidden, inner, at + 2 * gate_bytes)?,
-            gate_bias: None,
-            up_bias: None,
-            down_bias: None,
-        })
-    }
-}
 
 /// Experts of one shape in a pool, drawn so that none comes back before all
 /// others were read: no cache holds one of them.
@@ -323,34 +245,6 @@ pub fn measure(
     Ok(Speed::of(at_once, quiet, loud))
 }
 
-/// What experts cost the processor: `start_us + bytes / gb_s`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Line {
-    pub gb_s: f64,
-    pub start_us: f64,
-    /// With [`AT_ONCE`] of them, the start included.
-    pub measured_gb_s: f64,
-}
-
-/// Experts that a line is measured with, beside one alone.
-pub const AT_ONCE: usize = 4;
-
-impl Line {
-    /// Through the times of one expert of `bytes` and of [`AT_ONCE`].
-    fn through(bytes: usize, one_gb_s: f64, some_gb_s: f64) -> Self {
-        let one_ns = bytes as f64 / one_gb_s;
-        let some_ns = (AT_ONCE * bytes) as f64 / some_gb_s;
-        // More experts take longer, by less than as many times one.
-        let each_ns = (some_ns - one_ns) / (AT_ONCE - 1) as f64;
-        let each_ns = each_ns.clamp(one_ns / 4.0, one_ns);
-        Self {
-            gb_s: bytes as f64 / each_ns,
-            start_us: (one_ns - each_ns) / 1e3,
-            measured_gb_s: some_gb_s,
-        }
-    }
-}
-
 /// Memory for short measurements; of the large pages that experts have.
 pub fn pool() -> Result<Pool, Failure> {
     let free = memory::available().bytes;
@@ -386,17 +280,6 @@ mod tests {
     use super::*;
     use pregate_kernels::{Cpu, CpuOptions};
     use std::collections::HashSet;
-
-    #[test]
-    fn sizes_are_those_of_the_models() {
-        // 2 * 768 rows of 8 blocks of 144 bytes, 2048 rows of 3 blocks of 210.
-        assert_eq!(USUAL.bytes(), 2 * 768 * 8 * 144 + 2048 * 3 * 210);
-        let all = shapes();
-        assert_eq!(all.len(), 10);
-        assert!(all.iter().all(|shape| shape.bytes() > 2 << 20), "{all:?}");
-        let olmoe = all.iter().find(|shape| shape.of == "OLMoE").unwrap();
-        assert_eq!((olmoe.hidden, olmoe.inner), (2048, 1024));
-    }
 
     #[test]
     fn no_expert_comes_back_before_all_others_were_read() {
@@ -443,18 +326,6 @@ mod tests {
         assert_eq!((speed.left_out, speed.disturbed), (4, false));
         let loud = Speed::of(1, Vec::new(), quiet);
         assert_eq!((loud.share, loud.left_out, loud.disturbed), (speed.share, 0, true));
-    }
-
-    #[test]
-    fn a_line_goes_through_both_times() {
-        // 10 + 20 us each: 30 and 90 us for 600 kB each.
-        let line = Line::through(600_000, 20.0, 2_400_000.0 / 90_000.0);
-        assert!((line.gb_s - 30.0).abs() < 1e-9 && (line.start_us - 10.0).abs() < 1e-9);
-        // Four that are slower than four times one are no line.
-        let noisy = Line::through(600_000, 20.0, 10.0);
-        assert_eq!((noisy.gb_s, noisy.start_us), (20.0, 0.0));
-        let noisy = Line::through(600_000, 20.0, 1000.0);
-        assert!(noisy.gb_s <= 80.0 && noisy.start_us > 0.0);
     }
 
     #[test]
