@@ -161,7 +161,7 @@ fn check_statistics(config: &Config, stats: &StreamStats) {
                 let enough = config.forecast == "none" && config.ring >= TOP_K;
                 assert!(read > 0 && (left == 0 || !enough), "{config:?}: {left} left, {read}");
             }
-            Misses::Auto => assert!(left > 0, "{config:?}: the host computed nothing"),
+            Misses::Auto => assert!(left > 0 || read > 0, "{config:?}: nobody brought them"),
         }
     }
     if slots == moving {

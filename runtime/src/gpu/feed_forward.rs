@@ -25,7 +25,7 @@ pub fn run(
     weights: &DeviceFeedForward,
     companions: &mut Companions<'_, '_>,
 ) -> Result<bool> {
-    let Some(moe) = begin(pass, norm, weights)? else { return Ok(true) };
+    let Some(moe) = begin(pass, norm, weights, &[])? else { return Ok(true) };
     let chosen = &pass.exchange.choices[moe.router];
     let visit = || Visit::new(pass, layer, moe, chosen);
     let visit = (!moe.experts.is_whole()).then(visit).transpose()?;
@@ -47,8 +47,10 @@ pub fn step(
     norm: &DeviceNorm,
     weights: &DeviceFeedForward,
 ) -> Result<bool, CudaError> {
-    let Some(moe) = begin(pass, norm, weights)? else { return Ok(true) };
     let mail = path.mail().layers[layer];
+    let ahead: Vec<usize> =
+        mail.iter().flat_map(|mail| mail.ahead().iter().map(|ahead| ahead.router)).collect();
+    let Some(moe) = begin(pass, norm, weights, &ahead)? else { return Ok(true) };
     let posted = mail.map(|mail| path.post(pass, layer, moe, &mail)).transpose()?;
     let Some((mail, table)) = mail.zip(posted).filter(|_| !moe.experts.is_whole()) else {
         routed(pass, moe, &moe.experts.table)?;
@@ -66,11 +68,12 @@ pub fn step(
 }
 
 /// A dense block, whose answer is in `delta` then; or the norm and the router
-/// of one with experts.
+/// of one with experts, and the routers `ahead` on the same state.
 fn begin<'a>(
     pass: &Pass<'_>,
     norm: &DeviceNorm,
     weights: &'a DeviceFeedForward,
+    ahead: &[usize],
 ) -> Result<Option<&'a DeviceMoe>, CudaError> {
     match weights {
         DeviceFeedForward::Dense(block) => {
@@ -80,7 +83,7 @@ fn begin<'a>(
         }
         DeviceFeedForward::Moe(moe) => {
             pass.norm(norm, true, pass.tokens, &formats(pass, moe))?;
-            choose(pass, moe, &pass.exchange.choices[moe.router])?;
+            choose(pass, moe, &pass.exchange.choices[moe.router], ahead)?;
             Ok(Some(moe))
         }
     }
@@ -138,7 +141,12 @@ fn combine(pass: &Pass<'_>, moe: &DeviceMoe, host: Option<HostRows<'_>>) -> Resu
 }
 
 /// Ids and weights of every token's experts.
-fn choose(pass: &Pass<'_>, moe: &DeviceMoe, chosen: &Chosen) -> Result<(), CudaError> {
+fn choose(
+    pass: &Pass<'_>,
+    moe: &DeviceMoe,
+    chosen: &Chosen,
+    ahead: &[usize],
+) -> Result<(), CudaError> {
     let table = routers(pass).ok_or_else(|| CudaError::unsupported("a layer without a router"))?;
     let (device, stream, tokens) = (pass.device(), pass.stream(), pass.tokens);
     let words = |span: &Span, count: usize| span.part(0..4 * count);
@@ -146,12 +154,19 @@ fn choose(pass: &Pass<'_>, moe: &DeviceMoe, chosen: &Chosen) -> Result<(), CudaE
     let weights = words(&chosen.weights, tokens * moe.top_k);
     let layer = &table.layers()[moe.router];
     if tokens == 1 && layer.is_fused() {
+        let named = pass.step.filter(|_| !ahead.is_empty());
+        let named = named.map(|step| step.path.named_ahead(ahead.len()));
         let call = RouterStep {
             table,
             scratch: &pass.buffers.router_scratch,
             state: &words(&pass.exchange.x, pass.description.hidden),
             chosen: Some(router::Chosen { layer: moe.router, ids: &ids, weights: &weights }),
-            ahead: None,
+            ahead: named.as_ref().map(|[ids, scores]| router::Ahead {
+                layers: ahead,
+                experts: 1,
+                ids,
+                scores,
+            }),
         };
         return router_step(device, stream, call);
     }

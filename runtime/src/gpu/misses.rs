@@ -2,18 +2,17 @@
 //! router chose, computes some of the missing experts, and has others copied
 //! while the device computes those that are there. All have the same bits.
 
-use super::buffers::FEW_TOKENS;
+use super::decider::HostWork;
 use super::exchange::Chosen;
+use super::moving::Moving;
 use super::pass::{Companions, Pass, words};
 use super::weights::DeviceMoe;
 use crate::error::Result;
 use crate::forward::Work;
-use crate::model::Misses;
 use crate::model::weights::{FeedForwardWeights, GatedBlock};
 use crate::store::{Arrived, Event, Missing};
 use pregate_kernels::cuda::{self, CudaError, HostPart, Span};
 use pregate_kernels::{Choice, ExpertGroup, ExpertRows, Grouping, Routes};
-use pregate_predictor::ExpertId;
 
 /// A layer's choices, once they are made.
 pub struct Visit<'a> {
@@ -45,7 +44,7 @@ impl<'a> Visit<'a> {
         launch: &dyn Fn(&Span) -> Result<(), CudaError>,
     ) -> Result<()> {
         companions.meter.lap(Work::Dense);
-        let Self { pass, layer, moe, .. } = self;
+        let Self { pass, moe, .. } = &self;
         pass.device().copy().wait(&self.ready)?;
         let routes = self.routes()?;
         let mut grouping = Grouping::default();
@@ -55,9 +54,8 @@ impl<'a> Visit<'a> {
             1 => routes.of(0).iter().map(|choice| choice.expert).collect(),
             _ => grouping.experts().collect(),
         };
-        let mut leave = |missing: Missing<'_>| leave(pass, missing);
-        let mut event =
-            pass.model.store().map(|store| store.begin_shared(layer, &order, &routes, &mut leave));
+        let moving = pass.model.moving();
+        let mut event = moving.map(|moving| self.begin(moving, &order, &routes));
         let left: Vec<u32> = match &event {
             Some(event) => event.left().iter().map(|id| id.expert).collect(),
             None => {
@@ -73,18 +71,36 @@ impl<'a> Visit<'a> {
             launch(&self.table(companions, true, &first)?)?;
         }
         drop(first);
-        self.compute(&routes, &left, answers)?;
+        let mut work = self.compute(&routes, &left, answers)?;
+        if let Some(event) = &event {
+            work.ns = event.now_ns() - event.began_ns();
+        }
         companions.meter.lap(Work::Experts);
-        if let Some(event) = event {
-            self.receive(event, companions, launch)?;
+        if let Some((event, moving)) = event.zip(moving) {
+            self.receive(event, moving, work, companions, launch)?;
         }
         Ok(())
+    }
+
+    /// Asks for what is not there, and decides who computes it.
+    fn begin(&self, moving: &'a Moving, order: &[u32], routes: &Routes) -> Event<'a> {
+        let Self { pass, layer, moe, .. } = self;
+        let decider = moving.decider();
+        let mut counts = vec![0; moe.experts.count];
+        routes.all().iter().for_each(|choice| counts[choice.expert as usize] += 1);
+        let mut leave = |missing: Missing<'_>| match pass.tokens {
+            1 => decider.of_token(missing, false),
+            _ => decider.of_chunk(missing, |expert| counts[expert as usize]),
+        };
+        moving.store().begin_shared(*layer, order, routes, &mut leave)
     }
 
     /// Launches what arrives, and ends the event.
     fn receive(
         &self,
         mut event: Event<'_>,
+        moving: &Moving,
+        work: HostWork,
         companions: &mut Companions<'_, '_>,
         launch: &dyn Fn(&Span) -> Result<(), CudaError>,
     ) -> Result<()> {
@@ -98,6 +114,8 @@ impl<'a> Visit<'a> {
             launch(&self.table(companions, false, &arrived)?)?;
         }
         let Pass { first_position, tokens, .. } = *self.pass;
+        moving.decider().measured(self.layer, &event, work, tokens);
+        moving.decider().settle(self.layer, &mut event);
         event.finish(first_position, tokens, companions.observer);
         companions.meter.lap(Work::Overhead);
         Ok(())
@@ -143,9 +161,9 @@ impl<'a> Visit<'a> {
 
     /// The host computes the experts `left`. Work of the device that was
     /// launched before runs meanwhile.
-    fn compute(&self, routes: &Routes, left: &[u32], answers: &Span) -> Result<()> {
+    fn compute(&self, routes: &Routes, left: &[u32], answers: &Span) -> Result<HostWork> {
         if left.is_empty() {
-            return Ok(());
+            return Ok(HostWork::default());
         }
         let Self { pass, moe, .. } = self;
         let (k, hidden) = (moe.top_k, pass.description.hidden);
@@ -164,7 +182,8 @@ impl<'a> Visit<'a> {
         grouping.gather(&choices);
         let mut found = vec![0.0; grouping.rows() * hidden];
         expert_rows(pass, self.layer, moe, (&x, pass.tokens), &grouping, &mut found);
-        send(pass, &rows, &grouping, &found, answers)
+        send(pass, &rows, &grouping, &found, answers)?;
+        Ok(HostWork { experts: left.len(), tokens: rows.len(), ns: 0 })
     }
 }
 
@@ -193,23 +212,6 @@ pub fn expert_rows(
         .collect();
     let (groups, activation) = (&groups[..], moe.activation);
     engine.backend.expert_rows(ExpertRows { x, tokens, groups, activation, answers });
-}
-
-/// Which of the missing experts the host computes.
-pub fn leave(pass: &Pass<'_>, missing: Missing<'_>) -> Vec<ExpertId> {
-    let host = match pass.model.misses() {
-        Misses::Host => true,
-        Misses::Copied => false,
-        // Many tokens make a copy worth its time.
-        Misses::Auto => pass.tokens <= FEW_TOKENS,
-    };
-    let copied = match (host, pass.step.is_some()) {
-        (true, _) => 0,
-        // Nobody leaves a frame before the device has passed the layer.
-        (false, true) => missing.free.min(missing.missing.len()),
-        (false, false) => missing.missing.len(),
-    };
-    missing.missing[copied..].to_vec()
 }
 
 /// Copies the rows of the missing choices, whose places are `rows`, to the

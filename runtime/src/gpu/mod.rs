@@ -9,6 +9,7 @@
 
 mod attention;
 mod buffers;
+mod decider;
 mod delta_net;
 mod exchange;
 mod experts;
@@ -33,13 +34,14 @@ pub use session::{GpuPass, GpuSession};
 
 use crate::error::Result;
 use crate::files::ModelFiles;
+use crate::model::GpuExperts;
 use crate::model::description::ModelDescription;
 use crate::model::weights::ModelWeights;
-use crate::model::{GpuExperts, Misses};
 use crate::store::ExpertStore;
 use moving::Moving;
 use needs::{dense_bytes, experts_bytes};
 use pregate_kernels::cuda::Device;
+use pregate_predictor::split::LayerSplit;
 use slots::SlotTable;
 use upload::Uploader;
 use weights::{DeviceLayer, DeviceWeights};
@@ -126,9 +128,10 @@ impl GpuModel {
         self.moving.as_ref()
     }
 
-    /// What becomes of experts that are not there.
-    pub fn misses(&self) -> Misses {
-        self.moving.as_ref().map_or(Misses::Host, Moving::misses)
+    /// Who brought what was missing in each layer, and why; `None`: nothing
+    /// comes and goes, or the user chose.
+    pub fn splits(&self) -> Option<Vec<LayerSplit>> {
+        self.moving.as_ref()?.decider().report()
     }
 
     /// Bytes of experts in page-locked memory of the host, and in other memory

@@ -1,6 +1,7 @@
 //! Experts that come and go: the expert store over frames of the device, and
 //! copies of all of them in host memory.
 
+use super::decider::Decider;
 use super::experts::BlockShape;
 use super::host_store::HostStore;
 use super::mover::LinkMover;
@@ -106,8 +107,12 @@ impl Plan {
             done += slots as u64 * layer.expert_bytes;
             tell(done);
         }
+        let filled = store.stats().prefill.link;
+        let per_byte = filled.busy_ns as f64 / filled.bytes as f64;
+        let per_byte = Some(per_byte).filter(|ns| ns.is_finite() && *ns > 0.0);
+        let decider = Decider::new(misses, &shape, &streaming.slots, per_byte);
         store.begin_statistics();
-        Ok(Moving { store, vram, slots: slots.clone(), host, misses })
+        Ok(Moving { store, vram, slots: slots.clone(), host, decider })
     }
 }
 
@@ -117,7 +122,7 @@ pub struct Moving {
     vram: Arc<Vram>,
     slots: Arc<SlotTable>,
     host: Arc<HostStore>,
-    misses: Misses,
+    decider: Decider,
 }
 
 impl Moving {
@@ -125,8 +130,9 @@ impl Moving {
         &self.store
     }
 
-    pub fn misses(&self) -> Misses {
-        self.misses
+    /// Who brings what is missing.
+    pub fn decider(&self) -> &Decider {
+        &self.decider
     }
 
     /// Where a frame starts, for the device.

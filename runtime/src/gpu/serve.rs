@@ -5,15 +5,18 @@
 //! A layer's event of the store stays open until the next layer's router was
 //! heard: until then the device may read what arrived for it.
 
-use super::misses::{expert_rows, leave};
+use super::decider::HostWork;
+use super::misses::expert_rows;
 use super::pass::{Companions, Pass};
 use super::token::{LayerMail, PATIENCE, TokenPath};
 use super::weights::{DeviceFeedForward, DeviceMoe};
 use crate::error::Result;
 use crate::forward::Work;
+use crate::model::weights::FeedForwardWeights;
 use crate::store::{Arrived, Event, Missing};
 use pregate_kernels::cuda::{CudaError, Decision, Posted};
 use pregate_kernels::{Choice, Grouping, Routes};
+use pregate_predictor::forecast::{External, Source};
 use std::time::Instant;
 
 /// Looks at a mailbox between two questions to the driver, which say whether
@@ -43,6 +46,8 @@ pub struct ServiceBuffers {
     ids: Vec<u32>,
     grouping: Grouping,
     rows: Vec<f32>,
+    /// Layers that were forecast.
+    targets: Vec<usize>,
 }
 
 impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
@@ -145,10 +150,14 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
     /// Decides about everything that is missing.
     fn answer(&mut self, layer: usize, moe: &DeviceMoe, mail: &LayerMail) -> Result<()> {
         let pass = self.pass;
-        let mut leave = |missing: Missing<'_>| leave(pass, missing);
         let ServiceBuffers { routes, ids, .. } = &*self.buffers;
-        let store = pass.model.store();
-        let mut event = store.map(|store| store.begin_shared(layer, ids, routes, &mut leave));
+        let mut event = pass.model.moving().map(|moving| {
+            let decider = moving.decider();
+            decider.routed(layer, ids);
+            // Nobody leaves a frame before the device has passed the layer.
+            let mut leave = |missing: Missing<'_>| decider.of_token(missing, true);
+            moving.store().begin_shared(layer, ids, routes, &mut leave)
+        });
         let left: Vec<u32> = match &event {
             Some(event) => event.left().iter().map(|id| id.expert).collect(),
             None => ids.iter().copied().filter(|&id| !moe.experts.is_fixed(id as usize)).collect(),
@@ -162,6 +171,10 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         self.compute(layer, moe, mail, &left);
         self.companions.meter.lap(Work::Experts);
         let Some(mut event) = event else { return Ok(()) };
+        let ns = event.now_ns() - event.began_ns();
+        let work = HostWork { experts: left.len(), tokens: left.len(), ns };
+        self.foresee(mail, &mut event);
+        self.companions.meter.lap(Work::Overhead);
         let before = event.waited_ns();
         loop {
             let arrived = event.more(self.companions.cancel)?;
@@ -172,8 +185,41 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
             there.extend(arrived);
         }
         self.companions.meter.lap_with_wait(Work::Overhead, event.waited_ns() - before);
+        if let Some(moving) = pass.model.moving() {
+            moving.decider().measured(layer, &event, work, 1);
+        }
         self.open = Some((event, there));
         Ok(())
+    }
+
+    /// What the routers of the next layers say of this layer's state: pre-gated
+    /// lookahead (2308.12066) without training.
+    fn foresee(&mut self, mail: &LayerMail, event: &mut Event<'_>) {
+        let started = event.now_ns();
+        let engine = self.pass.engine;
+        let ServiceBuffers { posted, targets, .. } = &mut *self.buffers;
+        targets.clear();
+        for (index, target) in mail.ahead().iter().enumerate() {
+            let target = target.layer;
+            let FeedForwardWeights::Moe(moe) = &engine.weights.layers[target].feed_forward else {
+                unreachable!("the device's layers are the model's")
+            };
+            if !event.wants(target) {
+                continue;
+            }
+            let from = index * mail.layout.experts;
+            let logits = &mut posted.ahead[from..from + moe.experts.len()];
+            moe.rule.rank(logits);
+            // Of layers: dense ones count.
+            let ahead = (target - event.layer()) as u8;
+            let source = Source::StaleGate { ahead };
+            event.foresee(&External { source, target, logits });
+            targets.push(target);
+        }
+        if !targets.is_empty() {
+            event.prefetch();
+            event.spent(targets, event.now_ns() - started);
+        }
     }
 
     /// Choice of an expert that the device did not find.
@@ -220,8 +266,11 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
 
     /// Ends the open event: the device has passed its layer.
     fn close(&mut self) {
-        if let Some((event, there)) = self.open.take() {
+        if let Some((mut event, there)) = self.open.take() {
             drop(there);
+            if let Some(moving) = self.pass.model.moving() {
+                moving.decider().settle(event.layer(), &mut event);
+            }
             event.finish(self.pass.first_position, 1, self.companions.observer);
         }
     }

@@ -15,7 +15,7 @@ use crate::model::Model;
 use crate::model::description::{Mixer, ModelDescription};
 use crate::model::rope::Rope;
 use crate::session::{Cancel, SessionOptions};
-use crate::store::PassInfo;
+use crate::store::{ExpertStore, PassInfo};
 use pregate_kernels::cuda::{Arena, CellFormat, CudaError, Device, DeviceCells, Span};
 use pregate_predictor::Observer;
 
@@ -110,8 +110,8 @@ impl Token {
         description: &ModelDescription,
         graphs: bool,
     ) -> Result<Self, CudaError> {
-        let (device, slots) = (model.device(), model.slots());
-        let path = TokenPath::new(device, arena, description, &model.weights, slots)?;
+        let horizon = model.store().map_or(0, ExpertStore::horizon);
+        let path = TokenPath::new(model.device(), arena, description, &model.weights, horizon)?;
         let graphs = graphs.then(Graphs::default);
         Ok(Self { path, graphs, step: 0, buffers: ServiceBuffers::default() })
     }
@@ -324,6 +324,9 @@ impl GpuSession {
         if let Err(error) = written {
             gpu.slots().put_back(&updates);
             return Err(error.into());
+        }
+        if let Some(moving) = gpu.moving() {
+            moving.decider().next_token();
         }
         let mut service = Service::new(&piece, path, *step, &mut companions, buffers);
         let launched = match graph {

@@ -7,12 +7,12 @@
 use super::buffers::ALIGN;
 use super::exchange::Exchange;
 use super::pass::Pass;
-use super::slots::SlotTable;
-use super::weights::{DeviceFeedForward, DeviceMoe, DeviceWeights};
+use super::weights::{DeviceFeedForward, DeviceLayer, DeviceMoe, DeviceWeights};
 use crate::model::description::ModelDescription;
+use pregate_kernels::cuda::router::{MOST_AHEAD, MOST_EXPERTS};
 use pregate_kernels::cuda::{
-    Arena, BeginStep, CudaError, Device, Graph, HostRows, MailboxLayout, Mapped, Post, STEP_WORDS,
-    Settle, Span, StepLayout, begin_step, post, settle,
+    AheadLogits, Arena, BeginStep, CudaError, Device, Graph, HostRows, MailboxLayout, Mapped, Post,
+    STEP_WORDS, Settle, Span, StepLayout, begin_step, post, settle,
 };
 use std::collections::HashMap;
 use std::time::Duration;
@@ -36,6 +36,8 @@ pub struct TokenPath {
     /// those that came later.
     table: Span,
     late: Span,
+    /// i32 and f32 `[ahead, 1]`: what routers of layers ahead name; not used.
+    ahead: [Span; 2],
     step_layout: StepLayout,
     step_block: Mapped,
     mail: Mail,
@@ -57,12 +59,29 @@ pub struct Mail {
 #[derive(Clone, Copy, Debug)]
 pub struct LayerMail {
     pub layout: MailboxLayout,
+    /// The layers whose routers see its state, too; see [`LayerMail::ahead`].
+    ahead: [Ahead; MOST_AHEAD],
     /// In bytes.
     pub mailbox: usize,
     /// In words.
     pub decisions: usize,
     /// In bytes.
     pub rows: usize,
+}
+
+/// A layer whose router is asked ahead of time.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ahead {
+    /// Of the model.
+    pub layer: usize,
+    /// Index into [`DeviceWeights::routers`].
+    pub router: usize,
+}
+
+impl LayerMail {
+    pub fn ahead(&self) -> &[Ahead] {
+        &self.ahead[..self.layout.ahead]
+    }
 }
 
 /// A step as the launches see it.
@@ -78,7 +97,7 @@ impl TokenPath {
     pub fn device_bytes(description: &ModelDescription) -> usize {
         let experts = most_experts(description);
         let tables = 2 * (8 * experts).next_multiple_of(ALIGN);
-        Exchange::bytes(description, 1) + 3 * ALIGN + tables
+        Exchange::bytes(description, 1) + 5 * ALIGN + tables
     }
 
     /// # Errors
@@ -88,11 +107,12 @@ impl TokenPath {
         arena: &Arena,
         description: &ModelDescription,
         weights: &DeviceWeights,
-        slots: &SlotTable,
+        horizon: usize,
     ) -> Result<Self, CudaError> {
         let tables = 8 * most_experts(description);
         let input_bytes = Exchange::inputs_bytes(description, 1);
-        let step_layout = StepLayout { updates: slots.all().bytes() / 4, input_bytes };
+        let step_layout = StepLayout { updates: weights.slots.all().bytes() / 4, input_bytes };
+        let named = || arena.take(4 * MOST_AHEAD, ALIGN);
         Ok(Self {
             exchange: Exchange::new(arena, description, 1)?,
             words: arena.take(4 * STEP_WORDS, ALIGN)?,
@@ -100,10 +120,16 @@ impl TokenPath {
             from_host: arena.take(4, ALIGN)?,
             table: arena.take(tables, ALIGN)?,
             late: arena.take(tables, ALIGN)?,
+            ahead: [named()?, named()?],
             step_block: device.mapped(step_layout.bytes())?,
             step_layout,
-            mail: Mail::new(device, description, weights)?,
+            mail: Mail::new(device, description, weights, horizon)?,
         })
+    }
+
+    /// Room for what `count` routers ahead name: i32 and f32 `[count, 1]`.
+    pub fn named_ahead(&self, count: usize) -> [Span; 2] {
+        self.ahead.each_ref().map(|span| span.part(0..4 * count))
     }
 
     pub fn mail(&self) -> &Mail {
@@ -150,6 +176,9 @@ impl TokenPath {
         let table = self.table.part(0..8 * moe.experts.count);
         let slots = pass.model.slots();
         let (from, bytes) = (mail.mailbox, mail.layout.bytes());
+        let (all, pitch) = (&pass.buffers.router_scratch.logits, MOST_EXPERTS);
+        // Behind the row of the layer's own router.
+        let logits = all.part(4 * pitch..all.bytes());
         let call = Post {
             layout: mail.layout,
             mailbox: &self.mail.boxes.span().part(from..from + bytes),
@@ -160,7 +189,7 @@ impl TokenPath {
             arena: slots.arena(moe.experts.shape.block_bytes),
             table: &table,
             missing: &self.missing,
-            ahead: None,
+            ahead: (mail.layout.ahead > 0).then_some(AheadLogits { logits: &logits, pitch }),
             x: &pass.buffers.normed.part(0..4 * pass.description.hidden),
         };
         post(pass.device(), pass.stream(), call)?;
@@ -202,6 +231,32 @@ impl TokenPath {
     }
 }
 
+/// The next layers of experts whose routers can see the state of `layer`, with
+/// their number of experts.
+fn asked_ahead(
+    weights: &DeviceWeights,
+    layer: usize,
+    horizon: usize,
+) -> impl Iterator<Item = (Ahead, usize)> {
+    let fused = |index: usize| {
+        let router = weights.routers.as_ref().and_then(|table| table.layers().get(index));
+        router.is_some_and(|router| router.is_fused())
+    };
+    let router = |layer: &DeviceLayer| match &layer.feed_forward {
+        DeviceFeedForward::Moe(moe) => Some((moe.router, moe.experts.count)),
+        DeviceFeedForward::Dense(_) => None,
+    };
+    let own = router(&weights.layers[layer]).is_some_and(|(index, _)| fused(index));
+    let ahead = weights.layers.iter().enumerate().skip(layer + 1);
+    let ahead = ahead.filter_map(move |(layer, of)| {
+        let (router, experts) = router(of)?;
+        Some((Ahead { layer, router }, experts))
+    });
+    // All or none of a launch's routers are of its kind.
+    let ahead = ahead.take_while(move |(ahead, _)| own && fused(ahead.router));
+    ahead.take(horizon.min(MOST_AHEAD))
+}
+
 /// What [`pregate_kernels::cuda::Combine`] takes of [`TokenPath::host_rows`].
 pub fn host_rows([rows, from_host]: &[Span; 2]) -> HostRows<'_> {
     HostRows { rows, from_host }
@@ -216,6 +271,7 @@ impl Mail {
         device: &Device,
         description: &ModelDescription,
         weights: &DeviceWeights,
+        horizon: usize,
     ) -> Result<Self, CudaError> {
         let is_whole = weights.layers.iter().all(|layer| match &layer.feed_forward {
             DeviceFeedForward::Moe(moe) => moe.experts.is_whole(),
@@ -223,20 +279,24 @@ impl Mail {
         });
         let (mut boxes, mut words, mut rows) = (0, 0, 0);
         let hidden = description.hidden;
-        let mut mail = |layer: &DeviceFeedForward| {
-            let DeviceFeedForward::Moe(moe) = layer else { return None };
-            let layout = MailboxLayout { k: moe.top_k, hidden, ahead: 0, experts: 0 };
-            let mail = LayerMail { layout, mailbox: boxes, decisions: words, rows };
+        let mut mail = |(index, layer): (usize, &DeviceLayer)| {
+            let DeviceFeedForward::Moe(moe) = &layer.feed_forward else { return None };
+            let mut ahead = [Ahead::default(); MOST_AHEAD];
+            let (mut count, mut experts) = (0, 0);
+            for (place, (of, width)) in ahead.iter_mut().zip(asked_ahead(weights, index, horizon)) {
+                *place = of;
+                (count, experts) = (count + 1, experts.max(width));
+            }
+            let layout = MailboxLayout { k: moe.top_k, hidden, ahead: count, experts };
+            let mail = LayerMail { layout, ahead, mailbox: boxes, decisions: words, rows };
             boxes += layout.bytes();
             words += moe.top_k;
             rows += (4 * moe.top_k * hidden).next_multiple_of(ALIGN);
             Some(mail)
         };
-        let layers = weights.layers.iter();
-        let layers: Vec<Option<LayerMail>> = match is_whole {
-            true => layers.map(|_| None).collect(),
-            false => layers.map(|layer| mail(&layer.feed_forward)).collect(),
-        };
+        let layers = weights.layers.iter().enumerate();
+        let layers: Vec<Option<LayerMail>> =
+            layers.map(|layer| if is_whole { None } else { mail(layer) }).collect();
         Ok(Self {
             layers,
             boxes: device.mapped(boxes.max(8))?,

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::session::Cancel;
 use pregate_kernels::Routes;
 use pregate_predictor::forecast::External;
-use pregate_predictor::{Arrival, ExpertId, Observer, Origin, Request, Retire, Served};
+use pregate_predictor::{Admission, Arrival, ExpertId, Observer, Origin, Request, Retire, Served};
 use std::collections::VecDeque;
 use std::sync::MutexGuard;
 
@@ -60,6 +60,8 @@ pub struct Event<'s> {
     awaited: usize,
     began_ns: u64,
     waited_ns: u64,
+    /// When the last fill that the event asked for landed.
+    landed_ns: u64,
     bytes: u64,
     ended: bool,
 }
@@ -77,6 +79,10 @@ pub(super) struct Lists {
     left: Vec<ExpertId>,
     /// Handed out last, to be settled when their pins are back.
     handed: Vec<ExpertId>,
+    /// Computed outside the slots, and who left for them.
+    admitted: Vec<(ExpertId, Admission)>,
+    /// Fills that the event asked for and that landed.
+    copied: usize,
     origins: Vec<(u32, Origin)>,
 }
 
@@ -127,11 +133,17 @@ impl<'s> Event<'s> {
             awaited,
             began_ns,
             waited_ns: 0,
+            landed_ns: began_ns,
             bytes: 0,
             ended: false,
         };
         event.ask();
         event
+    }
+
+    /// Of the model.
+    pub fn layer(&self) -> usize {
+        self.layer
     }
 
     /// Experts that are computed without a frame.
@@ -213,8 +225,27 @@ impl<'s> Event<'s> {
     /// The planner decides who leaves for the experts that were computed.
     fn settle(&mut self) {
         for id in self.lists.handed.drain(..) {
-            self.inner.settle(self.store, id);
+            let admission = self.inner.settle(self.store, id);
+            self.lists.admitted.extend(admission.map(|admission| (id, admission)));
         }
+    }
+
+    /// Settles what was handed out; the answer is what became of those of the
+    /// event that were in no slot.
+    pub fn settled(&mut self) -> &[(ExpertId, Admission)] {
+        self.settle();
+        &self.lists.admitted
+    }
+
+    /// Fills that the event asked for and that landed, and the time from its
+    /// beginning to the last of them.
+    pub fn copied(&self) -> (usize, u64) {
+        (self.lists.copied, self.landed_ns.saturating_sub(self.began_ns))
+    }
+
+    /// When the event began, as [`Event::now_ns`] counts.
+    pub fn began_ns(&self) -> u64 {
+        self.began_ns
     }
 
     /// Gives waiting demands to the mover while frames are free.
@@ -238,10 +269,15 @@ impl<'s> Event<'s> {
         }
         while let Some(done) = next {
             self.bytes += done.bytes;
+            let ended_ns = done.ended_ns;
             let (id, arrival, result) = self.inner.land(self.store, done);
             match arrival {
                 Arrival::Use => {
                     self.awaited -= 1;
+                    if self.lists.request.missing.contains(&id) {
+                        self.landed_ns = self.landed_ns.max(ended_ns);
+                        self.lists.copied += 1;
+                    }
                     self.lists.ready.push(id);
                 }
                 // A read-ahead that was given up before it became a demand.
@@ -320,6 +356,8 @@ impl Lists {
         self.queue.clear();
         self.handed.clear();
         self.left.clear();
+        self.admitted.clear();
+        self.copied = 0;
     }
 }
 

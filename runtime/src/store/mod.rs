@@ -234,6 +234,7 @@ impl ExpertStore {
         let mut event = self.begin(layer, experts, &routes);
         while !event.next(&cancel)?.is_empty() {}
         event.finish(0, 0, &mut NoObserver);
+        self.end_pass(Time::default());
         drop(turn);
         Ok(())
     }
@@ -496,19 +497,22 @@ impl Inner {
         stats.prefetch_useful += (early.len() + in_flight.len()) as u64;
     }
 
-    /// `id` was computed: who leaves for it, or does it leave itself?
-    fn settle(&mut self, store: &ExpertStore, id: ExpertId) {
+    /// `id` was computed: who leaves for it, or does it leave itself? `None`:
+    /// it was in a slot.
+    fn settle(&mut self, store: &ExpertStore, id: ExpertId) -> Option<Admission> {
         if self.planner.cache().contains(id) {
             self.planner.computed(id);
-            return;
+            return None;
         }
         // Whatever was handed out before is back.
         let keeps_ahead = self.keeps_ahead;
-        match self.planner.admit(id, &|other| keeps_ahead && other.layer() > id.layer()) {
+        let admission = self.planner.admit(id, &|other| keeps_ahead && other.layer() > id.layer());
+        match admission {
             Admission::Added => {}
             Admission::Replaced(victim) => self.vacate(store, victim),
             Admission::Bypassed => self.vacate(store, id),
         }
+        Some(admission)
     }
 
     /// Reads ahead into frames that nobody needs now.
