@@ -35,6 +35,8 @@ pub struct GpuBudget {
     pub free_bytes: u64,
     /// `--vram`
     pub cap_bytes: Option<u64>,
+    /// Less than a plan that the GPU had no room for, though it seemed to.
+    pub below_bytes: Option<u64>,
 }
 
 /// Of the GPU's memory, for what the driver takes: kernels, their stacks.
@@ -43,26 +45,40 @@ const RESERVE_BYTES: u64 = 256 << 20;
 impl GpuBudget {
     pub fn bytes(&self) -> u64 {
         let least = self.cap_bytes.unwrap_or(u64::MAX).min(self.free_bytes);
-        least.saturating_sub(RESERVE_BYTES)
+        least.saturating_sub(RESERVE_BYTES).min(self.below_bytes.unwrap_or(u64::MAX))
+    }
+
+    /// Of a plan that takes half of the experts' memory on the GPU that
+    /// `refused` took, of what is free now; `None`: it took none.
+    pub fn below(self, refused: &GpuParts, free_bytes: u64) -> Option<Self> {
+        let experts = refused.experts_bytes + refused.ring_bytes;
+        let below_bytes = Some(refused.total() - experts.div_ceil(2));
+        (experts > 0).then_some(Self { free_bytes, below_bytes, ..self })
     }
 
     /// "8.3 GB (8.6 GB by free GPU memory, less a reserve of 268.4 MB)"
     pub fn words(&self) -> String {
+        let all = bytes(self.bytes());
+        if self.below_bytes == Some(self.bytes()) {
+            return format!("{all} (less than the GPU refused)");
+        }
         let (from, of) = match self.cap_bytes {
             Some(cap) if cap < self.free_bytes => (cap, "--vram"),
             _ => (self.free_bytes, "free GPU memory"),
         };
-        let [all, from, reserve] = [self.bytes(), from, RESERVE_BYTES].map(bytes);
+        let [from, reserve] = [from, RESERVE_BYTES].map(bytes);
         format!("{all} ({from} by {of}, less a reserve of {reserve})")
     }
 
     /// Why not even the smallest share of a model fits.
     pub fn too_small(&self, smallest: &GpuParts) -> Failure {
         Failure::Resources(format!(
-            "--device cuda: the smallest share of the model that works on a GPU needs {} of its \
-             memory ({}), the budget is {}: a shorter --context helps, or --device cpu",
-            bytes(smallest.total()),
+            "--device cuda: the smallest share of the model that works on a GPU needs {} MiB of \
+             its memory ({}); {} MiB are free, the budget is {}: a shorter --context helps, or \
+             --device cpu",
+            smallest.total().div_ceil(1 << 20),
             parts_line(smallest, None, None),
+            self.free_bytes >> 20,
             self.words(),
         ))
     }
@@ -131,7 +147,7 @@ impl Device {
         let (free_bytes, total_bytes) = device.memory().map_err(failed)?;
         let cap_bytes = args.vram.map(|size| size.of(total_bytes));
         let line = format!("{} (chosen by --device cuda)", device.info().describe());
-        let budget = GpuBudget { free_bytes, cap_bytes };
+        let budget = GpuBudget { free_bytes, cap_bytes, below_bytes: None };
         let gpu = Some(Gpu { device, budget, misses: args.misses.into() });
         Ok(Self { line, gpu, ..Self::cpu(args.threads, "beside a GPU")? })
     }
@@ -164,20 +180,17 @@ pub fn processor(threads: Option<usize>) -> Result<Cpu, Failure> {
 
 /// Why the processor computes although nobody asked for it.
 fn automatic() -> String {
-    let found = cuda::Device::open(0, &DeviceOptions::default());
-    let why = match &found {
-        Ok(device) => {
-            // Until it has run on one: docs/measurements.md.
-            let name = &device.info().name;
-            format!(
-                "{name} is there, but the GPU path was never tried on one: --device cuda tries it"
-            )
-        }
-        Err(CudaError::NoDriver) => "no NVIDIA driver".to_string(),
-        Err(CudaError::NoDevice) => "no NVIDIA GPU".to_string(),
+    let why = match cuda::Device::open(0, &DeviceOptions::default()) {
+        // Until it has run on one: docs/measurements.md.
+        Ok(device) => format!(
+            "the GPU path was never tried on a GPU; {} is there, and --device cuda tries it",
+            device.info().name
+        ),
+        Err(CudaError::NoDriver) => "no driver (no libcuda.so.1 or nvcuda.dll)".to_string(),
+        Err(CudaError::NoDevice) => "no GPU that the driver sees".to_string(),
         Err(error) => error.to_string(),
     };
-    format!("chosen by --device auto: {why}")
+    format!("--device auto: CPU because {why}")
 }
 
 #[cfg(test)]
@@ -186,7 +199,7 @@ mod tests {
 
     #[test]
     fn a_budget_is_what_is_free_or_allowed_less_a_reserve() {
-        let budget = |free_bytes, cap_bytes| GpuBudget { free_bytes, cap_bytes };
+        let budget = |free_bytes, cap_bytes| GpuBudget { free_bytes, cap_bytes, below_bytes: None };
         assert_eq!(budget(8 << 30, None).bytes(), (8 << 30) - RESERVE_BYTES);
         assert_eq!(budget(8 << 30, Some(4 << 30)).bytes(), (4 << 30) - RESERVE_BYTES);
         assert_eq!(budget(8 << 30, Some(16 << 30)).bytes(), (8 << 30) - RESERVE_BYTES);
@@ -198,9 +211,20 @@ mod tests {
         let Failure::Resources(words) = budget(4 << 30, Some(3 << 30)).too_small(&parts) else {
             panic!("another failure");
         };
-        for word in ["3.2 GB of its memory", "experts 3.2 GB", "3.2 GB by --vram", "--context"] {
+        for word in
+            ["3073 MiB of its memory", "experts 3.2 GB", "3.2 GB by --vram", "4096 MiB are free"]
+        {
             assert!(words.contains(word), "{words}");
         }
+        let smaller = budget(4 << 30, None).below(&parts, 2 << 30);
+        assert_eq!(smaller, None, "there is nothing to leave out");
+        let parts = GpuParts { experts_bytes: 5, ring_bytes: 4, ..parts };
+        let smaller = budget(4 << 30, None).below(&parts, 8 << 30).unwrap();
+        assert_eq!(smaller.bytes(), parts.total() - 5);
+        assert!(smaller.words().contains("refused"), "{}", smaller.words());
+        let smaller = budget(4 << 30, None).below(&parts, 1 << 30).unwrap();
+        assert_eq!(smaller.bytes(), (1 << 30) - RESERVE_BYTES, "what is free now");
+        let parts = GpuParts { experts_bytes: 0, ring_bytes: 0, ..parts };
         let line = |experts| parts_line(&parts, Some(experts), Some(100));
         assert!(line((8, 8)).starts_with("all weights 3.2 GB, KV cache for 100 tokens"));
         assert!(line((2, 8)).contains("2 of 8 experts 0 bytes (25 %)"), "{}", line((2, 8)));

@@ -2,7 +2,7 @@
 
 use crate::{
     engine::{About, Engine, Message, Role},
-    exit::{Failure, INTERRUPTED},
+    exit::{DEVICE_FAILED, Failure, INTERRUPTED},
     output, save,
     signals::{self, Signal},
     slash::{self, Command, Line},
@@ -108,6 +108,8 @@ impl Chat {
                 }
             }
             Err(Failure::Runtime(Error::Cancelled)) => eprintln!("note: stopped"),
+            // Only a new process gets the GPU back.
+            Err(failure) if failure.code() == DEVICE_FAILED => return Err(failure),
             Err(failure) => eprintln!("pregate: {failure}"),
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The engine of this process: a model, a session and a chat template.
 
 use crate::{
-    cli::{SamplingArgs, SessionArgs},
+    cli::SamplingArgs,
     device::Device,
     engine::{About, Answer, Engine, Message},
     exit::Failure,
@@ -9,7 +9,7 @@ use crate::{
 };
 use pregate_predictor::NoObserver;
 use pregate_runtime::{
-    Cancel, Dry, Event, GenerateOptions, Generated, Model, SamplerOptions, Session,
+    Cancel, Dry, Event, GenerateOptions, Generated, SamplerOptions, Session,
     text::{self, ChatTemplate, Moment, RenderOptions, TextKind, Tokenizer, encode_chat},
 };
 use std::{
@@ -29,17 +29,12 @@ pub struct Local {
 }
 
 impl Local {
-    pub fn new(
-        model: &Model,
-        session: &SessionArgs,
-        sampling: &SamplingArgs,
-        is_demo: bool,
-    ) -> Result<Self, Failure> {
+    pub fn new(session: Session, sampling: &SamplingArgs, is_demo: bool) -> Result<Self, Failure> {
+        let model = session.model();
         let tokenizer = model.tokenizer()?;
         let template = model.chat_template()?.clone();
         let options_of_answers = generate_options(sampling, is_demo, tokenizer);
         options_of_answers.sampler.check()?;
-        let session = Session::new(model, session.options())?;
         Ok(Self { session, template, options: options_of_answers })
     }
 

@@ -4,11 +4,14 @@ use crate::{
     demo,
     device::Device,
     exit::Failure,
-    output::bytes,
     plan::{self, Needs, Planned},
     progress::Progress,
+    statistics::PageLocked,
 };
-use pregate_runtime::{LoadOptions, Model, ModelDescription, OpenedModel, store::ExpertStore};
+use pregate_kernels::cuda::CudaError;
+use pregate_runtime::{
+    Error, LoadOptions, Model, ModelDescription, OpenedModel, Session, store::ExpertStore,
+};
 use std::path::{Path, PathBuf};
 
 /// The named model, else the demo model.
@@ -16,13 +19,21 @@ pub fn path_or_demo(path: Option<&Path>) -> Result<PathBuf, Failure> {
     path.map_or_else(demo::find, |path| Ok(path.to_path_buf()))
 }
 
+/// A model whose weights are where its plan wants them, and a sequence on it.
+pub struct Loaded {
+    pub model: Model,
+    pub session: Session,
+    /// What was planned; less than at first where the GPU refused memory.
+    pub planned: Planned,
+}
+
 /// Loads a model for `device` with a progress bar, after saying on standard
 /// error how the memory is divided.
-pub fn load(path: &Path, device: &Device, needs: &Needs) -> Result<Model, Failure> {
+pub fn load(path: &Path, device: &Device, needs: &Needs) -> Result<Loaded, Failure> {
     let opened = open(path)?;
     let planned = plan::make(&opened, device, needs)?;
     planned.announce();
-    place(opened, device, &planned)
+    place(path, opened, device, needs, planned)
 }
 
 /// A model whose weights are still on disk, with a progress bar. Its
@@ -38,8 +49,49 @@ pub fn open(path: &Path) -> Result<OpenedModel, Failure> {
     Ok(opened)
 }
 
-/// Brings the weights to where the plan wants them.
-pub fn place(opened: OpenedModel, device: &Device, planned: &Planned) -> Result<Model, Failure> {
+/// Brings the weights to where the plan wants them, and makes room for a
+/// sequence. Where a GPU refuses memory that it seemed to have, the next
+/// smaller plan is tried, and one line says so.
+pub fn place(
+    path: &Path,
+    opened: OpenedModel,
+    device: &Device,
+    needs: &Needs,
+    mut planned: Planned,
+) -> Result<Loaded, Failure> {
+    let mut refused = None;
+    let mut tried = try_place(opened, device, needs, &planned);
+    let (model, session) = loop {
+        match tried {
+            Ok(placed) => break placed,
+            Err(Failure::Runtime(Error::Cuda(error @ CudaError::OutOfMemory { .. }))) => {
+                // What was opened went with the try.
+                let opened = open(path)?;
+                planned = plan::make_smaller(&opened, device, needs, &planned, &error)?;
+                tried = try_place(opened, device, needs, &planned);
+                refused = Some(error);
+            }
+            Err(failure) => return Err(failure),
+        }
+    };
+    if let Some((error, gpu)) = refused.zip(planned.gpu.as_ref()) {
+        eprintln!("note: {error}: less is used of it: {}", gpu.parts_line(planned.context));
+    }
+    if let Some(why) = PageLocked::of(&model).and_then(|memory| memory.warning()) {
+        eprintln!("warning: {why}");
+    }
+    if let Some(disk) = model.store().and_then(ExpertStore::disk) {
+        eprintln!("disk: {}", plan::disk_line(disk));
+    }
+    Ok(Loaded { model, session, planned })
+}
+
+fn try_place(
+    opened: OpenedModel,
+    device: &Device,
+    needs: &Needs,
+    planned: &Planned,
+) -> Result<(Model, Session), Failure> {
     let mut bar: Option<Progress> = None;
     let megabytes = |bytes: u64| (bytes / 1_000_000) as usize;
     let options =
@@ -50,18 +102,8 @@ pub fn place(opened: OpenedModel, device: &Device, planned: &Planned) -> Result<
         })
         .set(megabytes(progress.bytes_done));
     })?;
-    drop(bar);
-    if let Some((pageable, why)) = model.gpu().and_then(|gpu| gpu.host_bytes().1) {
-        eprintln!(
-            "warning: {} of experts are in memory that is not page-locked ({why}): copies of \
-             these to the GPU are slower",
-            bytes(pageable)
-        );
-    }
-    if let Some(disk) = model.store().and_then(ExpertStore::disk) {
-        eprintln!("disk: {}", plan::disk_line(disk));
-    }
-    Ok(model)
+    let session = Session::new(&model, needs.session)?;
+    Ok((model, session))
 }
 
 /// What people call it: the file's own name for itself, else the file's name.

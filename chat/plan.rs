@@ -1,7 +1,7 @@
 //! Divides the memory before any large part of it is taken, and says how.
 
 use crate::{
-    device::{Device, Gpu, GpuBudget, parts_line},
+    device::{Device, GpuBudget, parts_line},
     exit::Failure,
     memory,
     output::bytes,
@@ -9,8 +9,9 @@ use crate::{
     size::Size,
     streaming::{MemoryArgs, StreamingArgs},
 };
+use pregate_kernels::cuda::CudaError;
 use pregate_runtime::{
-    OpenedModel, Residency, SessionOptions,
+    Error, OpenedModel, Residency, SessionOptions,
     budget::{self, Chunk, Parts, Placement, Plan, Request, Sizes},
     forward::cache::cache_bytes,
     gpu::{GpuParts, GpuRoom, GpuShare, host_scratch_bytes},
@@ -73,6 +74,13 @@ pub struct GpuPlan {
     pub experts: (usize, usize),
 }
 
+impl GpuPlan {
+    /// See [`parts_line`].
+    pub fn parts_line(&self, context: usize) -> String {
+        parts_line(&self.parts, Some(self.experts), Some(context))
+    }
+}
+
 /// What the process will hold of its own beyond what it holds when the plan
 /// is made: thread stacks, the conversation, the allocator's rests.
 const GROWTH_BYTES: u64 = 16 << 20;
@@ -81,6 +89,41 @@ const USUAL_BYTES: u64 = 32 << 20;
 
 /// Plans for `model`, whose weights are still on disk.
 pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Planned, Failure> {
+    make_within(model, device, needs, device.gpu.as_ref().map(|gpu| gpu.budget))
+}
+
+/// The next smaller plan, after the GPU refused memory to `before`: fewer
+/// experts on it, at last none.
+pub fn make_smaller(
+    model: &OpenedModel,
+    device: &Device,
+    needs: &Needs,
+    before: &Planned,
+    refused: &CudaError,
+) -> Result<Planned, Failure> {
+    let Some((gpu, plan)) = device.gpu.as_ref().zip(before.gpu.as_ref()) else {
+        return Err(Error::Cuda(refused.clone()).into());
+    };
+    let (free_bytes, _) = gpu.device.memory().map_err(Error::Cuda)?;
+    let Some(budget) = plan.budget.below(&plan.parts, free_bytes) else {
+        return Err(Failure::Resources(format!(
+            "--device cuda: {refused}; the smallest share of the model that works on a GPU needs \
+             {} MiB of its memory ({}), and {} MiB are free: a shorter --context helps, or \
+             --device cpu",
+            plan.parts.total().div_ceil(1 << 20),
+            plan.parts_line(before.context),
+            free_bytes >> 20,
+        )));
+    };
+    make_within(model, device, needs, Some(budget))
+}
+
+fn make_within(
+    model: &OpenedModel,
+    device: &Device,
+    needs: &Needs,
+    gpu_budget: Option<GpuBudget>,
+) -> Result<Planned, Failure> {
     let context = needs.session.positions(model.description())?;
     let sizes = Sizes::of(model);
     let held = memory::held_bytes().unwrap_or(USUAL_BYTES);
@@ -104,18 +147,18 @@ pub fn make(model: &OpenedModel, device: &Device, needs: &Needs) -> Result<Plann
     };
     let mut on_host = sizes.clone();
     let mut gpu_plan = None;
-    if let Some(gpu) = &device.gpu {
+    if let Some(budget) = gpu_budget {
         // The host keeps what it sends and gets, and the experts that do not
         // stay on the GPU; other weights pass through its page cache.
         let (session, rows) = (&needs.session, chunk.logit_rows);
         let sent = host_scratch_bytes(model.description(), session, context, rows) + STAGING_BYTES;
         let beside = request.process_bytes + sent + request.scratch_bytes;
         let room = GpuRoom {
-            vram_bytes: gpu.budget.bytes(),
+            vram_bytes: budget.bytes(),
             host_bytes: budget_bytes.saturating_sub(beside),
             ring: needs.streaming.ring,
         };
-        let plan = on_gpu(model, gpu, needs, context, room)?;
+        let plan = on_gpu(model, budget, needs, context, room)?;
         on_host.whole_bytes = plan.host_bytes;
         request.kv_bytes = 0;
         request.scratch_bytes = sent + if plan.host_bytes == 0 { 0 } else { request.scratch_bytes };
@@ -139,13 +182,13 @@ const STAGING_BYTES: u64 = 16 << 20;
 
 fn on_gpu(
     model: &OpenedModel,
-    gpu: &Gpu,
+    budget: GpuBudget,
     needs: &Needs,
     context: usize,
     room: GpuRoom,
 ) -> Result<GpuPlan, Failure> {
     let (description, weights) = (model.description(), model.weights());
-    let (session, budget) = ((context, &needs.session), gpu.budget);
+    let session = (context, &needs.session);
     let share = GpuShare::of(model.files(), description, weights, session, room);
     let share = share.map_err(|smallest| budget.too_small(&smallest))?;
     let all = description.moe_layers().map(|(_, moe)| moe.experts).sum();
@@ -203,9 +246,8 @@ pub fn disk_line(disk: &DiskReport) -> String {
 impl Planned {
     /// Says on standard error what goes where.
     pub fn announce(&self) {
-        if let Some(GpuPlan { parts, budget, experts, .. }) = &self.gpu {
-            let parts = parts_line(parts, Some(*experts), Some(self.context));
-            eprintln!("GPU memory: {}: {parts}", budget.words());
+        if let Some(gpu) = &self.gpu {
+            eprintln!("GPU memory: {}: {}", gpu.budget.words(), gpu.parts_line(self.context));
         }
         eprintln!("{}", self.summary());
         self.notes();

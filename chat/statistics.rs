@@ -2,9 +2,48 @@
 
 use crate::output::bytes;
 use pregate_runtime::{
-    StreamStats,
+    Model, StreamStats,
     statistics::{LayerStats, LinkStats, Phase, Time},
 };
+use serde::Serialize;
+
+/// The host's memory of experts that are not on a GPU for good: copies to it
+/// run at the link's speed from page-locked memory alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PageLocked {
+    /// Whether all of it is.
+    pub pinned: bool,
+    pub pinned_bytes: u64,
+    pub pageable_bytes: u64,
+    /// Why some is not.
+    pub refused: Option<String>,
+}
+
+impl PageLocked {
+    /// `None` where no experts are copied to a GPU.
+    pub fn of(model: &Model) -> Option<Self> {
+        let gpu = model.gpu().filter(|gpu| gpu.store().is_some())?;
+        let (pinned_bytes, refused) = gpu.host_bytes();
+        let (pageable_bytes, refused) = refused.unzip();
+        Some(Self {
+            pinned: refused.is_none(),
+            pinned_bytes,
+            pageable_bytes: pageable_bytes.unwrap_or(0),
+            refused,
+        })
+    }
+
+    /// What there is to say on standard error.
+    pub fn warning(&self) -> Option<String> {
+        self.refused.as_ref().map(|why| {
+            format!(
+                "{} of experts are in memory that is not page-locked ({why}): copies of these to \
+                 the GPU are slower",
+                bytes(self.pageable_bytes)
+            )
+        })
+    }
+}
 
 /// Lines about the passes that were made: where their time went, where their
 /// experts came from, what the disk did. Empty without passes.

@@ -2,48 +2,12 @@
 //! processor, one message and one exit code for each way to fail. Says so and
 //! passes where there is no C++ compiler to build the stand-in with.
 
-use pregate_standin::Standin;
+#[path = "support/gpu.rs"]
+mod gpu;
+
+use gpu::{code_and_message, on_gpu, pregate};
 use serde_json::Value;
-use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
-
-fn demo() -> String {
-    format!("{}/models/pregate-demo.gguf", env!("CARGO_MANIFEST_DIR"))
-}
-
-fn pregate(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pregate"));
-    command.args(arguments).args(["--model", &demo()]).stdin(Stdio::null());
-    command
-}
-
-/// On a machine with a GPU of these settings; `None`: there is no stand-in.
-fn on_gpu(settings: &str, arguments: &[&str]) -> Option<Output> {
-    let Some(library) = Standin::path() else {
-        assert!(std::env::var_os("PREGATE_REQUIRE_STANDIN").is_none(), "no stand-in");
-        println!("not run: no C++ compiler");
-        return None;
-    };
-    if Standin::has_address_sanitizer() {
-        println!("not run: the binary does not load libasan");
-        return None;
-    }
-    let folder = library.parent().expect("a file in a folder");
-    let output = pregate(arguments)
-        .env("LD_LIBRARY_PATH", folder)
-        .env("PREGATE_STANDIN", settings)
-        .output()
-        .expect("the binary starts");
-    Some(output)
-}
-
-fn code_and_message(output: &Output) -> (i32, String) {
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!text.contains("panicked"), "{text}");
-    let ours: Vec<&str> = text.lines().filter(|line| line.starts_with("pregate: ")).collect();
-    assert_eq!(ours.len(), 1, "{text}");
-    (output.status.code().expect("an exit, not a signal"), ours[0].to_string())
-}
 
 const ANSWER: [&str; 7] =
     ["run", "--prompt", "show git status", "--max-tokens", "4", "--temperature", "0"];

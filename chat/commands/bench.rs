@@ -7,12 +7,14 @@ use crate::{
     device::Device,
     exit::Failure,
     expert_speed::median,
-    ledger, memory, model, notices, output,
+    ledger, memory,
+    model::{self, Loaded},
+    notices, output,
     plan::{self, GpuPlan, Needs, Planned},
     progress::Progress,
     signals,
     split_speed::{self, Facts, SplitSpeed},
-    statistics,
+    statistics::{self, PageLocked},
 };
 use pregate_predictor::{NoObserver, Observer, roofline::Hits};
 use pregate_runtime::{
@@ -49,6 +51,8 @@ struct Report {
     /// The memory as planned.
     /// What the GPU holds; `null` where none computes.
     gpu: Option<GpuPlan>,
+    /// `null` where no experts are copied to a GPU.
+    host_memory: Option<PageLocked>,
     parts: Parts,
     /// Memory of the process's own, without the page cache: the most that it
     /// held behind a repetition.
@@ -79,18 +83,19 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let context = args.n_prompt.max(args.n_gen);
     let options = SessionOptions { context: Some(context), ..SessionOptions::default() };
     let opened = model::open(&path)?;
-    let planned = plan::make(&opened, &device, &Needs::new(&args.memory, options))?;
+    let needs = Needs::new(&args.memory, options);
+    let planned = plan::make(&opened, &device, &needs)?;
     planned.announce();
     // Half of the bandwidth passes before, half after, and both when the model
     // takes no memory: the same machine, the same minute, the same budget.
-    let bandwidth = || bandwidth::of(&device, &planned);
-    let before = bandwidth()?;
+    let before = bandwidth::of(&device, &planned)?;
     let facts = facts(&opened, &device, &planned, before)?;
-    let model = model::place(opened, &device, &planned)?;
+    let placed = model::place(&path, opened, &device, &needs, planned)?;
+    let Loaded { model, session, planned } = placed;
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
     let log = model.store().map(|_| AccessLog::default());
-    let mut bench = Bench { session: Session::new(&model, options)?, cancel, log };
+    let mut bench = Bench { session, cancel, log };
 
     let per_round = args.n_prompt + args.n_gen;
     let mut bar = Progress::new("measuring", "tokens", per_round * (args.repetitions + 1));
@@ -123,8 +128,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         (true, Some(_)) => {}
         (false, _) => notices::tell_of_forecasts(&model),
     }
+    let host_memory = PageLocked::of(&model);
     drop((bench, model));
-    let read_bandwidth_gb_s = before.max(bandwidth()?);
+    let read_bandwidth_gb_s = before.max(bandwidth::of(&device, &planned)?);
     let split = split(&device, &planned, bytes_per_token, stats.as_ref(), facts.as_ref());
     let report = Report {
         model: path.display().to_string(),
@@ -145,6 +151,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         read_bandwidth_gb_s,
         placement: planned.placement(),
         gpu: planned.gpu.clone(),
+        host_memory,
         parts: planned.plan.parts,
         held_bytes,
         stats,

@@ -11,8 +11,9 @@ pub fn run(args: &ChatArgs) -> Result<u8, Failure> {
     let is_demo = args.model.model.is_none();
     let device = Device::open(&args.model.device)?;
     device.announce();
-    let model = model::load(&path, &device, &Needs::new(&args.memory, args.session.options()))?;
-    let engine = Local::new(&model, &args.session, &args.sampling, is_demo)?;
+    let needs = Needs::new(&args.memory, args.session.options());
+    let session = model::load(&path, &device, &needs)?.session;
+    let engine = Local::new(session, &args.sampling, is_demo)?;
     let examples = if is_demo { demo::EXAMPLES.map(str::to_string).to_vec() } else { Vec::new() };
     let about = engine.about(&device, &path, examples);
     let system = args.system.clone();

@@ -4,12 +4,12 @@ use crate::{
     cli::{KvChoice, LogitsArgs, SessionArgs},
     device::Device,
     exit::Failure,
-    model,
+    model::{self, Loaded},
     plan::Needs,
     progress::Progress,
     save, signals,
 };
-use pregate_runtime::{Cancel, KvFormat, Run, Session, SessionOptions, sample::greedy};
+use pregate_runtime::{Cancel, KvFormat, Run, SessionOptions, sample::greedy};
 use pregate_traces::{Routing, RoutingLog};
 use safetensors::{Dtype, tensor::TensorView};
 use std::{fs::File, io::Read, path::Path};
@@ -55,11 +55,10 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
         ..SessionOptions::default()
     };
     let needs = Needs { logit_rows: CHUNK, ..Needs::new(&args.memory, options) };
-    let model = model::load(&args.model, &device, &needs)?;
+    let Loaded { model, mut session, .. } = model::load(&args.model, &device, &needs)?;
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
     let vocab = model.description().vocab;
-    let mut session = Session::new(&model, options)?;
     let mut log = RoutingLog::default();
     let mut bar = Progress::new("computing", "tokens", rows);
 

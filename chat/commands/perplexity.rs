@@ -1,8 +1,14 @@
 //! `pregate eval perplexity`: how well a model predicts a text.
 
 use crate::{
-    cli::PerplexityArgs, device::Device, exit::Failure, model, output, plan::Needs,
-    progress::Progress, signals,
+    cli::PerplexityArgs,
+    device::Device,
+    exit::Failure,
+    model::{self, Loaded},
+    output,
+    plan::Needs,
+    progress::Progress,
+    signals,
 };
 use pregate_predictor::NoObserver;
 use pregate_runtime::{Cancel, Run, Session, SessionOptions, files::ModelFiles, model::describe};
@@ -25,7 +31,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     let options =
         SessionOptions { context: Some(window), prefill_chunk: CHUNK, ..SessionOptions::default() };
     let needs = Needs { logit_rows: CHUNK, ..Needs::new(&args.memory, options) };
-    let model = model::load(&path, &device, &needs)?;
+    let Loaded { model, mut session, .. } = model::load(&path, &device, &needs)?;
     let ids = model.tokenizer()?.encode_document(&text)?;
     // A last window of one token has nothing to predict.
     let windows: Vec<&[u32]> = ids
@@ -42,7 +48,6 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     }
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
-    let mut session = Session::new(&model, options)?;
     let mut bar = Progress::new("perplexity", "tokens", windows.iter().map(|w| w.len()).sum());
     let mut done = 0;
     let mut losses = Vec::new();

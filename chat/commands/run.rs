@@ -8,11 +8,15 @@ use crate::{
     exit::Failure,
     ledger,
     local::Local,
-    memory, model, notices,
+    memory,
+    model::{self, Loaded},
+    notices,
     output::bytes,
     plan::Needs,
     progress::Progress,
-    signals, statistics, tui,
+    signals,
+    statistics::{self, PageLocked},
+    tui,
 };
 use pregate_runtime::{Cancel, Event, Finish, Generated, Model, StreamStats, store::ExpertStore};
 use serde::Serialize;
@@ -29,8 +33,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let path = model::path_or_demo(args.model.model.as_deref())?;
     let device = Device::open(&args.model.device)?;
     device.announce();
-    let model = model::load(&path, &device, &Needs::new(&args.memory, args.session.options()))?;
-    let mut engine = Local::new(&model, &args.session, &args.sampling, args.model.model.is_none())?;
+    let needs = Needs::new(&args.memory, args.session.options());
+    let Loaded { model, session, .. } = model::load(&path, &device, &needs)?;
+    let mut engine = Local::new(session, &args.sampling, args.model.model.is_none())?;
     if !args.raw {
         engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
     }
@@ -97,6 +102,8 @@ struct Stats {
     held_bytes: Option<u64>,
     /// `null` where the whole model is in memory.
     stream: Option<StreamStats>,
+    /// `null` where no experts are copied to a GPU.
+    host_memory: Option<PageLocked>,
     /// With `--ledger`.
     ledger: Option<ledger::Report>,
 }
@@ -113,6 +120,7 @@ impl Stats {
             seed,
             held_bytes: memory::held_bytes(),
             stream: model.store().map(ExpertStore::stats),
+            host_memory: PageLocked::of(model),
             ledger,
         }
     }

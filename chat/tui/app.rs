@@ -4,7 +4,7 @@
 use super::{input::Input, theme::Theme, transcript::Transcript};
 use crate::{
     engine::{About, Answer, Message, Role},
-    exit::{Failure, INTERRUPTED},
+    exit::{DEVICE_FAILED, Failure, INTERRUPTED},
     save,
     slash::{self, Command, Line},
 };
@@ -206,11 +206,10 @@ impl App {
     }
 
     /// What the engine said about question `id`; late words about one that
-    /// was reset are ignored.
-    pub fn engine(&mut self, id: u64, event: EngineEvent) {
-        let Some(running) = self.running.as_mut().filter(|running| running.id == id) else {
-            return;
-        };
+    /// was reset are ignored. The answer ends the chat: only a new process gets
+    /// a GPU that failed back.
+    pub fn engine(&mut self, id: u64, event: EngineEvent) -> Option<Failure> {
+        let running = self.running.as_mut().filter(|running| running.id == id)?;
         match event {
             EngineEvent::Prompt { done, total } => running.prompt = Some((done, total)),
             EngineEvent::Text(text) => {
@@ -223,10 +222,12 @@ impl App {
                 match result {
                     Ok(answer) => self.finished(answer),
                     Err(Failure::Runtime(Error::Cancelled)) => self.transcript.note("stopped"),
+                    Err(failure) if failure.code() == DEVICE_FAILED => return Some(failure),
                     Err(failure) => self.transcript.error(failure.to_string()),
                 }
             }
         }
+        None
     }
 
     fn finished(&mut self, answer: Answer) {

@@ -101,8 +101,8 @@ fn run(
         let wait = if app.running.is_some() { TICK } else { IDLE };
         match inbox.recv_timeout(wait) {
             Ok(event) => {
-                if let Some(code) = handle(event, app, worker) {
-                    return Ok(code);
+                if let Some(end) = handle(event, app, worker) {
+                    return end;
                 }
             }
             Err(RecvTimeoutError::Timeout) => {}
@@ -110,8 +110,8 @@ fn run(
         }
         // What comes within a frame is drawn together.
         while let Ok(event) = inbox.recv_deadline(drawn + FRAME) {
-            if let Some(code) = handle(event, app, worker) {
-                return Ok(code);
+            if let Some(end) = handle(event, app, worker) {
+                return end;
             }
         }
         if ticked.elapsed() >= TICK {
@@ -121,8 +121,8 @@ fn run(
     }
 }
 
-/// The exit code, if this ends the chat.
-fn handle(event: Event, app: &mut App, worker: &Worker) -> Option<u8> {
+/// The exit code, or what failed, if this ends the chat.
+fn handle(event: Event, app: &mut App, worker: &Worker) -> Option<Result<u8, Failure>> {
     let effect = match event {
         Event::Terminal(TerminalEvent::Key(key)) => app.key(key),
         Event::Terminal(TerminalEvent::Paste(text)) => {
@@ -134,15 +134,15 @@ fn handle(event: Event, app: &mut App, worker: &Worker) -> Option<u8> {
         Event::Closed => Some(Effect::Quit(0)),
         Event::Signal(Signal::Interrupt) => app.interrupt(),
         Event::Signal(Signal::Terminate(code)) => Some(Effect::Quit(code)),
-        Event::Engine(id, event) => {
-            app.engine(id, event);
-            None
-        }
+        Event::Engine(id, event) => match app.engine(id, event) {
+            Some(failure) => return Some(Err(failure)),
+            None => None,
+        },
     };
     match effect? {
         Effect::Ask { id, messages, cancel } => worker.ask(id, messages, cancel),
         Effect::Reset => worker.reset(),
-        Effect::Quit(code) => return Some(code),
+        Effect::Quit(code) => return Some(Ok(code)),
     }
     None
 }

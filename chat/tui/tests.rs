@@ -11,7 +11,8 @@ use crate::{
     exit::Failure,
 };
 use crossbeam::channel::{Receiver, unbounded};
-use pregate_runtime::{Cancel, Event, Finish, Generated};
+use pregate_kernels::cuda::CudaError;
+use pregate_runtime::{Cancel, Error, Event, Finish, Generated};
 use ratatui::{
     Terminal,
     backend::TestBackend,
@@ -46,6 +47,10 @@ impl Engine for Scripted {
         let mut finish = Finish::Stop;
         match question.as_str() {
             "panic" => panic!("scripted"),
+            "lost" => {
+                let lost = CudaError::Hung { at: "its work", seconds: 30 };
+                return Err(Failure::Runtime(Error::Cuda(lost)));
+            }
             "fail" => return Err(Failure::Usage("scripted refusal".to_string())),
             "slow" => {
                 on_event(Event::Text("beginning"));
@@ -119,7 +124,9 @@ impl Window {
     fn hear(&mut self, enough: impl Fn(&App) -> bool) {
         while !enough(&self.app) {
             let (id, event) = self.inbox.recv_timeout(Duration::from_secs(20)).unwrap();
-            self.app.engine(id, event);
+            if let Some(failure) = self.app.engine(id, event) {
+                self.quit = Some(failure.code());
+            }
         }
     }
 
@@ -240,6 +247,15 @@ fn failures_and_panics_of_the_engine_are_shown_and_survived() {
     window.ask("panic");
     window.ask("hello");
     assert!(window.screen().join("\n").contains("You said: hello (1 messages)"));
+}
+
+#[test]
+fn a_gpu_that_failed_ends_the_chat() {
+    let mut window = Window::new(70, 20);
+    window.ask("fail");
+    assert_eq!(window.quit, None);
+    window.ask("lost");
+    assert_eq!(window.quit, Some(75));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use super::module::{Kernel, ModuleCache, Modules};
 use super::stream::{Events, Stream};
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How a device is opened.
 #[derive(Clone, Debug, Default)]
@@ -170,6 +171,17 @@ impl Device {
     /// does not take it.
     pub fn load_module(&self, module: &str) -> Result<(), CudaError> {
         self.0.modules.load(&self.0.driver, module)
+    }
+
+    /// How long the device may take for what somebody waits for, before it is
+    /// given up ([`CudaError::Hung`]): 30 s, unless
+    /// [`Device::set_patience`] says otherwise.
+    pub fn patience(&self) -> Duration {
+        self.0.driver.patience()
+    }
+
+    pub fn set_patience(&self, patience: Duration) {
+        self.0.driver.set_patience(patience);
     }
 
     /// Free and total device memory in bytes, as the driver sees them now.

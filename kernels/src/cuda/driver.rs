@@ -19,6 +19,7 @@ mod graphs;
 mod kernels;
 mod memory;
 mod opening;
+mod waiting;
 
 pub(super) use graphs::GraphHandle;
 pub(super) use kernels::{FunctionAttributes, Launch};
@@ -43,6 +44,8 @@ pub(super) struct Driver {
     calls: AtomicU64,
     /// Captures under way.
     captures: AtomicUsize,
+    /// See [`Driver::patience`], in milliseconds.
+    patience_ms: AtomicU64,
 }
 
 pub(super) struct StreamHandle(usize);
@@ -149,17 +152,6 @@ impl Driver {
         })
     }
 
-    /// Whether everything that was submitted has ended.
-    pub fn is_idle(&self, stream: &StreamHandle) -> Result<bool, CudaError> {
-        // SAFETY: a live stream.
-        let query = || unsafe { (self.functions.cuStreamQuery)(stream.raw()) };
-        match self.with_context("cuStreamQuery", query) {
-            Ok(()) => Ok(true),
-            Err(CudaError::Api { code: error::NOT_READY, .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     pub fn event(&self, kind: EventKind) -> Result<EventHandle, CudaError> {
         let mut flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as c_uint;
         if kind == EventKind::Order {
@@ -193,24 +185,6 @@ impl Driver {
         self.with_context("cuStreamWaitEvent", || unsafe {
             (self.functions.cuStreamWaitEvent)(stream.raw(), event.raw(), 0)
         })
-    }
-
-    /// Waits until the event's last record has completed.
-    pub fn finish(&self, event: &EventHandle) -> Result<(), CudaError> {
-        // SAFETY: a live event.
-        self.with_context("cuEventSynchronize", || unsafe {
-            (self.functions.cuEventSynchronize)(event.raw())
-        })
-    }
-
-    pub fn is_complete(&self, event: &EventHandle) -> Result<bool, CudaError> {
-        // SAFETY: a live event.
-        let query = || unsafe { (self.functions.cuEventQuery)(event.raw()) };
-        match self.with_context("cuEventQuery", query) {
-            Ok(()) => Ok(true),
-            Err(CudaError::Api { code: error::NOT_READY, .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
     }
 
     /// Milliseconds between two completed timed events.

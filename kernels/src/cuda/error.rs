@@ -108,7 +108,8 @@ pub enum CudaError {
 
     /// The context is gone; only a new process gets a working one.
     #[error(
-        "the GPU failed: {code} {name}, {} {at}{}; end this program and start it again",
+        "the GPU failed: {code} {name}, {} {at}{}; end this program and start it again, and look for \
+         \"Xid\" in the kernel's log (dmesg) if that does not help",
         if *delayed { "caused by earlier work and seen by" } else { "at" },
         if *code == 999 { " (after a suspended machine resumed, reload nvidia_uvm first)" } else { "" }
     )]
@@ -125,8 +126,8 @@ pub enum CudaError {
     /// Work on the device has not ended for so long that it never will.
     /// Sticky.
     #[error(
-        "the GPU has not finished {at} for {seconds} s: look for \"Xid\" in the kernel's log, \
-         then end this program and start it again"
+        "the GPU has not finished {at} for {seconds} s: look for \"Xid\" in the kernel's log \
+         (dmesg), then end this program and start it again"
     )]
     Hung { at: &'static str, seconds: u64 },
 

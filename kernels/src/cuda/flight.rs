@@ -75,8 +75,7 @@ impl Copies {
 
     /// The device hangs: no more calls are made. The error says so.
     pub fn give_up(&self, after: Duration) -> CudaError {
-        let seconds = after.as_secs();
-        self.stream.driver().keep(CudaError::Hung { at: "a copy", seconds })
+        self.stream.driver().give_up("a copy", after)
     }
 
     /// Whether the device was given up.

@@ -89,7 +89,6 @@ functions! {
     fn cuEventElapsedTime(*mut f32, sys::CUevent, sys::CUevent);
     fn cuEventQuery(sys::CUevent);
     fn cuEventRecord(sys::CUevent, sys::CUstream);
-    fn cuEventSynchronize(sys::CUevent);
     fn cuFuncGetAttribute(*mut c_int, sys::CUfunction_attribute, sys::CUfunction);
     fn cuFuncGetParamInfo(sys::CUfunction, usize, *mut usize, *mut usize);
     fn cuFuncSetAttribute(sys::CUfunction, sys::CUfunction_attribute, c_int);

@@ -104,7 +104,8 @@ pub struct LinkOptions {
     /// Without a thread of its own the link moves only inside its methods:
     /// the order of calls is then the same in every run.
     pub thread: bool,
-    /// A chunk that takes longer means that the device hangs.
+    /// A chunk that takes longer means that the device hangs; see
+    /// [`Device::patience`].
     pub hung_after: Duration,
 }
 

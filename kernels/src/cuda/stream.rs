@@ -281,6 +281,10 @@ impl Event {
     }
 
     /// Waits until all that work has ended, without keeping the CPU busy.
+    ///
+    /// # Errors
+    /// [`CudaError::Hung`] after the device's patience
+    /// ([`super::Device::patience`]); the driver's.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.0.events.driver.finish(self.handle()?)
     }

@@ -130,7 +130,7 @@ static bool command(State& s, const std::string& line) {
   if (line == "release") return release_hung(s), true;
   if (line == "forget_violations") return s.violations.clear(), s.races = 0, true;
   if (line == "forget_calls") {
-    s.calls = s.launches = 0;
+    s.calls = s.launches = s.calls_after_sticky = 0;
     s.calls_by_name.clear();
     s.launches_by_name.clear();
     return true;
@@ -176,6 +176,7 @@ Call::Call(const char* name, bool needs_context) : lock(state().mutex) {
     s.changed.notify_all();
   };
   if (s.sticky != SUCCESS) {
+    s.calls_after_sticky++;
     result = s.sticky;
     return;
   }
@@ -217,7 +218,7 @@ CONTROL int pregate_standin_control(const char* line) {
   return command(state(), line) ? 0 : 1;
 }
 
-// `calls`, `calls:NAME`, `launches`, `launches:KERNEL`, `races`, `violations`,
+// `calls`, `calls:NAME`, `calls_after_sticky`, `launches`, `launches:KERNEL`, `races`, `violations`,
 // `kernels`, `sanitizer`, `pending_work`; what is alive: `device_bytes`,
 // `device_blocks`, `pinned_bytes`, `pinned_blocks`, `streams`, `events`,
 // `modules`, `graphs`, `contexts`. Unknown names count 0.
@@ -232,6 +233,7 @@ CONTROL uint64_t pregate_standin_count(const char* what) {
     return it == map.end() ? 0 : it->second;
   }
   if (name == "calls") return s.calls;
+  if (name == "calls_after_sticky") return s.calls_after_sticky;
   if (name == "launches") return s.launches;
   if (name == "races") return s.races;
   if (name == "violations") return s.violations.size();

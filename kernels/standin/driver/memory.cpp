@@ -223,7 +223,7 @@ void reset_all() {
   s.contexts = 0;
   s.rules.clear();
   s.sticky = s.pending = SUCCESS;
-  s.hang_at = s.calls = s.launches = s.races = 0;
+  s.hang_at = s.calls = s.launches = s.calls_after_sticky = s.races = 0;
   s.calls_by_name.clear();
   s.launches_by_name.clear();
   s.violations.clear();

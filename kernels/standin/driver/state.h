@@ -165,6 +165,7 @@ struct State {
   bool pending_sticky = false;
   uint64_t hang_at = 0;  // the how-manieth record from now hangs; 0: none
   uint64_t calls = 0, launches = 0;
+  uint64_t calls_after_sticky = 0;
   std::map<std::string, uint64_t> calls_by_name, launches_by_name;
   std::vector<std::string> violations;
   uint64_t races = 0;

@@ -2,19 +2,36 @@
 //! the device read, and what the host computes with while an expert is not
 //! there.
 //!
-//! The memory is page-locked as far as the system gives it, in pieces: the
-//! first refusal ends the asking, and what is left lies in ordinary memory,
-//! from which copies are slower.
+//! The memory is page-locked as far as the system gives it, in pieces: after a
+//! refusal smaller ones are asked for, down to a least, and what is left lies
+//! in ordinary memory, from which copies are slower.
 
 use super::experts::BlockShape;
 use crate::files::ModelFiles;
 use crate::model::weights::{GatedBlock, ModelWeights};
-use pregate_kernels::cuda::{CudaError, Device, ExpertMatrix, HostMemory, HostPart, PinnedPart};
+use pregate_kernels::cuda::{
+    CudaError, Device, ExpertMatrix, HostMemory, HostPart, Pinned, PinnedPart,
+};
 use pregate_kernels::{ExpertWeights, Matrix};
 use std::sync::Arc;
 
-/// Page-locked memory that is asked for at once, at most.
-const PIECE_BYTES: usize = 1 << 30;
+/// Page-locked memory that is asked for at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pieces {
+    /// At first, at most.
+    pub most_bytes: usize,
+    /// Of pieces that are halved after a refusal; less is not asked for again.
+    pub least_bytes: usize,
+}
+
+impl Default for Pieces {
+    fn default() -> Self {
+        Self { most_bytes: 1 << 30, least_bytes: 64 << 20 }
+    }
+}
+
+/// An expert of a layer, and where its matrices are in its block.
+type Wanted<'a> = (usize, BlockShape, &'a GatedBlock);
 
 /// Experts of a model, from some index on in each layer.
 pub struct HostStore {
@@ -43,6 +60,7 @@ impl HostStore {
         files: &ModelFiles,
         weights: &ModelWeights,
         first: &[usize],
+        pieces: Pieces,
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, CudaError> {
         let shape = |index: usize, experts: &[GatedBlock]| {
@@ -56,51 +74,47 @@ impl HostStore {
             let Some(shape) = layers[index].shape else { continue };
             wanted.extend(moe.experts[first[index]..].iter().map(|block| (index, shape, block)));
         }
-        let mut left: u64 = wanted.iter().map(|(_, shape, _)| shape.block_bytes as u64).sum();
+        let all: u64 = wanted.iter().map(|(_, shape, _)| shape.block_bytes as u64).sum();
         let mut store = Self { layers, pinned_bytes: 0, pageable_bytes: 0, refused: None };
-        let all = left;
+        let Pieces { mut most_bytes, least_bytes } = pieces;
         let mut rest = &wanted[..];
         while !rest.is_empty() {
-            let (count, bytes) = piece(rest);
+            let (count, bytes) = piece(rest, most_bytes);
+            let pinned = match &store.refused {
+                None => device.pinned(bytes),
+                Some(refused) => Err(refused.clone()),
+            };
             let (now, later) = rest.split_at(count);
+            let parts = match pinned {
+                Ok(pinned) => store.copy(files, now, pinned)?,
+                Err(error) if error.is_sticky() => return Err(error),
+                // Systems limit a single piece as well.
+                Err(_) if store.refused.is_none() && count > 1 && bytes / 2 >= least_bytes => {
+                    most_bytes = bytes / 2;
+                    continue;
+                }
+                Err(error) => {
+                    store.refused.get_or_insert(error);
+                    store.copy_pageable(files, now)
+                }
+            };
             rest = later;
-            let parts = store.copy(device, files, now, bytes)?;
             for ((index, ..), part) in now.iter().zip(parts) {
                 store.layers[*index].blocks.push(part);
             }
-            left -= bytes as u64;
-            tell(all - left, all);
+            tell(store.pinned_bytes + store.pageable_bytes, all);
         }
         Ok(store)
     }
 
-    /// Blocks of `experts`, together `bytes` long.
+    /// Blocks of `experts` in `pinned`, which has room for them.
     fn copy(
         &mut self,
-        device: &Device,
         files: &ModelFiles,
-        experts: &[(usize, BlockShape, &GatedBlock)],
-        bytes: usize,
+        experts: &[Wanted<'_>],
+        mut pinned: Pinned,
     ) -> Result<Vec<HostPart>, CudaError> {
-        let pinned = match self.refused {
-            None => device.pinned(bytes),
-            Some(_) => Err(CudaError::unsupported("memory that was refused before")),
-        };
-        let mut pinned = match pinned {
-            Ok(pinned) => pinned,
-            Err(error) if error.is_sticky() => return Err(error),
-            Err(error) => {
-                self.refused.get_or_insert(error);
-                self.pageable_bytes += bytes as u64;
-                let block = |(_, shape, block): &(usize, BlockShape, &GatedBlock)| {
-                    let mut bytes = vec![0; shape.block_bytes];
-                    write(&mut bytes, shape, &block.view(files));
-                    HostPart::Pageable(bytes.into())
-                };
-                return Ok(experts.iter().map(block).collect());
-            }
-        };
-        self.pinned_bytes += bytes as u64;
+        self.pinned_bytes += pinned.len() as u64;
         let mut ranges = Vec::with_capacity(experts.len());
         let mut end = 0;
         for (_, shape, block) in experts {
@@ -112,6 +126,17 @@ impl HostStore {
         let pinned = Arc::new(pinned);
         let part = |range| PinnedPart::new(pinned.clone(), range).map(HostPart::Pinned);
         ranges.into_iter().map(part).collect()
+    }
+
+    /// Blocks of `experts` in memory of their own.
+    fn copy_pageable(&mut self, files: &ModelFiles, experts: &[Wanted<'_>]) -> Vec<HostPart> {
+        let block = |(_, shape, block): &Wanted<'_>| {
+            let mut bytes = vec![0; shape.block_bytes];
+            write(&mut bytes, shape, &block.view(files));
+            HostPart::Pageable(bytes.into())
+        };
+        self.pageable_bytes += experts.iter().map(|(_, of, _)| of.block_bytes as u64).sum::<u64>();
+        experts.iter().map(block).collect()
     }
 
     /// The block of an expert that has one here.
@@ -149,11 +174,12 @@ impl HostStore {
     }
 }
 
-/// How many of `experts`, at least one, make a piece, and of how many bytes.
-fn piece(experts: &[(usize, BlockShape, &GatedBlock)]) -> (usize, usize) {
+/// How many of `experts`, at least one, make a piece of at most `most_bytes`,
+/// and of how many bytes.
+fn piece(experts: &[Wanted<'_>], most_bytes: usize) -> (usize, usize) {
     let (mut count, mut bytes) = (0, 0);
     for (_, shape, _) in experts {
-        if count > 0 && bytes + shape.block_bytes > PIECE_BYTES {
+        if count > 0 && bytes + shape.block_bytes > most_bytes {
             break;
         }
         count += 1;
@@ -193,3 +219,6 @@ fn view<'a>(bytes: &'a [u8], shape: &BlockShape, block: &'a GatedBlock) -> Exper
         down_bias: block.down.bias.as_deref(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,7 @@
 
 use super::decider::Decider;
 use super::experts::BlockShape;
-use super::host_store::HostStore;
+use super::host_store::{HostStore, Pieces};
 use super::mover::LinkMover;
 use super::slots::SlotTable;
 use super::vram::{Classes, MovingLayer, Vram};
@@ -89,9 +89,12 @@ impl Plan {
         for (index, _) in classes.shape.moe() {
             (0..fixed[index]).for_each(|expert| planner.fix(ExpertId::new(index, expert as u32)));
         }
-        let host = HostStore::fill(device, files, weights, fixed, &mut |done, _| tell(done))?;
+        let pieces = Pieces::default();
+        let mut filled = |done, _| tell(done);
+        let host = HostStore::fill(device, files, weights, fixed, pieces, &mut filled)?;
         let (host, vram) = (Arc::new(host), Arc::new(Vram::new(memory, &classes)));
-        let (source, frames_at, options) = (host.clone(), vram.clone(), LinkOptions::default());
+        let (source, frames_at) = (host.clone(), vram.clone());
+        let options = LinkOptions { hung_after: device.patience(), ..LinkOptions::default() };
         let mover = LinkMover::new(device, source, frames_at, slots.clone(), &options)?;
         let started = Instant::now();
         let clock: Clock = Arc::new(move || started.elapsed().as_nanos() as u64);

@@ -3,6 +3,7 @@
 use super::super::error::{CudaError, LOWEST_CAPABILITY, LOWEST_VERSION, Version};
 use super::super::functions::{self, Functions, Missing};
 use super::Driver;
+use super::waiting::PATIENCE_MS;
 use cudarc::driver::sys;
 use std::ffi::c_int;
 use std::ptr;
@@ -78,7 +79,8 @@ impl Driver {
         let context = context as usize;
         let (sticky, calls) = (OnceLock::new(), AtomicU64::new(0));
         let captures = AtomicUsize::new(0);
-        let driver = Self { functions, device, context, sticky, calls, captures };
+        let patience_ms = AtomicU64::new(PATIENCE_MS);
+        let driver = Self { functions, device, context, sticky, calls, captures, patience_ms };
         driver.bind()?;
         Ok((driver, attributes))
     }
