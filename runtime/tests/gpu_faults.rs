@@ -288,23 +288,25 @@ fn f15_a_device_that_never_ends_its_work_is_given_up() {
         world.standin.command(&format!("hang={nth}"));
         let started = Instant::now();
         let result = world.run(&device, nth);
-        let calls = world.standin.calls();
-        match result {
-            // One that nobody waits for.
-            Ok(found) => world.assert_bits(&found, &at),
-            Err(error) => {
-                hung += 1;
-                let error = cuda(error, &at);
-                assert!(matches!(error, CudaError::Hung { .. }), "{at}: {error}");
-                let text = error.to_string();
-                assert!(text.contains("Xid") && text.contains("dmesg"), "{text}");
-                assert_eq!(device.failure(), Some(error));
-            }
-        }
         assert!(started.elapsed() < Duration::from_secs(5), "{at}: {:?}", started.elapsed());
+        let calls = world.standin.calls();
         world.standin.release();
+        let error = match result {
+            // One that nobody waits for.
+            Ok(found) => {
+                world.assert_bits(&found, &at);
+                continue;
+            }
+            Err(error) => cuda(error, &at),
+        };
+        hung += 1;
+        assert!(matches!(error, CudaError::Hung { .. }), "{at}: {error}");
+        let text = error.to_string();
+        assert!(text.contains("Xid") && text.contains("dmesg"), "{text}");
+        assert_eq!(device.failure(), Some(error));
         drop(device);
-        assert!(hung == 0 || world.standin.calls() <= calls + 1, "{at}: a call after that");
+        // The link's thread may have been in one.
+        assert!(world.standin.calls() <= calls + 1, "{at}: a call after that");
     }
     assert!(hung >= 6, "only {hung} events were waited for");
 }

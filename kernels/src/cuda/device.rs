@@ -184,6 +184,13 @@ impl Device {
         self.0.driver.set_patience(patience);
     }
 
+    /// Ends the use of the device, for whoever waits by questions of their own
+    /// and has waited for longer than [`Device::patience`]: `at` has not ended
+    /// in that time. The answer is the error that every call has from now on.
+    pub fn give_up(&self, at: &'static str) -> CudaError {
+        self.0.driver.give_up(at, self.patience())
+    }
+
     /// Free and total device memory in bytes, as the driver sees them now.
     pub fn memory(&self) -> Result<(u64, u64), CudaError> {
         self.0.driver.memory()

@@ -25,7 +25,7 @@ pub(super) use graphs::GraphHandle;
 pub(super) use kernels::{FunctionAttributes, Launch};
 pub(super) use memory::{Block, MappedBlock, PinnedBlock};
 
-use super::error::{self, CudaError};
+use super::error::CudaError;
 use super::functions::Functions;
 use cudarc::driver::sys;
 use std::ffi::{c_int, c_uint};

@@ -135,8 +135,17 @@ impl Stream {
     }
 
     /// Waits until everything that was submitted here has ended.
+    ///
+    /// # Errors
+    /// [`CudaError::Hung`] after the device's patience
+    /// ([`super::Device::patience`]); the driver's.
     pub fn synchronize(&self) -> Result<(), CudaError> {
-        self.driver().synchronize(self.handle()?)
+        // The driver itself would wait for ever: it is asked for what cannot
+        // be marked alone.
+        match self.record().and_then(|mark| mark.synchronize()) {
+            Err(error) if !error.is_sticky() => self.driver().synchronize(self.handle()?),
+            ended => ended,
+        }
     }
 
     /// Marks the work that was submitted here so far.

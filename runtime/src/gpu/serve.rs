@@ -8,7 +8,7 @@
 use super::decider::HostWork;
 use super::misses::expert_rows;
 use super::pass::{Companions, Pass};
-use super::token::{LayerMail, PATIENCE, TokenPath};
+use super::token::{LayerMail, TokenPath};
 use super::weights::{DeviceFeedForward, DeviceMoe};
 use crate::error::Result;
 use crate::forward::Work;
@@ -118,9 +118,8 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
                     return Err(CudaError::unsupported("a token that ended early").into());
                 }
                 was_idle = pass.stream().query()?;
-                if started.elapsed() > PATIENCE {
-                    let problem = "a GPU that does not answer: look at dmesg for NVRM: Xid";
-                    return Err(CudaError::unsupported(problem).into());
+                if started.elapsed() > pass.device().patience() {
+                    return Err(pass.device().give_up("a token").into());
                 }
             }
             std::hint::spin_loop();

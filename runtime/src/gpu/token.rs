@@ -17,8 +17,9 @@ use pregate_kernels::cuda::{
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// How long host and device wait for each other.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the device waits for the host; see [`Device::patience`] for the
+/// other way.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Positions that the smallest graph is for.
 const SMALLEST_GRAPH: usize = 256;
 

@@ -51,8 +51,9 @@ impl Driver {
         let started = Instant::now();
         while !self.is_complete(event)? {
             let waited = started.elapsed();
-            if waited > self.patience() {
-                return Err(self.give_up("its work", waited));
+            let patience = self.patience();
+            if waited > patience {
+                return Err(self.give_up("its work", patience));
             }
             match waited {
                 waited if waited < AT_ONCE => std::hint::spin_loop(),
