@@ -369,7 +369,15 @@ fn f16_no_call_follows_an_error_that_ends_the_device() {
     let codes = [700, 719, 999, 214, 716];
     let noticed = fail_for_good(&world, "", (60, Fault::Sticky), &codes, &see);
     assert!(noticed > 50, "{noticed}");
-    for name in ["cuLaunchKernel", "cuMemcpyHtoDAsync", "cuMemAlloc", "cuMemHostAlloc"] {
+    let names = [
+        "cuLaunchKernel",
+        "cuGraphInstantiateWithFlags",
+        "cuGraphLaunch",
+        "cuMemcpyHtoDAsync",
+        "cuMemAlloc",
+        "cuMemHostAlloc",
+    ];
+    for name in names {
         let noticed = fail_for_good(&world, name, (10, Fault::Sticky), &codes, &see);
         assert!(noticed > 0, "{name}");
     }

@@ -50,7 +50,7 @@ fn refused_pieces_are_halved_down_to_the_least_and_the_rest_is_pageable() {
     let one = blocks(&whole)[0][0].len() as u64;
     assert!(all >= 16 * one, "{all} bytes of blocks of {one}");
 
-    let pieces = Pieces { most_bytes: all as usize, least_bytes: all as usize / 8 };
+    let pieces = Pieces { most_bytes: all as usize, least_bytes: all as usize / 16 };
     // Its room, and that of the store from before.
     standin.set_pinned(all + all * 5 / 8);
     let (some, calls) = asked(&standin, || fill(&device, &opened, pieces).unwrap());
