@@ -10,7 +10,6 @@
 //! fit (F18) in `cuda_device/opening.rs`.
 
 #[path = "support/gguf_builder.rs"]
-#[allow(dead_code)]
 mod gguf_builder;
 #[path = "support/golden.rs"]
 #[allow(dead_code)]

@@ -4,7 +4,6 @@
 //! and copies and launches that land early, late or in any order.
 
 #[path = "support/gguf_builder.rs"]
-#[allow(dead_code)]
 mod gguf_builder;
 #[path = "support/golden.rs"]
 #[allow(dead_code)]
