@@ -161,7 +161,7 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
             Some(event) => event.left().iter().map(|id| id.expert).collect(),
             None => ids.iter().copied().filter(|&id| !moe.experts.is_fixed(id as usize)).collect(),
         };
-        let mut there = match &mut event {
+        let there = match &mut event {
             Some(event) if event.has_ready() => event.next(self.companions.cancel)?,
             _ => Vec::new(),
         };
@@ -170,6 +170,8 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         self.compute(layer, moe, mail, &left);
         self.companions.meter.lap(Work::Experts);
         let Some(mut event) = event else { return Ok(()) };
+        // Dropped before the event, whatever fails: it pins the event's frames.
+        let mut there = there;
         let ns = event.now_ns() - event.began_ns();
         let work = HostWork { experts: left.len(), tokens: left.len(), ns };
         self.foresee(mail, &mut event);
