@@ -295,6 +295,13 @@ impl Cache {
         self.policy.used(event);
     }
 
+    /// One of the last tokens of the chunk that [`Cache::used`] has just been
+    /// told of chose `experts`; in the order of the tokens. What decodes behind
+    /// the chunk goes on from them.
+    pub fn used_last(&mut self, layer: usize, experts: &[u32]) {
+        self.policy.used_last(layer, experts);
+    }
+
     /// `id` was computed. A chunk's experts may be more than the slots, so
     /// from now on it may leave for another of its event. A token's experts
     /// all fit and none of them evicts another.

@@ -1,11 +1,14 @@
 //! What forecasts were worth: how often they were right, what their bytes
 //! saved and cost, and the switch that stops them where they lose.
 
+mod books;
 mod price;
 
+pub use books::{LayerPrice, Traffic};
 pub use price::{Pricing, Switch};
 
 use crate::Shape;
+use books::Books;
 
 /// How good a forecast's guesses were. It guesses as many experts as the
 /// layer uses (top-k).
@@ -71,49 +74,6 @@ pub struct Recall {
     pub tally: Tally,
 }
 
-/// What a layer's prefetches moved, saved and cost.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Traffic {
-    /// Prefetches that were ordered.
-    pub issued: u64,
-    pub issued_bytes: u64,
-    /// Those that the layer asked for.
-    pub useful: u64,
-    pub useful_bytes: u64,
-    /// Those that the layer did not ask for; `issued - useful - wasted` are
-    /// still open.
-    pub wasted: u64,
-    pub wasted_bytes: u64,
-    /// Stall that useful ones saved, estimated at the link's speed.
-    pub saved_ns: u64,
-    /// Stall that useless ones caused, estimated at the link's speed, and the
-    /// time of forecasting itself, measured.
-    pub lost_ns: u64,
-    /// Time that the layer waited for experts, measured.
-    pub stall_ns: u64,
-}
-
-impl Traffic {
-    /// The share of the bytes that were asked for, of those that are settled:
-    /// precision at the issued budget.
-    pub fn precision(&self) -> Option<f64> {
-        let settled = self.useful_bytes.saturating_add(self.wasted_bytes);
-        (settled > 0).then(|| self.useful_bytes as f64 / settled as f64)
-    }
-
-    fn add(&mut self, other: &Traffic) {
-        self.issued = self.issued.saturating_add(other.issued);
-        self.issued_bytes = self.issued_bytes.saturating_add(other.issued_bytes);
-        self.useful = self.useful.saturating_add(other.useful);
-        self.useful_bytes = self.useful_bytes.saturating_add(other.useful_bytes);
-        self.wasted = self.wasted.saturating_add(other.wasted);
-        self.wasted_bytes = self.wasted_bytes.saturating_add(other.wasted_bytes);
-        self.saved_ns = self.saved_ns.saturating_add(other.saved_ns);
-        self.lost_ns = self.lost_ns.saturating_add(other.lost_ns);
-        self.stall_ns = self.stall_ns.saturating_add(other.stall_ns);
-    }
-}
-
 /// What the link to the experts did.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Link {
@@ -125,17 +85,13 @@ pub struct Link {
     pub ns_per_byte: f64,
 }
 
-/// One layer of the price list.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct LayerPrice {
-    pub layer: usize,
-    pub traffic: Traffic,
-    /// Prefetching for this layer is on.
-    pub on: bool,
-    /// How often it was switched off.
-    pub switched_off: u64,
-    /// Saved less lost time in the window.
-    pub balance_ns: f64,
+/// What went through the layers: prefetches for tokens and for chunks have
+/// books and switches of their own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pass {
+    Token,
+    /// Of a prompt.
+    Chunk,
 }
 
 /// The ledger of one run.
@@ -144,11 +100,12 @@ pub struct Ledger {
     horizon: usize,
     /// `[layers][columns][horizon + 1]`.
     tallies: Vec<Tally>,
-    /// `[layers]`.
-    traffic: Vec<Traffic>,
-    switches: Vec<Switch>,
+    tokens: Books,
+    chunks: Books,
+    /// What runs.
+    pass: Pass,
     link: Link,
-    pricing: Pricing,
+    link_window_bytes: f64,
 }
 
 impl Ledger {
@@ -158,7 +115,7 @@ impl Ledger {
         Self::with_pricing(shape, columns, horizon, Pricing::default())
     }
 
-    /// The same with other settings of the switch.
+    /// The same with other settings of the switch for tokens.
     pub fn with_pricing(
         shape: &Shape,
         columns: Vec<&'static str>,
@@ -168,12 +125,13 @@ impl Ledger {
         let layers = shape.layers.len();
         Self {
             tallies: vec![Tally::default(); layers * columns.len() * (horizon + 1)],
-            traffic: vec![Traffic::default(); layers],
-            switches: vec![Switch::new(&pricing); layers],
+            tokens: Books::new(layers, pricing),
+            chunks: Books::new(layers, Pricing::of_chunks()),
+            pass: Pass::Token,
             link: Link::default(),
             columns,
             horizon,
-            pricing,
+            link_window_bytes: pricing.link_window_bytes,
         }
     }
 
@@ -240,11 +198,16 @@ impl Ledger {
         totals
     }
 
+    fn books(&mut self) -> &mut Books {
+        match self.pass {
+            Pass::Token => &mut self.tokens,
+            Pass::Chunk => &mut self.chunks,
+        }
+    }
+
     /// A prefetch for `layer` was ordered.
     pub fn issued(&mut self, layer: usize, bytes: u64) {
-        let Some(traffic) = self.traffic.get_mut(layer) else { return };
-        traffic.issued += 1;
-        traffic.issued_bytes = traffic.issued_bytes.saturating_add(bytes);
+        self.books().issued(layer, bytes);
     }
 
     /// What a read of `bytes` takes at the link's speed.
@@ -257,54 +220,26 @@ impl Ledger {
     /// waited nevertheless, or would have passed unnoticed.
     pub fn useful(&mut self, layer: usize, bytes: u64, not_saved_ns: u64) {
         let saved_ns = self.demand_ns(bytes).saturating_sub(not_saved_ns);
-        let (Some(traffic), Some(switch)) =
-            (self.traffic.get_mut(layer), self.switches.get_mut(layer))
-        else {
-            return;
-        };
-        traffic.useful += 1;
-        traffic.useful_bytes = traffic.useful_bytes.saturating_add(bytes);
-        traffic.saved_ns = traffic.saved_ns.saturating_add(saved_ns);
-        if self.link.ns_per_byte > 0.0 {
-            switch.settled(saved_ns as f64);
-        }
+        let is_priced = self.link.ns_per_byte > 0.0;
+        self.books().useful(layer, bytes, saved_ns, is_priced);
     }
 
     /// `layer` ran without an expert that was prefetched for it, or the
     /// expert was dropped before. `in_the_way_bytes` of it were moved while a
     /// demand waited.
     pub fn wasted(&mut self, layer: usize, bytes: u64, in_the_way_bytes: u64) {
-        let surcharge = self.pricing.surcharge * bytes as f64;
-        let lost_ns = ((in_the_way_bytes as f64 + surcharge) * self.link.ns_per_byte) as u64;
-        let (Some(traffic), Some(switch)) =
-            (self.traffic.get_mut(layer), self.switches.get_mut(layer))
-        else {
-            return;
-        };
-        traffic.wasted += 1;
-        traffic.wasted_bytes = traffic.wasted_bytes.saturating_add(bytes);
-        traffic.lost_ns = traffic.lost_ns.saturating_add(lost_ns);
-        if self.link.ns_per_byte > 0.0 {
-            switch.settled(-(lost_ns as f64));
-        }
+        let ns_per_byte = self.link.ns_per_byte;
+        self.books().wasted(layer, bytes, in_the_way_bytes, ns_per_byte);
     }
 
     /// Forecasting for `layer` took the token's thread `ns`.
     pub fn spent(&mut self, layer: usize, ns: u64) {
-        let (Some(traffic), Some(switch)) =
-            (self.traffic.get_mut(layer), self.switches.get_mut(layer))
-        else {
-            return;
-        };
-        traffic.lost_ns = traffic.lost_ns.saturating_add(ns);
-        switch.spent(ns as f64);
+        self.books().spent(layer, ns);
     }
 
     /// `layer` waited for its experts.
     pub fn stalled(&mut self, layer: usize, stall_ns: u64) {
-        if let Some(traffic) = self.traffic.get_mut(layer) {
-            traffic.stall_ns = traffic.stall_ns.saturating_add(stall_ns);
-        }
+        self.books().stalled(layer, stall_ns);
     }
 
     /// The link moved `bytes` in `busy_ns` and was idle for `idle_ns` since
@@ -318,42 +253,46 @@ impl Ledger {
         if bytes > 0 && busy_ns > 0 {
             let now = busy_ns as f64 / bytes as f64;
             // A call about more bytes says more.
-            let share = (bytes as f64 / self.pricing.link_window_bytes).min(1.0);
+            let share = (bytes as f64 / self.link_window_bytes).min(1.0);
             let first = link.ns_per_byte == 0.0;
             link.ns_per_byte += if first { now } else { share * (now - link.ns_per_byte) };
         }
     }
 
-    /// A token is done: the window moves on.
-    pub fn next_token(&mut self) {
-        self.switches.iter_mut().for_each(|switch| switch.next_token(&self.pricing));
+    /// The pass that ran is over: its window moves on. A `pass` begins.
+    pub fn next_pass(&mut self, pass: Pass) {
+        self.books().next_pass();
+        self.pass = pass;
     }
 
-    /// Is prefetching for `layer` worth its price? Yes as long as nothing is
-    /// known about the link.
+    /// In a pass as the one that runs, is prefetching for `layer` worth its
+    /// price? Yes as long as nothing is known about the link.
     pub fn allows(&self, layer: usize) -> bool {
-        self.switches.get(layer).is_some_and(Switch::on)
+        match self.pass {
+            Pass::Token => self.tokens.allows(layer),
+            Pass::Chunk => self.chunks.allows(layer),
+        }
     }
 
-    /// The price list of the layers that prefetched something or stalled.
+    /// The price list of the layers that prefetched something for tokens, or
+    /// made them wait.
     pub fn prices(&self) -> Vec<LayerPrice> {
-        let layers = self.traffic.iter().zip(&self.switches).enumerate();
-        let used = layers.filter(|(_, (traffic, _))| **traffic != Traffic::default());
-        let price = |(layer, (traffic, switch)): (usize, (&Traffic, &Switch))| LayerPrice {
-            layer,
-            traffic: *traffic,
-            on: switch.on(),
-            switched_off: switch.switched_off(),
-            balance_ns: switch.balance_ns(),
-        };
-        used.map(price).collect()
+        self.tokens.prices()
     }
 
-    /// All layers together.
+    /// The same for chunks of prompts.
+    pub fn chunk_prices(&self) -> Vec<LayerPrice> {
+        self.chunks.prices()
+    }
+
+    /// All layers together, for tokens.
     pub fn traffic(&self) -> Traffic {
-        let mut total = Traffic::default();
-        self.traffic.iter().for_each(|traffic| total.add(traffic));
-        total
+        self.tokens.traffic()
+    }
+
+    /// The same for chunks of prompts.
+    pub fn chunk_traffic(&self) -> Traffic {
+        self.chunks.traffic()
     }
 
     /// What the link did.

@@ -21,16 +21,18 @@
 
 use crate::cache::{Admission, Cache};
 use crate::forecast::{External, Forecaster};
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Pass};
 use crate::policy::Event;
 use crate::vocabulary::{ExpertId, NoOutlook, Outlook, Shape};
 use accounts::Accounts;
 use prompt::Prompt;
+use shares::Shares;
 
 mod accounts;
 mod ahead;
 mod moves;
 mod prompt;
+mod shares;
 
 pub use moves::{Arrival, Landing, Request, Retire, Room};
 
@@ -57,6 +59,11 @@ enum Purpose {
     /// Nobody any more; its discard was ordered.
     Dropped,
 }
+
+/// Decoding goes on behind the last tokens of a prompt: the cache hears of so
+/// many one by one, beside the chunk as a whole. Of 4 to 32 the rest gained
+/// little more there, and lost elsewhere (`examples/prompts.rs`).
+const LAST_TOKENS: usize = 8;
 
 /// The open event.
 #[derive(Debug, Default)]
@@ -101,6 +108,7 @@ pub struct Planner {
     ask: bool,
     /// The chunk of a prompt that is on its way through the layers.
     prompt: Option<Prompt>,
+    shares: Shares,
     states: Vec<Vec<State>>,
     /// Every expert that is early or whose prefetch is in flight.
     ahead: Vec<ExpertId>,
@@ -125,6 +133,7 @@ impl Planner {
             states: layers.map(|layer| vec![State::Absent; experts(layer)]).collect(),
             ledger: Ledger::new(shape, columns, horizon),
             accounts: Accounts::default(),
+            shares: Shares::new(shape),
             shape: shape.clone(),
             cache,
             forecaster,
@@ -171,7 +180,7 @@ impl Planner {
 
     /// A token enters the first layer.
     pub fn begin_token(&mut self, token: u32) {
-        self.begin();
+        self.begin(Pass::Token);
         if let Some(forecaster) = &mut self.forecaster {
             forecaster.begin_token(token);
         }
@@ -179,14 +188,13 @@ impl Planner {
 
     /// A chunk of a prompt enters the first layer.
     pub fn begin_chunk(&mut self, tokens: &[u32]) {
-        self.begin();
+        self.begin(Pass::Chunk);
         self.prompt = Some(Prompt::new(tokens, self.shape.layers.len()));
     }
 
-    fn begin(&mut self) {
-        if self.prompt.is_none() {
-            self.ledger.next_token();
-        }
+    fn begin(&mut self, pass: Pass) {
+        self.ledger.next_pass(pass);
+        self.accounts.close();
         self.end_of_prompt();
         self.cache.next_token();
         self.after = None;
@@ -222,6 +230,7 @@ impl Planner {
         }
         self.after = Some(layer);
         self.ask = true;
+        self.shares.routed(layer, experts);
         if let Some(prompt) = &mut self.prompt {
             prompt.routed(layer, experts);
         } else if let Some(forecaster) = &mut self.forecaster {
@@ -265,7 +274,7 @@ impl Planner {
         }
         for &id in &out.in_flight {
             // One that was given up before counts as wasted for good.
-            if self.state(id) == State::Filling(Purpose::Prefetch) && self.prompt.is_none() {
+            if self.state(id) == State::Filling(Purpose::Prefetch) {
                 self.accounts.promoted(id);
             }
             self.set(id, State::Filling(Purpose::Demand));
@@ -274,14 +283,11 @@ impl Planner {
             self.set(id, State::Needed);
         }
         self.tell_cache(layer);
-        if self.prompt.is_none() {
-            let (states, ahead) = (&self.states, &self.ahead);
-            let flies = |id: &ExpertId| {
-                states[id.layer()][id.expert()] == State::Filling(Purpose::Prefetch)
-            };
-            let under_way = ahead.iter().copied().filter(flies);
-            self.accounts.requested(out, under_way);
-        }
+        let (states, ahead) = (&self.states, &self.ahead);
+        let flies =
+            |id: &ExpertId| states[id.layer()][id.expert()] == State::Filling(Purpose::Prefetch);
+        let under_way = ahead.iter().copied().filter(flies);
+        self.accounts.requested(out, under_way);
         self.retire(layer, &mut out.retire);
     }
 
@@ -293,6 +299,9 @@ impl Planner {
         let tokens = open.tokens.max(1);
         let (experts, counts) = (&open.experts, &open.event_counts);
         self.cache.used(&Event { layer, experts, counts, tokens });
+        if let Some(prompt) = &self.prompt {
+            prompt.last(layer, LAST_TOKENS).for_each(|chosen| self.cache.used_last(layer, chosen));
+        }
         open.counts.fill(0);
         open.tokens = 0;
     }

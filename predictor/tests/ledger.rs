@@ -1,7 +1,7 @@
 //! The price list adds up, and the switch stops what loses.
 
 use pregate_predictor::Shape;
-use pregate_predictor::ledger::{Answer, Ledger, Pricing};
+use pregate_predictor::ledger::{Answer, Ledger, Pass, Pricing};
 
 const BYTES: u64 = 1000;
 
@@ -23,7 +23,7 @@ fn token(ledger: &mut Ledger, useful: bool) -> bool {
             ledger.wasted(0, BYTES, BYTES);
         }
     }
-    ledger.next_token();
+    ledger.next_pass(Pass::Token);
     allowed
 }
 
@@ -99,7 +99,7 @@ fn useless_bytes_in_idle_time_are_no_reason_to_go_on() {
     for _ in 0..40 {
         ledger.issued(0, BYTES);
         ledger.wasted(0, BYTES, 0);
-        ledger.next_token();
+        ledger.next_pass(Pass::Token);
     }
     assert!(!ledger.allows(0));
     assert!(ledger.allows(1), "the other layer is judged by itself");
@@ -136,7 +136,7 @@ fn without_a_measured_link_nothing_has_a_price() {
     for _ in 0..200 {
         ledger.issued(0, BYTES);
         ledger.wasted(0, BYTES, BYTES);
-        ledger.next_token();
+        ledger.next_pass(Pass::Token);
     }
     assert!(ledger.allows(0));
     assert_eq!(ledger.traffic().wasted_bytes, 200 * BYTES);

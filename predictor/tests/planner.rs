@@ -269,10 +269,12 @@ impl Machine {
                 }
             }
         }
-        let traffic = self.planner.ledger().traffic();
-        // A prompt's reads are in no books.
-        assert!(traffic.issued <= self.prefetched);
-        assert!(traffic.useful + traffic.wasted <= traffic.issued, "{traffic:?}");
+        let ledger = self.planner.ledger();
+        let books = [ledger.traffic(), ledger.chunk_traffic()];
+        assert_eq!(books.iter().map(|traffic| traffic.issued).sum::<u64>(), self.prefetched);
+        for traffic in books {
+            assert!(traffic.useful + traffic.wasted <= traffic.issued, "{traffic:?}");
+        }
         assert!(free.iter().all(|&free| free >= 0), "more residents than slots");
     }
 }

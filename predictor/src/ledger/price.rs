@@ -32,6 +32,15 @@ impl Default for Pricing {
     }
 }
 
+impl Pricing {
+    /// For chunks of prompts, of which there are few and each has many experts:
+    /// time is counted in chunks.
+    pub fn of_chunks() -> Self {
+        let (window_tokens, first_pause, longest_pause) = (8.0, 8, 256);
+        Self { window_tokens, first_pause, longest_pause, ..Self::default() }
+    }
+}
+
 /// Decides for one layer. Deterministic in what it is told.
 #[derive(Clone, Debug)]
 pub struct Switch {

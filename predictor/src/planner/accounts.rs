@@ -11,6 +11,9 @@ const CHUNK_BYTES: u64 = 2 << 20;
 /// What is not settled yet.
 #[derive(Debug, Default)]
 pub struct Accounts {
+    /// Prefetches of this pass that nobody asked for or gave up yet. What an
+    /// earlier pass left behind is in no open book.
+    open: Vec<ExpertId>,
     /// Prefetches that were under way while a demand waited.
     in_the_way: Vec<ExpertId>,
     /// Of the open event: prefetches that were there in time.
@@ -23,11 +26,33 @@ pub struct Accounts {
 }
 
 impl Accounts {
+    /// A pass begins.
+    pub fn close(&mut self) {
+        self.open.clear();
+        self.in_the_way.clear();
+    }
+
+    /// A prefetch of `id` was ordered.
+    pub fn issued(&mut self, id: ExpertId, bytes: u64, ledger: &mut Ledger) {
+        self.open.push(id);
+        ledger.issued(id.layer(), bytes);
+    }
+
+    /// Takes `id` out of the open ones; `false`: it is none of them.
+    fn settles(&mut self, id: ExpertId) -> bool {
+        let at = self.open.iter().position(|&other| other == id);
+        at.map(|at| self.open.swap_remove(at)).is_some()
+    }
+
     /// The open event found this; `under_way` are prefetches that it does not
     /// need and that have not landed.
     pub fn requested(&mut self, request: &Request, under_way: impl Iterator<Item = ExpertId>) {
         let Request { resident, early, in_flight, missing, .. } = request;
-        self.early.extend(early);
+        for &id in early {
+            if self.settles(id) {
+                self.early.push(id);
+            }
+        }
         self.experts = resident.len() + early.len() + in_flight.len() + missing.len();
         self.missing = missing.len();
         if !missing.is_empty() {
@@ -41,11 +66,16 @@ impl Accounts {
 
     /// The event that opens waits for the prefetch of `id`.
     pub fn promoted(&mut self, id: ExpertId) {
-        self.promoted.push(id);
+        if self.settles(id) {
+            self.promoted.push(id);
+        }
     }
 
     /// The prefetch of `id` was for nothing.
     pub fn gave_up(&mut self, id: ExpertId, shape: &Shape, ledger: &mut Ledger) {
+        if !self.settles(id) {
+            return;
+        }
         let bytes = bytes(shape, id);
         let before = self.in_the_way.len();
         self.in_the_way.retain(|&other| other != id);

@@ -1,7 +1,7 @@
 //! What comes ahead of its layer, and what gives way again.
 
 use super::{Planner, Purpose, Retire, Room, State};
-use crate::vocabulary::ExpertId;
+use crate::vocabulary::{ExpertId, LayerShape};
 
 impl Planner {
     /// Gives up prefetches of `layer` that are not part of the open event.
@@ -34,9 +34,7 @@ impl Planner {
     }
 
     pub(super) fn wasted(&mut self, id: ExpertId) {
-        if self.prompt.is_none() {
-            self.accounts.gave_up(id, &self.shape, &mut self.ledger);
-        }
+        self.accounts.gave_up(id, &self.shape, &mut self.ledger);
     }
 
     /// Is a forecast for `layer` worth its time: could a read-ahead follow?
@@ -55,16 +53,28 @@ impl Planner {
     /// Which experts of later layers are worth a fill now? They are marked as
     /// in flight; `out` gets them, best first. Takes free frames only,
     /// `room(class)` many. May be called whenever the link is idle.
+    ///
+    /// Of a chunk of a prompt it is not asked what forecasts say of a token:
+    /// so many tokens need an expert unless hardly any ever does.
     pub fn prefetch(&mut self, room: &dyn Fn(usize) -> usize, out: &mut Vec<ExpertId>) {
         out.clear();
         let Some(forecaster) = &mut self.forecaster else { return };
         let mut wanted = std::mem::take(&mut self.wanted);
         wanted.clear();
+        let (ledger, priced) = (&self.ledger, self.limits.priced);
+        let pays = |layer: &usize| !priced || ledger.allows(*layer);
         if let Some(prompt) = &self.prompt {
-            prompt.wanted(&self.shape, self.after, &mut wanted);
+            let (after, horizon) = (self.after, forecaster.horizon().max(1));
+            let later = self.shape.moe().filter(|&(layer, _)| after.is_none_or(|l| layer > l));
+            let is_full = |layer: &LayerShape| room(layer.class) == 0;
+            for (index, layer) in later.take(if prompt.len() > 0 { horizon } else { 0 }) {
+                if pays(&index) && !is_full(layer) {
+                    let likely =
+                        self.shares.needed((index, layer), prompt.len(), self.limits.threshold);
+                    wanted.extend(likely.into_iter().map(|(p, e)| (p, ExpertId::new(index, e))));
+                }
+            }
         } else {
-            let (ledger, priced) = (&self.ledger, self.limits.priced);
-            let pays = |layer: &usize| !priced || ledger.allows(*layer);
             // Where no layer ahead pays, the guess is not worth its time.
             let any_pays = forecaster.ahead(self.after).iter().any(pays);
             if any_pays && std::mem::take(&mut self.ask) {
@@ -105,9 +115,7 @@ impl Planner {
                 && !self.cache.contains(id);
             if is_free {
                 self.room[layer.class] -= 1;
-                if self.prompt.is_none() {
-                    self.ledger.issued(id.layer(), layer.expert_bytes);
-                }
+                self.accounts.issued(id, layer.expert_bytes, &mut self.ledger);
                 self.set(id, State::Filling(Purpose::Prefetch));
                 self.ahead.push(id);
                 out.push(id);

@@ -1,7 +1,6 @@
 //! A chunk of a prompt on its way through the layers.
 
 use crate::forecast::Forecaster;
-use crate::vocabulary::{ExpertId, Shape};
 
 /// The experts of one layer, token after token.
 #[derive(Clone, Default)]
@@ -19,6 +18,22 @@ pub struct Prompt {
 impl Prompt {
     pub fn new(tokens: &[u32], layers: usize) -> Self {
         Self { tokens: tokens.to_vec(), layers: vec![Rows::default(); layers] }
+    }
+
+    /// Tokens of the chunk.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// What each of the last tokens that the router of `layer` answered chose,
+    /// `count` of them, in their order.
+    pub fn last(&self, layer: usize, count: usize) -> impl Iterator<Item = &[u32]> {
+        let Rows { experts, ends } = &self.layers[layer];
+        let first = ends.len().saturating_sub(count);
+        (first..ends.len()).map(move |index| {
+            let start = index.checked_sub(1).map_or(0, |before| ends[before]);
+            &experts[start..ends[index]]
+        })
     }
 
     /// The next token's answer of the router of `layer`.
@@ -41,18 +56,6 @@ impl Prompt {
                 }
             }
             forecaster.observe(token, &path);
-        }
-    }
-
-    /// Experts of the next MoE layer in the order of the file, where so many
-    /// tokens rather ask for an expert than not, if all are alike.
-    pub fn wanted(&self, shape: &Shape, after: Option<usize>, out: &mut Vec<(f32, ExpertId)>) {
-        let next = shape.moe().find(|&(layer, _)| after.is_none_or(|after| layer > after));
-        let Some((index, layer)) = next else { return };
-        let share = layer.top_k as f32 / layer.experts as f32;
-        let used = 1.0 - (1.0 - share).powi(i32::try_from(self.tokens.len()).unwrap_or(i32::MAX));
-        if used >= 0.5 {
-            out.extend((0..layer.experts as u32).map(|e| (used, ExpertId::new(index, e))));
         }
     }
 }

@@ -21,6 +21,8 @@ pub struct Frequency {
     /// What a probability of one adds to the value of an expert.
     forecast_weight: f32,
     history: History,
+    /// What one token counts for each of its experts.
+    ones: Vec<u32>,
 }
 
 /// Picked on gpt-oss-20b and DeepSeek-V2-Lite routing at 25, 50 and 75 % of
@@ -70,6 +72,7 @@ impl Frequency {
             picks_scope: scope.is_none(),
             forecast_weight: 0.0,
             history: History::new(terms),
+            ones: Vec::new(),
         }
     }
 }
@@ -92,6 +95,12 @@ impl Policy for Frequency {
 
     fn used(&mut self, event: &Event<'_>) {
         self.history.used(event);
+    }
+
+    fn used_last(&mut self, layer: usize, experts: &[u32]) {
+        self.ones.resize(experts.len().max(self.ones.len()), 1);
+        let counts = &self.ones[..experts.len()];
+        self.history.used(&Event { layer, experts, counts, tokens: 1 });
     }
 
     fn inserted(&mut self, id: ExpertId) {

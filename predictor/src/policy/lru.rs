@@ -40,6 +40,12 @@ impl Policy for Lru {
         }
     }
 
+    fn used_last(&mut self, layer: usize, experts: &[u32]) {
+        for &expert in experts.iter().rev() {
+            self.layers[layer].put(expert, ());
+        }
+    }
+
     fn inserted(&mut self, id: ExpertId) {
         let layer = &mut self.layers[id.layer()];
         if !layer.contains(&id.expert) {

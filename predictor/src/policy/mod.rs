@@ -40,6 +40,10 @@ pub trait Policy: Send {
     /// The experts of an event, whether resident or not.
     fn used(&mut self, event: &Event<'_>);
 
+    /// One of the last tokens of the chunk that [`Policy::used`] has just been
+    /// told of chose `experts`; in the order of the tokens.
+    fn used_last(&mut self, _layer: usize, _experts: &[u32]) {}
+
     /// `id` became resident.
     fn inserted(&mut self, _id: ExpertId) {}
 
