@@ -181,9 +181,10 @@ impl<'s> Event<'s> {
         }
     }
 
-    /// Settles what was handed out last, and hands out everything that is in a
-    /// frame now; waits for the disk if nothing is. Empty when all experts
-    /// were handed out. The caller drops the answer before it asks again.
+    /// Settles what was handed out last, and hands out what is in a frame now:
+    /// everything, or of a chunk a part; waits for the disk if nothing is.
+    /// Empty when all experts were handed out. The caller drops the answer
+    /// before it asks again.
     pub fn next(&mut self, cancel: &Cancel) -> Result<Vec<Arrived>> {
         self.settle();
         self.more(cancel)
@@ -205,8 +206,37 @@ impl<'s> Event<'s> {
             self.ask();
         }
         let before = self.lists.handed.len();
-        self.lists.handed.append(&mut self.lists.ready);
+        self.hand_out();
         Ok(self.lists.handed[before..].iter().map(|&id| self.pin(id)).collect())
+    }
+
+    /// Which of the experts that are there are computed next? A token's all at
+    /// once.
+    ///
+    /// Of a chunk's, those in the ring first, since reads wait for their
+    /// frames, and of these half a ring: the other half is read into
+    /// meanwhile. Then those in slots, in parts as long as anything is on its
+    /// way, so that the mover does not wait long for its next frame. The last
+    /// ones leave the ring to the next layer's.
+    fn hand_out(&mut self) {
+        let Lists { ready, handed, left, queue, .. } = &mut self.lists;
+        // What is computed without a frame is computed by the caller, beside
+        // what it is given first.
+        if self.inner.tokens <= 1 || !left.is_empty() {
+            handed.append(ready);
+            return;
+        }
+        let cache = self.inner.planner.cache();
+        ready.sort_by_key(|&id| cache.contains(id));
+        let in_ring = ready.partition_point(|&id| !cache.contains(id));
+        let is_waiting = self.awaited > 0 || !queue.is_empty();
+        let half = (self.inner.ring_of(self.store, self.layer) / 2).max(1);
+        let count = match in_ring {
+            0 if is_waiting => half.min(ready.len()),
+            0 => ready.len(),
+            in_ring => half.min(in_ring),
+        };
+        handed.extend(ready.drain(..count));
     }
 
     fn pin(&self, id: ExpertId) -> Arrived {

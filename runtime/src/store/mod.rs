@@ -95,6 +95,8 @@ struct Inner {
     limbo: Vec<FrameId>,
     /// Notices that were given out.
     told: Told,
+    /// Per class: frames that are no slots.
+    rings: Vec<usize>,
 }
 
 struct Flight {
@@ -141,7 +143,13 @@ impl ExpertStore {
             planner.link(measured.bytes, measured.elapsed_ns, 0);
         }
         let horizon = planner.forecaster().map_or(0, Forecaster::horizon);
+        let mut rings: Vec<usize> = frames.classes().map(|spec| spec.frames).collect();
+        for (index, layer) in layout.shape.moe() {
+            let slots = planner.cache().slots(index);
+            rings[layer.class] = rings[layer.class].saturating_sub(slots);
+        }
         let inner = Inner {
+            rings,
             places: Places::new(&layout.shape, &frames),
             stats: StreamStats::new(layout.shape.layers.len()),
             link: (mover.counters(), mover.now_ns()),
@@ -219,7 +227,12 @@ impl ExpertStore {
         }
         match *pass.ids {
             [token] => inner.planner.begin_token(token),
-            _ => inner.planner.begin_chunk(pass.ids),
+            _ => {
+                inner.planner.begin_chunk(pass.ids);
+                // While its first layers are computed.
+                inner.collect(self);
+                inner.prefetch(self);
+            }
         }
         drop(inner);
         Ok(turn)
@@ -395,6 +408,11 @@ impl Inner {
         self.flights.insert(key, Flight { id, urgency });
         self.mover.submit(Fill { key, ticket, pieces, urgency });
         true
+    }
+
+    /// Frames of the class of `layer` that are no slots.
+    fn ring_of(&self, store: &ExpertStore, layer: usize) -> usize {
+        store.layout.shape.layer(layer).map_or(0, |layer| self.rings[layer.class])
     }
 
     /// Frames that a fill for `layer` can have at once.

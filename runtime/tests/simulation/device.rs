@@ -35,7 +35,8 @@ impl Backend for Checked {
 
     fn expert_rows(&self, call: ExpertRows<'_>) {
         let mut machine = self.machine.lock();
-        machine.work();
+        machine.work(0);
+        let work_ns = call.groups.len() as u64 * machine.compute.expert_ns;
         for group in call.groups {
             let ExpertWeights { gate, up, down, .. } = group.weights;
             let addresses = [gate, up, down].map(address);
@@ -43,7 +44,7 @@ impl Backend for Checked {
         }
         drop(machine);
         self.inner.expert_rows(call);
-        self.machine.lock().work();
+        self.machine.lock().work(work_ns);
     }
 
     fn combine(&self, routes: &Routes, grouping: &Grouping, answers: &[f32], out: &mut [f32]) {
@@ -63,6 +64,11 @@ impl Backend for Checked {
 
     fn attention(&self, call: AttentionCall<'_>) {
         self.inner.attention(call);
+        let mut machine = self.machine.lock();
+        let ns = machine.compute.attention_ns;
+        if ns > 0 {
+            machine.work(ns);
+        }
     }
 
     fn for_each(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {

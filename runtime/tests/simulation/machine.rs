@@ -30,6 +30,16 @@ pub struct Settings {
     pub plan: Plan,
     /// The most that passes between two looks at the clock.
     pub step_ns: u64,
+    pub compute: Compute,
+}
+
+/// What computing takes beside that.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Compute {
+    /// Of an expert, whatever its tokens.
+    pub expert_ns: u64,
+    /// Of a layer's attention.
+    pub attention_ns: u64,
 }
 
 /// A lie about what landed, for the checks that must see it (F26).
@@ -54,6 +64,7 @@ pub struct Inside {
     now: u64,
     random: Random,
     step_ns: u64,
+    pub compute: Compute,
     /// Looks at the clock and at the mover.
     pub calls: u64,
     cancel: Option<(u64, Cancel)>,
@@ -91,12 +102,13 @@ pub struct Machine(Arc<Mutex<Inside>>);
 
 impl Machine {
     pub fn new(settings: Settings, files: Vec<(PathBuf, Arc<[u8]>)>) -> Self {
-        let Settings { seed, link, copies, plan, step_ns } = settings;
+        let Settings { seed, link, copies, plan, step_ns, compute } = settings;
         Self(Arc::new(Mutex::new(Inside {
             disk: Disk::new(files, link, copies, plan, seed ^ 0xd15c),
             now: 0,
             random: Random::new(seed),
             step_ns,
+            compute,
             calls: 0,
             cancel: None,
             limit_ns: u64::MAX,
@@ -118,6 +130,10 @@ impl Machine {
             kept: None,
             old: BTreeMap::new(),
         })))
+    }
+
+    pub fn now(&self) -> u64 {
+        self.lock().now
     }
 
     pub fn lock(&self) -> MutexGuard<'_, Inside> {
@@ -288,8 +304,10 @@ impl Inside {
         self.uses += 1;
     }
 
-    /// Before and after a computation time passes, and the disk works.
-    pub fn work(&mut self) {
+    /// Before and after a computation time passes, and the disk works; during
+    /// it at least `ns`.
+    pub fn work(&mut self, ns: u64) {
+        self.now += ns;
         self.tick();
     }
 

@@ -29,6 +29,7 @@ mod failures;
 mod faults;
 mod identity;
 mod machine;
+mod prompts;
 mod random;
 mod seeds;
 mod world;

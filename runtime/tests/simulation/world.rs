@@ -5,7 +5,7 @@ use super::device::Checked;
 use super::disk::{Copies, Link};
 use super::faults::Plan;
 use super::golden;
-use super::machine::{Machine, Settings, Watch};
+use super::machine::{Compute, Machine, Settings, Watch};
 use super::scratch::Scratch;
 use super::tiny::tiny;
 use pregate_kernels::{Backend, Cpu, CpuOptions};
@@ -106,7 +106,19 @@ impl World {
         seed: u64,
         cpu: &Arc<dyn Backend>,
     ) -> Running<'_> {
-        let settings = Settings { seed, link, copies: config.copies, plan, step_ns: 20_000 };
+        let (copies, compute) = (config.copies, Compute::default());
+        let settings = Settings { seed, link, copies, plan, step_ns: 20_000, compute };
+        self.start_on(config, settings, cpu)
+    }
+
+    /// The same with more to choose.
+    pub fn start_on(
+        &self,
+        config: &Config,
+        settings: Settings,
+        cpu: &Arc<dyn Backend>,
+    ) -> Running<'_> {
+        let Settings { link, plan, compute, .. } = settings;
         let machine = Machine::new(settings, vec![(self.path.clone(), self.bytes.clone())]);
         let opened = OpenedModel::open(&self.path, &mut |_| {}).unwrap();
         let layers = opened.layout().shape.layers.iter();
@@ -126,7 +138,7 @@ impl World {
         let backend = Arc::new(Checked { inner: cpu.clone(), machine: machine.clone() });
         let options = LoadOptions { backend, residency: Residency::Streamed(streaming) };
         let model = opened.load(options, &mut |_| {}).unwrap();
-        Running { world: self, config: config.clone(), link, plan, machine, model }
+        Running { world: self, config: config.clone(), link, plan, compute, machine, model }
     }
 }
 
@@ -145,6 +157,7 @@ pub struct Running<'w> {
     pub config: Config,
     link: Link,
     plan: Plan,
+    compute: Compute,
     pub machine: Machine,
     pub model: Model,
 }
@@ -192,7 +205,10 @@ impl Running<'_> {
         let fills: usize = (0..layout.shape.layers.len()).map(demands).sum();
         let fills = (passes * fills) as u64;
         let read_ns = 2 * self.link.read_ns() + self.plan.slowest_ns();
-        fills * reads as u64 * read_ns + 20_000 * 1000 * fills.max(1)
+        let Compute { expert_ns, attention_ns } = self.compute;
+        let layers = (passes * layout.shape.layers.len()) as u64;
+        let work_ns = fills * expert_ns + layers * attention_ns;
+        fills * reads as u64 * read_ns + 20_000 * 1000 * fills.max(1) + work_ns
     }
 
     pub fn check_rest(&self) {
