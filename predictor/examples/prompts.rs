@@ -18,6 +18,9 @@ use prompt::{Behind, Ratios};
 use rtrace::Trace;
 use std::path::Path;
 
+/// Decoded before a prompt, and of a prompt.
+const TOKENS: [usize; 2] = [320, 512];
+
 const FRACTIONS: [f64; 3] = [0.25, 0.5, 0.75];
 
 fn main() {
@@ -35,7 +38,8 @@ fn main() {
                 let slots = trace.top_k.max((fraction * trace.experts as f64) as usize);
                 print!("{name:24}{slots:>6}");
                 for behind in Behind::ALL {
-                    let Ratios { first, then } = prompt::ratios(&trace, slots, name, behind);
+                    let Ratios { first, then } =
+                        prompt::ratios(&trace, (slots, name), TOKENS, behind);
                     print!("{first:>9.3}{then:>7.3}");
                 }
                 println!();

@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Prefetched and not used yet, at most.
 const MOST_AHEAD: usize = 8;
+/// Layers that are looked ahead.
+const HORIZON: usize = 2;
 
 /// What the runtime knows: frames per class, and who is in them.
 struct Machine {
@@ -40,7 +42,7 @@ impl Machine {
         [policy, forecast]: [&str; 2],
         seed: u64,
     ) -> Self {
-        let forecaster = Forecaster::by_name(forecast, &shape, 2);
+        let forecaster = Forecaster::by_name(forecast, &shape, HORIZON);
         let limits = Ahead { threshold: 0.3, most: MOST_AHEAD, priced: true };
         let per_layer: Vec<usize> =
             shape.layers.iter().map(|layer| layer.map_or(0, |l| slots.max(l.top_k))).collect();
@@ -153,6 +155,9 @@ impl Machine {
         let (room, mut issued) = (self.room(), Vec::new());
         if self.below(2) == 0 {
             self.planner.prefetch(&|class| room[class], &mut issued);
+            // Of the next layers, the nearest first.
+            assert!(issued.is_sorted_by_key(|id| id.layer()), "{issued:?}");
+            assert!(issued.iter().all(|id| (1..=HORIZON).contains(&(id.layer() - layer))));
             self.start_ahead(&issued);
             return;
         }
@@ -337,4 +342,77 @@ proptest! {
             }
         }
     }
+}
+
+/// A planner for chunks of four layers with 8 experts, of which a token takes
+/// one; 2 slots each.
+fn for_chunks(forecast: &str, horizon: usize) -> Planner {
+    let shape = Shape::uniform(4, 8, 1, 1);
+    let cache = Cache::new(&shape, &[2; 4], policy::by_name("frequency").unwrap()).unwrap();
+    let forecaster = Forecaster::by_name(forecast, &shape, horizon);
+    Planner::new(&shape, cache, forecaster, Ahead::default())
+}
+
+/// A chunk whose tokens choose `experts` in every layer, one each; everything
+/// that is asked for lands at once.
+fn run_chunk(planner: &mut Planner, experts: &[u32]) {
+    let (mut request, mut retire) = (Request::default(), Retire::default());
+    planner.begin_chunk(&vec![0; experts.len()]);
+    for layer in 0..4 {
+        experts.iter().for_each(|&expert| planner.routed(layer, &[expert], &[1.0]));
+        let needed: Vec<u32> = BTreeSet::from_iter(experts.iter().copied()).into_iter().collect();
+        planner.request(layer, &needed, &mut request);
+        request.resident.iter().for_each(|&id| planner.computed(id));
+        for &id in &request.missing {
+            planner.filling(id);
+            assert_eq!(planner.arrived(id, Landing::Ready), Arrival::Use);
+            let _ = planner.admit(id, &|_| false);
+        }
+        planner.end(layer, 0, 0, &mut retire);
+    }
+}
+
+/// What a chunk of eight tokens fetches ahead before its first layer, into
+/// `room` frames.
+fn ahead_of_chunk(planner: &mut Planner, room: usize) -> Vec<ExpertId> {
+    let mut issued = Vec::new();
+    planner.begin_chunk(&[0; 8]);
+    planner.prefetch(&|_| room, &mut issued);
+    issued
+}
+
+#[test]
+fn a_chunk_fetches_ahead_what_chunks_use_and_is_nowhere() {
+    let ids = |layer: usize, experts: &[u32]| -> Vec<ExpertId> {
+        experts.iter().map(|&expert| ExpertId::new(layer, expert)).collect()
+    };
+    // 5 in half of the tokens, 2 and 7 in a sixth, others hardly ever.
+    let often: Vec<u32> =
+        (0..96).map(|token| [5, 2, 5, 7, 5, token / 24][token as usize % 6]).collect();
+    for room in [0, 1, 2, 20] {
+        let mut planner = for_chunks("frequency", 1);
+        (0..20).for_each(|_| run_chunk(&mut planner, &often));
+        let absent: Vec<u32> = [5, 2, 7]
+            .into_iter()
+            .filter(|&e| !planner.cache().contains(ExpertId::new(0, e)))
+            .collect();
+        assert!(!absent.is_empty(), "two slots hold three experts");
+        let mut want = ids(0, &absent);
+        want.truncate(room);
+        assert_eq!(ahead_of_chunk(&mut planner, room), want, "{room} frames");
+    }
+    // Further layers where the horizon says so; none without forecasts.
+    let layers = |horizon| {
+        let mut planner = for_chunks("frequency", horizon);
+        let issued = ahead_of_chunk(&mut planner, 99);
+        BTreeSet::from_iter(issued.iter().map(|id| id.layer())).len()
+    };
+    assert_eq!([layers(0), layers(1), layers(3)], [1, 1, 3]);
+    assert!(ahead_of_chunk(&mut for_chunks("none", 3), 99).is_empty());
+    // Nobody knows anything of a pass without tokens.
+    let mut planner = for_chunks("frequency", 1);
+    planner.begin_chunk(&[]);
+    let mut issued = Vec::new();
+    planner.prefetch(&|_| 99, &mut issued);
+    assert!(issued.is_empty());
 }

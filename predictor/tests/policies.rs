@@ -1,5 +1,7 @@
 //! What each policy is for.
 
+#[path = "support/prompt.rs"]
+mod prompt;
 #[path = "support/replay.rs"]
 mod replay;
 #[path = "support/rtrace.rs"]
@@ -7,8 +9,10 @@ mod rtrace;
 
 use pregate_predictor::policy::{self, Frequency, LeastStale};
 use pregate_predictor::{
-    Admission, Cache, CapacityError, Event, ExpertId, NoOutlook, Outlook, Policy, Scope, Shape,
+    Admission, Ahead, Arrival, Cache, CapacityError, Event, ExpertId, Landing, NoOutlook, Outlook,
+    Planner, Policy, Request, Retire, Scope, Shape,
 };
+use prompt::Behind;
 use rtrace::Trace;
 
 fn cache(slots: usize, policy: impl Policy + 'static) -> Cache {
@@ -133,6 +137,51 @@ fn after_a_prompt_the_cache_holds_what_decoding_and_the_prompt_used_most() {
             // One chunk that uses all alike is no reason to forget them.
             assert!(cache.contains(ExpertId::new(0, 2)), "{name}: {:?}", resident(&cache, 0));
             assert!(cache.contains(ExpertId::new(0, 3)), "{name}: {:?}", resident(&cache, 0));
+        }
+    }
+}
+
+/// A prompt of 100 tokens of the one text of the trace in the midst of the
+/// other: what decodes behind it, in either, finds about what it would have
+/// found without a chunk.
+#[test]
+fn a_prompt_leaves_decoding_its_experts_on_real_routing() {
+    let trace = Trace::open(&rtrace::find("gptoss20b/cut.json").expect("the cut"));
+    let slots = trace.experts / 2;
+    let of = |behind| prompt::ratios(&trace, (slots, policy::DEFAULT), [100, 100], behind).first;
+    let [none, other, one_by_one, own] = Behind::ALL.map(of);
+    println!("{none} {other} {one_by_one} {own}");
+    assert!(other > none - 0.02, "{other} after a prompt, {none} without");
+    assert!(own > one_by_one - 0.02, "{own} behind a chunk, {one_by_one} behind its tokens");
+}
+
+/// A long chunk does not outweigh what was decoded, but its last tokens count.
+#[test]
+fn a_prompt_ends_with_its_last_tokens() {
+    for name in ["lru", "frequency", "forecast-aware"] {
+        let policy = policy::by_name(name).unwrap();
+        let shape = Shape::uniform(1, 16, 2, 1);
+        let cache = Cache::new(&shape, &[4], policy).unwrap();
+        let mut planner = Planner::new(&shape, cache, None, Ahead::default());
+        let tokens = 64;
+        planner.begin_chunk(&[0; 64]);
+        // All but the last eight tokens are of ten experts, these of two others.
+        for token in 0..tokens {
+            let chosen = if token < 56 { [token % 10, (token + 1) % 10] } else { [12, 13] };
+            planner.routed(0, &chosen, &[0.5, 0.5]);
+        }
+        let experts: Vec<u32> = (0..10).chain([12, 13]).collect();
+        let mut request = Request::default();
+        planner.request(0, &experts, &mut request);
+        for &id in &request.missing {
+            planner.filling(id);
+            assert_eq!(planner.arrived(id, Landing::Ready), Arrival::Use);
+            let _ = planner.admit(id, &|_| false);
+        }
+        planner.end(0, 0, 0, &mut Retire::default());
+        for expert in [12, 13] {
+            let id = ExpertId::new(0, expert);
+            assert!(planner.cache().contains(id), "{name}: {:?}", resident(planner.cache(), 0));
         }
     }
 }

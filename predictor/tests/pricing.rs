@@ -133,3 +133,54 @@ fn forecasting_that_leads_to_nothing_is_stopped() {
     assert_eq!(on_again - first_off, 64);
     assert!(wanted[on_again..].contains(&false), "the second trial goes on for ever");
 }
+
+/// 60 chunks of 32 tokens, each of which uses every other expert: the even ones
+/// and the odd ones in turns, so that half of what is fetched ahead is of use.
+/// Answers how many prefetches the last 20 ordered.
+fn prefill(planner: &mut Planner, worked_ns: u64) -> usize {
+    let (mut request, mut retire, mut ahead) = (Request::default(), Retire::default(), Vec::new());
+    let mut late = 0;
+    for chunk in 0..60u32 {
+        planner.begin_chunk(&[0; 32]);
+        for layer in 0..LAYERS {
+            let experts: Vec<u32> = (0..32).map(|index| 2 * index + chunk % 2).collect();
+            for token in 0..32 {
+                let chosen = [experts[token], experts[(token + 1) % 32]];
+                planner.routed(layer, &chosen, &[0.5, 0.5]);
+            }
+            planner.request(layer, &experts, &mut request);
+            for &id in &request.missing {
+                planner.filling(id);
+                assert_eq!(planner.arrived(id, Landing::Ready), Arrival::Use);
+            }
+            request.resident.iter().for_each(|&id| planner.computed(id));
+            for &id in request.missing.iter().chain(&request.early) {
+                let _ = planner.admit(id, &|_: ExpertId| false);
+            }
+            planner.prefetch(&|_| 8, &mut ahead);
+            for &id in &ahead {
+                assert_eq!(planner.arrived(id, Landing::Ready), Arrival::Keep);
+            }
+            late += if chunk >= 40 { ahead.len() } else { 0 };
+            planner.end(layer, 0, worked_ns, &mut retire);
+        }
+    }
+    late
+}
+
+#[test]
+fn a_chunks_reads_ahead_stop_where_computing_hides_them_anyway() {
+    let mut seen = planner("token", true);
+    let needed = prefill(&mut seen, BYTES);
+    let mut hidden = planner("token", true);
+    let needless = prefill(&mut hidden, 400 * BYTES);
+    assert!(needed >= 200, "{needed}: {:?}", seen.ledger().chunk_traffic());
+    assert!(needless * 2 < needed, "{needless} of {needed}");
+    let mut unpriced = planner("token", false);
+    assert_eq!(prefill(&mut unpriced, 400 * BYTES), needed);
+    // A token's have books of their own.
+    assert_eq!(hidden.ledger().traffic().issued, 0);
+    assert!(!(0..LAYERS).all(|layer| hidden.ledger().allows(layer)));
+    hidden.begin_token(0);
+    assert!((0..LAYERS).all(|layer| hidden.wants(layer)));
+}

@@ -13,8 +13,8 @@ pub struct Term {
 
 /// A longer chunk counts no more than so many tokens: what decoding used before
 /// it will be used again, if not in this text then in another session's. Of 16
-/// to 512 this lost nothing behind the prompt's own text and most of the loss
-/// elsewhere (`examples/prompts.rs`).
+/// to 512 this cost next to nothing behind the prompt, and saved most of what
+/// a prompt took from other texts (`examples/prompts.rs`).
 const CHUNK_TOKENS: f32 = 32.0;
 
 #[derive(Clone, Default)]

@@ -4,10 +4,7 @@ use super::rtrace::Trace;
 use pregate_predictor::{Ahead, Cache, ExpertId, Planner, Request, Retire, Shape, policy};
 use std::ops::Range;
 
-/// Tokens of a prompt.
-pub const PROMPT: usize = 512;
-/// Tokens that are decoded before it, and behind it.
-const BEFORE: usize = 320;
+/// Tokens that are decoded behind a prompt.
 const FIRST: usize = 16;
 const THEN: usize = 64;
 
@@ -38,22 +35,28 @@ pub struct Ratios {
     pub then: f64,
 }
 
-/// Over rounds from all parts of the trace, each with a cold cache.
-pub fn ratios(trace: &Trace, slots: usize, policy: &str, behind: Behind) -> Ratios {
+/// Over rounds from all parts of the trace, each with a cold cache, in which
+/// `before` tokens are decoded and others are a prompt of `tokens`.
+pub fn ratios(
+    trace: &Trace,
+    (slots, policy): (usize, &str),
+    [before, tokens]: [usize; 2],
+    behind: Behind,
+) -> Ratios {
     let mut sums = [(0, 0); 2];
-    let room = PROMPT + FIRST + THEN;
-    for at in (0..trace.tokens - BEFORE - room).step_by(2 * room) {
+    let room = tokens + FIRST + THEN;
+    for at in (0..trace.tokens - before - FIRST - THEN).step_by(room / 2) {
         let other = (at + trace.tokens / 2) % (trace.tokens - room);
-        let prompt = other..other + PROMPT;
+        let prompt = other..other + tokens;
         let mut replay = Replay::new(trace, slots, policy);
-        replay.decode(at..at + BEFORE);
+        replay.decode(at..at + before);
         match behind {
             Behind::NoPrompt => {}
             Behind::OneByOne => drop(replay.decode(prompt.clone())),
             Behind::OtherText | Behind::OwnText => drop(replay.pass(prompt.clone())),
         }
         let next = match behind {
-            Behind::NoPrompt | Behind::OtherText => at + BEFORE,
+            Behind::NoPrompt | Behind::OtherText => at + before,
             Behind::OneByOne | Behind::OwnText => prompt.end,
         };
         let parts = [next..next + FIRST, next + FIRST..next + FIRST + THEN];

@@ -11,6 +11,7 @@ pub struct Trace {
     pub top_k: usize,
     pub experts: usize,
     /// First token of each sequence.
+    #[allow(dead_code)]
     pub starts: Vec<usize>,
     /// Of each sequence: the source calls it a degenerate loop.
     #[allow(dead_code)]

@@ -42,7 +42,10 @@ fn explore() {
                 let compute = Compute { expert_ns, attention_ns };
                 let none = time(&world, "none", ring, compute).0;
                 let ahead = time(&world, "frequency", ring, compute).0;
-                println!("expert {expert_ns} attention {attention_ns} ring {ring}: {none} {ahead} {:.3}", ahead as f64 / none as f64);
+                println!(
+                    "expert {expert_ns} attention {attention_ns} ring {ring}: {none} {ahead} {:.3}",
+                    ahead as f64 / none as f64
+                );
             }
         }
     }
