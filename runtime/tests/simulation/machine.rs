@@ -132,6 +132,7 @@ impl Machine {
         })))
     }
 
+    /// Virtual time, in ns.
     pub fn now(&self) -> u64 {
         self.lock().now
     }
