@@ -2,6 +2,7 @@
 //! prefetches, with a model of the frames that the runtime owns.
 
 use pregate_predictor::forecast::{Forecaster, NAMES};
+use pregate_predictor::ledger::Traffic;
 use pregate_predictor::policy;
 use pregate_predictor::{
     Admission, Ahead, Arrival, Cache, ExpertId, Landing, LayerShape, Planner, Request, Retire,
@@ -415,4 +416,25 @@ fn a_chunk_fetches_ahead_what_chunks_use_and_is_nowhere() {
     let mut issued = Vec::new();
     planner.prefetch(&|_| 99, &mut issued);
     assert!(issued.is_empty());
+}
+
+#[test]
+fn what_a_pass_leaves_behind_is_in_no_later_passs_books() {
+    let mut planner = for_chunks("frequency", 1);
+    let issued = ahead_of_chunk(&mut planner, 4).len() as u64;
+    assert!(issued >= 2);
+    // Its layer runs for a token: one is asked for, the others are given up.
+    let mut request = Request::default();
+    planner.begin_token(0);
+    planner.routed(0, &[0], &[1.0]);
+    planner.request(0, &[0], &mut request);
+    assert_eq!([request.in_flight.len(), request.retire.discard.len() + 1], [1, issued as usize]);
+    assert_eq!(planner.arrived(ExpertId::new(0, 0), Landing::Ready), Arrival::Use);
+    planner.end(0, 0, 0, &mut Retire::default());
+    let ledger = planner.ledger();
+    assert_eq!(ledger.traffic(), Traffic::default());
+    assert_eq!(
+        ledger.chunk_traffic(),
+        Traffic { issued, issued_bytes: issued, ..Traffic::default() }
+    );
 }

@@ -105,12 +105,12 @@ fn a_pool_lends_slots_and_leaves_every_layer_its_top_k() {
     assert!(cache.len(0) > 4, "{:?}", resident(&cache, 0));
 }
 
-/// A chunk that uses every expert, `hot` by each of its tokens.
-fn chunk(cache: &mut Cache, hot: u32) {
-    let experts: Vec<u32> = (0..16).collect();
-    let counts: Vec<u32> = experts.iter().map(|&e| if e == hot { 64 } else { 3 }).collect();
+/// A chunk of layer 0 whose experts are used `counts[expert]` times.
+fn chunk(cache: &mut Cache, tokens: usize, counts: [u32; 16]) {
+    let experts: Vec<u32> = (0..16).filter(|&expert| counts[expert as usize] > 0).collect();
+    let counts: Vec<u32> = counts.into_iter().filter(|&count| count > 0).collect();
     cache.next_token();
-    cache.used(&Event { layer: 0, experts: &experts, counts: &counts, tokens: 64 });
+    cache.used(&Event { layer: 0, experts: &experts, counts: &counts, tokens });
     let was_resident = |cache: &Cache, e: u32| cache.contains(ExpertId::new(0, e));
     let (here, missing): (Vec<u32>, Vec<u32>) =
         experts.iter().partition(|&&e| was_resident(cache, e));
@@ -123,6 +123,27 @@ fn chunk(cache: &mut Cache, hot: u32) {
 }
 
 #[test]
+fn a_long_prompt_does_not_outweigh_what_was_decoded() {
+    for name in ["lfu", "frequency", "forecast-aware"] {
+        let policy = policy::by_name(name).unwrap();
+        let mut cache = Cache::new(&Shape::uniform(2, 16, 2, 1), &[4; 2], policy).unwrap();
+        for _ in 0..200 {
+            token(&mut cache, 0, &[2, 3], &NoOutlook);
+        }
+        // Eight others by a quarter of its tokens each, 2 and 3 by one.
+        chunk(
+            &mut cache,
+            512,
+            std::array::from_fn(|e| if e >= 8 { 128 } else { u32::from(e == 2 || e == 3) }),
+        );
+        for expert in [2, 3] {
+            let id = ExpertId::new(0, expert);
+            assert!(cache.contains(id), "{name}: {:?}", resident(&cache, 0));
+        }
+    }
+}
+
+#[test]
 fn after_a_prompt_the_cache_holds_what_decoding_and_the_prompt_used_most() {
     for name in ["lru", "lfu", "frequency", "forecast-aware"] {
         let policy = policy::by_name(name).unwrap();
@@ -130,7 +151,8 @@ fn after_a_prompt_the_cache_holds_what_decoding_and_the_prompt_used_most() {
         for _ in 0..200 {
             token(&mut cache, 0, &[2, 3], &NoOutlook);
         }
-        chunk(&mut cache, 12);
+        // It uses every expert, one of them by each of its tokens.
+        chunk(&mut cache, 64, std::array::from_fn(|e| if e == 12 { 64 } else { 3 }));
         assert!(cache.contains(ExpertId::new(0, 12)), "{name}: {:?}", resident(&cache, 0));
         assert_eq!(cache.len(0), 4);
         if name == "frequency" || name == "forecast-aware" {

@@ -85,7 +85,8 @@ mod tests {
         let one = shares.needed(layer, 1, 0.0);
         assert!(one.iter().all(|&(p, _)| (p - 0.0625).abs() < 1e-6), "{one:?}");
         assert!(one.iter().map(|&(_, expert)| expert).eq(0..64));
-        assert!(shares.needed(layer, 8, 0.5).is_empty());
+        // Twelve that have nothing in common would be enough.
+        assert!(shares.needed(layer, 12, 0.5).is_empty());
         assert_eq!(shares.needed(layer, 64, 0.5).len(), 64);
     }
 
@@ -99,5 +100,8 @@ mod tests {
         (0..5000).for_each(|_| shares.routed(0, &[9, 3]));
         let likely = shares.needed(layer, 4, 0.5);
         assert!(likely.iter().map(|&(_, expert)| expert).eq([3, 9]), "{likely:?}");
+        (0..5000).for_each(|token| shares.routed(0, &[40, 7 + token % 2]));
+        let likely = shares.needed(layer, 4, 0.5);
+        assert!(likely.iter().map(|&(_, expert)| expert).eq([40, 7, 8]), "{likely:?}");
     }
 }

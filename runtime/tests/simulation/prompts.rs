@@ -54,11 +54,15 @@ fn while_one_half_of_the_ring_is_computed_the_other_is_read() {
     println!("{} {} {}: {:?}", one.ns, two.ns, four.ns, four.stats);
     for (ring, took) in [(2, &two), (4, &four)] {
         let stall_ns = took.stats.stall_ns;
-        println!("{stall_ns} {}", took.first_reads_ns);
         assert!(stall_ns <= took.first_reads_ns + 100, "{ring} frames: {stall_ns} ns");
     }
     assert!(one.ns > two.ns + 2 * one.first_reads_ns, "{} with one, {} with two", one.ns, two.ns);
     assert_eq!(four.stats.bytes_prefetch, 0);
+    // A ring that was filled ahead would be one part, behind which everything
+    // is waited for.
+    let compute = Compute { expert_ns: 400_000, attention_ns: 1_000_000 };
+    let ahead = run(&world, "frequency", 2, compute);
+    assert_eq!(ahead.stats.stall_ns, 0, "{:?}", ahead.stats);
 }
 
 #[test]
