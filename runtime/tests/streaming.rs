@@ -54,7 +54,7 @@ fn every_architecture_gives_the_bits_of_the_resident_run() {
         assert!(answer(&model, 4) == resident, "{what}: other bits");
         let stats = model.store().unwrap().stats();
         let (prefill, decode) = (stats.prefill.total(), stats.decode.total());
-        assert!(prefill.misses + decode.misses > 0, "{what}: no expert was read");
+        assert!(prefill.bytes_read() + decode.bytes_read() > 0, "{what}: no expert was read");
         assert_eq!(stats.decode.tokens, 6, "{what}");
     }
 }
