@@ -37,6 +37,9 @@ impl Arrived {
     }
 }
 
+/// Names what is computed without a frame.
+pub type Leave<'a> = &'a mut dyn FnMut(Missing<'_>) -> Vec<ExpertId>;
+
 /// What an event did not find in a frame.
 #[derive(Clone, Copy)]
 pub struct Missing<'a> {
@@ -55,6 +58,9 @@ pub struct Event<'s> {
     store: &'s ExpertStore,
     inner: MutexGuard<'s, Inner>,
     layer: usize,
+    /// What is handed out is launched on a device, which takes the caller no
+    /// time.
+    is_launched: bool,
     lists: Lists,
     /// Experts that the mover is bringing.
     awaited: usize,
@@ -88,14 +94,14 @@ pub(super) struct Lists {
 
 impl<'s> Event<'s> {
     /// Asks for `experts`, distinct and of one MoE layer, in the order in
-    /// which they are wanted. Of the missing ones, `leave` names those that are
-    /// computed without a frame.
+    /// which they are wanted. With `leave` they are launched on a device, and of
+    /// the missing ones it names those that are computed without a frame.
     pub(super) fn begin(
         store: &'s ExpertStore,
         layer: usize,
         experts: &[u32],
         routes: &Routes,
-        leave: &mut dyn FnMut(Missing<'_>) -> Vec<ExpertId>,
+        leave: Option<Leave<'_>>,
     ) -> Self {
         let mut inner = store.lock();
         if inner.keeps_ahead {
@@ -116,7 +122,8 @@ impl<'s> Event<'s> {
         inner.give_up(store, retire);
         inner.count(layer, &lists.request);
         lists.ready.extend(resident.iter().chain(early));
-        if !missing.is_empty() {
+        let is_launched = leave.is_some();
+        if let Some(leave) = leave.filter(|_| !missing.is_empty()) {
             let free = inner.free_frames(store, layer);
             lists.left = leave(Missing { layer, missing, in_flight, free });
         }
@@ -129,6 +136,7 @@ impl<'s> Event<'s> {
             store,
             inner,
             layer,
+            is_launched,
             lists,
             awaited,
             began_ns,
@@ -215,9 +223,9 @@ impl<'s> Event<'s> {
     ///
     /// Of a chunk's, those in the ring first, since reads wait for their
     /// frames, and of these half a ring: the other half is read into
-    /// meanwhile. Then those in slots, in parts as long as anything is on its
-    /// way, so that the mover does not wait long for its next frame. The last
-    /// ones leave the ring to the next layer's.
+    /// meanwhile. Then those in slots: where the caller computes them, in parts
+    /// as long as anything is on its way, so that the mover does not wait long
+    /// for its next frame. The last ones leave the ring to the next layer's.
     fn hand_out(&mut self) {
         let Lists { ready, handed, left, queue, .. } = &mut self.lists;
         // What is computed without a frame is computed by the caller, beside
@@ -232,7 +240,7 @@ impl<'s> Event<'s> {
         let is_waiting = self.awaited > 0 || !queue.is_empty();
         let half = (self.inner.ring_of(self.store, self.layer) / 2).max(1);
         let count = match in_ring {
-            0 if is_waiting => half.min(ready.len()),
+            0 if is_waiting && !self.is_launched => half.min(ready.len()),
             0 => ready.len(),
             in_ring => half.min(in_ring),
         };

@@ -18,7 +18,7 @@ mod places;
 pub mod slot;
 mod sync;
 
-pub use event::{Arrived, Event, Missing};
+pub use event::{Arrived, Event, Leave, Missing};
 
 use crate::error::{Error, Result};
 use crate::model::weights::GatedBlock;
@@ -274,19 +274,19 @@ impl ExpertStore {
     /// Asks for `experts`, distinct, of MoE layer `layer`, in the order in
     /// which they are wanted. Inside a [`Turn`]. `routes` is what the router chose for each token.
     pub fn begin(&self, layer: usize, experts: &[u32], routes: &Routes) -> Event<'_> {
-        Event::begin(self, layer, experts, routes, &mut |_| Vec::new())
+        Event::begin(self, layer, experts, routes, None)
     }
 
-    /// [`ExpertStore::begin`] of experts some of which are computed without a
-    /// frame: those that `leave` names, of the missing ones.
+    /// [`ExpertStore::begin`] of experts that are launched on a device; some are
+    /// computed without a frame: those that `leave` names, of the missing ones.
     pub fn begin_shared(
         &self,
         layer: usize,
         experts: &[u32],
         routes: &Routes,
-        leave: &mut dyn FnMut(Missing<'_>) -> Vec<ExpertId>,
+        leave: Leave<'_>,
     ) -> Event<'_> {
-        Event::begin(self, layer, experts, routes, leave)
+        Event::begin(self, layer, experts, routes, Some(leave))
     }
 
     /// The weights of an expert that has arrived.
