@@ -162,9 +162,18 @@ pub struct DeviceArgs {
     /// What becomes of an expert that a token needs and the GPU does not hold; never changes tokens
     #[arg(long, value_enum, default_value = "auto")]
     pub misses: MissesArg,
+    /// Whether a GPU gets a token's kernels as one CUDA graph; never changes tokens
+    #[arg(long, value_enum, default_value = "on")]
+    pub graphs: Switch,
     /// Threads [default: one per core that this process may use]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -1,7 +1,7 @@
 //! Which device computes, and why.
 
 use crate::{
-    cli::{BackendChoice, DeviceArgs, DeviceChoice},
+    cli::{BackendChoice, DeviceArgs, DeviceChoice, Switch},
     exit::Failure,
     output::bytes,
 };
@@ -27,6 +27,8 @@ pub struct Gpu {
     pub device: cuda::Device,
     pub budget: GpuBudget,
     pub misses: Misses,
+    /// A token is one CUDA graph.
+    pub graphs: bool,
 }
 
 /// How much of a GPU's memory may be taken.
@@ -148,7 +150,8 @@ impl Device {
         let cap_bytes = args.vram.map(|size| size.of(total_bytes));
         let line = format!("{} (chosen by --device cuda)", device.info().describe());
         let budget = GpuBudget { free_bytes, cap_bytes, below_bytes: None };
-        let gpu = Some(Gpu { device, budget, misses: args.misses.into() });
+        let graphs = args.graphs == Switch::On;
+        let gpu = Some(Gpu { device, budget, misses: args.misses.into(), graphs });
         Ok(Self { line, gpu, ..Self::cpu(args.threads, "beside a GPU")? })
     }
 

@@ -24,6 +24,7 @@ mod signals;
 mod size;
 mod slash;
 mod split_speed;
+mod splits;
 mod statistics;
 mod streaming;
 mod tui;

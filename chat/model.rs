@@ -10,7 +10,8 @@ use crate::{
 };
 use pregate_kernels::cuda::CudaError;
 use pregate_runtime::{
-    Error, LoadOptions, Model, ModelDescription, OpenedModel, Session, store::ExpertStore,
+    Error, LoadOptions, Model, ModelDescription, OpenedModel, Session, SessionOptions,
+    store::ExpertStore,
 };
 use std::path::{Path, PathBuf};
 
@@ -80,6 +81,9 @@ pub fn place(
     if let Some(why) = PageLocked::of(&model).and_then(|memory| memory.warning()) {
         eprintln!("warning: {why}");
     }
+    if let Some(why) = session.warning() {
+        eprintln!("warning: {why}");
+    }
     if let Some(disk) = model.store().and_then(ExpertStore::disk) {
         eprintln!("disk: {}", plan::disk_line(disk));
     }
@@ -102,7 +106,8 @@ fn try_place(
         })
         .set(megabytes(progress.bytes_done));
     })?;
-    let session = Session::new(&model, needs.session)?;
+    let graphs = device.gpu.as_ref().is_none_or(|gpu| gpu.graphs);
+    let session = Session::new(&model, SessionOptions { graphs, ..needs.session })?;
     Ok((model, session))
 }
 

@@ -45,29 +45,57 @@ impl PageLocked {
     }
 }
 
-/// Lines about the passes that were made: where their time went, where their
-/// experts came from, what the disk did. Empty without passes.
-pub fn lines(stats: &StreamStats) -> Vec<String> {
-    let phases = [("prompt", &stats.prefill), ("decode", &stats.decode)];
-    phases.into_iter().filter(|(_, phase)| phase.passes > 0).flat_map(phase_lines).collect()
+/// What experts come over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From disk to memory.
+    Disk,
+    /// From memory to a GPU.
+    Link,
 }
 
-fn phase_lines((name, phase): (&str, &Phase)) -> [String; 3] {
+impl Way {
+    pub fn of(model: &Model) -> Self {
+        if model.gpu().is_some() { Way::Link } else { Way::Disk }
+    }
+
+    /// For "waiting for ...", "from ...", "... busy".
+    fn words(self) -> [&'static str; 3] {
+        match self {
+            Way::Disk => ["waiting for the disk", "from disk", "disk"],
+            Way::Link => ["waiting for copies", "copied to the GPU", "link"],
+        }
+    }
+}
+
+/// Lines about the passes that were made: where their time went, where their
+/// experts came from, what the disk or the link did. Empty without passes.
+pub fn lines(stats: &StreamStats, way: Way) -> Vec<String> {
+    let phases = [("prompt", &stats.prefill), ("decode", &stats.decode)];
+    phases
+        .into_iter()
+        .filter(|(_, phase)| phase.passes > 0)
+        .flat_map(|phase| phase_lines(phase, way))
+        .collect()
+}
+
+fn phase_lines((name, phase): (&str, &Phase), way: Way) -> [String; 3] {
+    let [waiting, from, link] = way.words();
     [
-        format!("{name}: {}", time(&phase.time, phase.tokens)),
-        format!("{name}: {}", experts(&phase.total(), phase.tokens)),
-        format!("{name}: {}", disk(&phase.link, &phase.time, phase.tokens)),
+        format!("{name}: {}", time(&phase.time, phase.tokens, waiting)),
+        format!("{name}: {}", experts(&phase.total(), phase.tokens, from)),
+        format!("{name}: {link} {}", busy(&phase.link, &phase.time, phase.tokens)),
     ]
 }
 
 /// "9 tokens, 41.20 ms each: compute 12.10, ..."
-fn time(time: &Time, tokens: u64) -> String {
+fn time(time: &Time, tokens: u64, waiting: &str) -> String {
     let each = |ns: u64| ns as f64 / tokens.max(1) as f64 / 1e6;
     let Time { compute_ns, experts_ns, wait_disk_ns, copy_ns, overhead_ns, total_ns } = *time;
     let parts = [
         ("compute", compute_ns),
         ("experts", experts_ns),
-        ("waiting for the disk", wait_disk_ns),
+        (waiting, wait_disk_ns),
         ("copies", copy_ns),
         ("planning", overhead_ns),
         ("other", time.unattributed_ns()),
@@ -78,12 +106,16 @@ fn time(time: &Time, tokens: u64) -> String {
 }
 
 /// "experts 55.2 % in slots, ..."
-fn experts(total: &LayerStats, tokens: u64) -> String {
+fn experts(total: &LayerStats, tokens: u64, from: &str) -> String {
     let share = |part: u64| part as f64 / total.requests().max(1) as f64 * 100.0;
     let each = |count: u64| bytes(count / tokens.max(1));
+    let left = match total.left {
+        0 => String::new(),
+        some => format!(" ({:.1} % computed by the processor)", share(some)),
+    };
     format!(
-        "experts {:.1} % in slots, {:.1} % on their way, {:.1} % missed; from disk {} a token, {} \
-         of it ahead ({} never used)",
+        "experts {:.1} % in slots, {:.1} % on their way, {:.1} % missed{left}; {from} {} a \
+         token, {} of it ahead ({} never used)",
         share(total.hits),
         share(total.in_flight),
         share(total.misses),
@@ -93,14 +125,14 @@ fn experts(total: &LayerStats, tokens: u64) -> String {
     )
 }
 
-/// "disk busy 2.00 ms a token (20 % of the time), 1.9 GB/s while busy"
-fn disk(link: &LinkStats, time: &Time, tokens: u64) -> String {
+/// "busy 2.00 ms a token (20 % of the time), 1.9 GB/s while busy"
+fn busy(link: &LinkStats, time: &Time, tokens: u64) -> String {
     let each = link.busy_ns as f64 / tokens.max(1) as f64 / 1e6;
     let share = link.busy_ns as f64 / time.total_ns.max(1) as f64 * 100.0;
     let speed = link.bytes_per_s().map_or(String::new(), |bytes_per_s| {
         format!(", {}/s while busy", bytes(bytes_per_s as u64))
     });
-    format!("disk busy {each:.2} ms a token ({share:.0} % of the time){speed}")
+    format!("busy {each:.2} ms a token ({share:.0} % of the time){speed}")
 }
 
 #[cfg(test)]
@@ -110,6 +142,7 @@ mod tests {
     #[test]
     fn every_part_is_per_token() {
         let mut stats = StreamStats::new(2);
+        let lines = |stats: &StreamStats| super::lines(stats, Way::Disk);
         assert!(lines(&stats).is_empty());
         stats.decode.passes = 4;
         stats.decode.tokens = 4;

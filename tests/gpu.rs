@@ -17,18 +17,29 @@ fn a_gpu_gives_the_answer_of_the_processor() {
     let cpu = pregate(&[&ANSWER[..], &["--device", "cpu"]].concat()).output().unwrap();
     assert!(cpu.status.success());
     let arguments = [&ANSWER[..], &["--device", "cuda"]].concat();
-    for (settings, vram, share) in [
-        ("drain=lazy", "1G", "all weights"),
-        ("drain=eager", "275M", "of 192 experts"),
-        ("drain=random", "270M", "of 192 experts"),
-    ] {
-        let arguments = [&arguments[..], &["--vram", vram]].concat();
+    let rows: [(&str, &[&str], &[&str]); 4] = [
+        ("drain=lazy", &["1G"], &["all weights"]),
+        ("drain=eager", &["275M", "--stats"], &["of 192 experts", "decode: link busy"]),
+        (
+            "drain=random",
+            &["270M", "--misses", "copy", "--stats", "json"],
+            &["of 192 experts", "\"splits\":null", "\"pinned\":true"],
+        ),
+        (
+            "drain=lazy",
+            &["265M", "--graphs", "off", "--forecast", "none", "--ledger"],
+            &["of 192 experts", "on the CPU"],
+        ),
+    ];
+    for (settings, options, words) in rows {
+        let arguments = [&arguments[..], &["--vram"], options].concat();
         let Some(gpu) = on_gpu(settings, &arguments) else { return };
         let notes = String::from_utf8_lossy(&gpu.stderr);
         assert!(gpu.status.success(), "{notes}");
         assert_eq!(gpu.stdout, cpu.stdout, "{settings}: {notes}");
         assert!(notes.contains("device: CUDA, Pregate stand-in"), "{notes}");
-        assert!(notes.contains("GPU memory: ") && notes.contains(share), "{notes}");
+        assert!(notes.contains("GPU memory: "), "{notes}");
+        words.iter().for_each(|word| assert!(notes.contains(word), "{word}: {notes}"));
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
     progress::Progress,
     signals,
     split_speed::{self, Facts, SplitSpeed},
-    statistics::{self, PageLocked},
+    statistics::{self, PageLocked, Way},
 };
 use pregate_predictor::{NoObserver, Observer, roofline::Hits};
 use pregate_runtime::{
@@ -331,7 +331,8 @@ fn print(report: &Report, experts: &str) -> Result<(), Failure> {
         ))?;
     }
     let ledger = report.ledger.iter().flat_map(ledger::Report::lines);
-    let lines = report.stats.iter().flat_map(statistics::lines).chain(ledger);
+    let way = if report.gpu.is_some() { Way::Link } else { Way::Disk };
+    let lines = report.stats.iter().flat_map(|stats| statistics::lines(stats, way)).chain(ledger);
     lines.into_iter().try_for_each(|line| output::line(&line))
 }
 

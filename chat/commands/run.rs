@@ -15,7 +15,8 @@ use crate::{
     plan::Needs,
     progress::Progress,
     signals,
-    statistics::{self, PageLocked},
+    splits::{self, LayerReport},
+    statistics::{self, PageLocked, Way},
     tui,
 };
 use pregate_runtime::{Cancel, Event, Finish, Generated, Model, StreamStats, store::ExpertStore};
@@ -71,7 +72,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     match (args.ledger, &ledger) {
         (true, None) => eprintln!("{}", ledger::NOTHING),
         (true, Some(report)) if args.stats != Some(StatsForm::Json) => {
-            report.lines().iter().for_each(|line| eprintln!("{line}"));
+            let lines = report.lines().into_iter().chain(splits::lines(&model));
+            lines.for_each(|line| eprintln!("{line}"));
         }
         (true, Some(_)) => {}
         (false, _) => notices::tell_of_forecasts(&model),
@@ -104,6 +106,10 @@ struct Stats {
     stream: Option<StreamStats>,
     /// `null` where no experts are copied to a GPU.
     host_memory: Option<PageLocked>,
+    /// Who brought what the GPU missed; `null` where nothing did.
+    splits: Option<Vec<LayerReport>>,
+    #[serde(skip)]
+    way: Way,
     /// With `--ledger`.
     ledger: Option<ledger::Report>,
 }
@@ -121,6 +127,8 @@ impl Stats {
             held_bytes: memory::held_bytes(),
             stream: model.store().map(ExpertStore::stats),
             host_memory: PageLocked::of(model),
+            splits: splits::report(model),
+            way: Way::of(model),
             ledger,
         }
     }
@@ -137,7 +145,7 @@ impl Stats {
              seed {}{held}",
             self.prompt_tokens, self.prompt_tok_s, self.ttft_ms, self.tokens, self.seed,
         );
-        for line in self.stream.iter().flat_map(statistics::lines) {
+        for line in self.stream.iter().flat_map(|stats| statistics::lines(stats, self.way)) {
             text.push_str("\nstats: ");
             text.push_str(&line);
         }

@@ -126,6 +126,14 @@ impl Session {
         &self.model
     }
 
+    /// What the user should know about this sequence's speed.
+    pub fn warning(&self) -> Option<String> {
+        match &self.place {
+            Place::Host { .. } => None,
+            Place::Gpu(session) => session.warning(),
+        }
+    }
+
     /// Tokens fed so far.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens

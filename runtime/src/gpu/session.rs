@@ -173,6 +173,15 @@ impl GpuSession {
         &self.logits
     }
 
+    /// Why tokens take longer than they could.
+    pub fn warning(&self) -> Option<String> {
+        let error = self.token.as_ref().err()?;
+        Some(format!(
+            "no memory that the GPU and the processor share ({error}): the GPU waits for the \
+             processor in every layer"
+        ))
+    }
+
     /// Recurrent state cannot go back.
     pub fn can_rewind(&self) -> bool {
         !self.layers.iter().any(|layer| matches!(layer, LayerState::DeltaNet(_)))
