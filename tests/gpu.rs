@@ -27,7 +27,7 @@ fn a_gpu_gives_the_answer_of_the_processor() {
         ),
         (
             "drain=lazy",
-            &["265M", "--graphs", "off", "--forecast", "none", "--ledger"],
+            &["270M", "--graphs", "off", "--forecast", "none", "--ledger"],
             &["of 192 experts", "on the CPU"],
         ),
     ];
