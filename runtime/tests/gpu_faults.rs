@@ -310,6 +310,31 @@ fn f15_a_device_that_never_ends_its_work_is_given_up() {
     assert!(hung >= 6, "only {hung} events were waited for");
 }
 
+#[test]
+fn f15_a_token_whose_launches_never_begin_is_given_up() {
+    let Some(world) = World::new("gpu-f15-token") else { return };
+    for seed in 0..3 {
+        world.reset(seed);
+        let device = world.device();
+        let model = world.load(&device, seed).unwrap();
+        let mut session = Session::new(&model, options()).unwrap();
+        let mut next = argmax(session.feed_quietly(&PROMPT).unwrap());
+        // With launches of their own, then as a graph.
+        (0..seed).for_each(|_| next = argmax(session.feed_quietly(&[next]).unwrap()));
+        device.set_patience(Duration::from_millis(60));
+        world.standin.command("hang=1");
+        let mark = device.compute().record().unwrap();
+        let started = Instant::now();
+        let error = cuda(session.feed_quietly(&[next]).map(drop).unwrap_err(), "a token");
+        assert!(matches!(error, CudaError::Hung { .. }), "{seed}: {error}");
+        assert_eq!(device.failure(), Some(error));
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        world.standin.release();
+        drop((mark, session, model));
+        world.assert_clean("a token that hangs");
+    }
+}
+
 /// Fails a run at `count` places; how many of them it noticed. `see` looks at
 /// each error.
 fn fail_for_good(
