@@ -102,6 +102,13 @@ fn f12_without_page_locked_memory_the_answer_is_the_same_and_one_warning_says_so
         assert!(output.status.success() && output.stdout == expected, "{settings}: {notes}");
         let warnings: Vec<&str> =
             notes.lines().filter(|line| line.starts_with("warning: ")).collect();
+        // That tokens need the host in every layer is another matter.
+        let of_experts = |line: &&str| line.contains("experts are in memory that is not page");
+        assert!(pinned || warnings.len() <= 2, "{settings}: {notes}");
+        let warnings: Vec<&str> = match pinned {
+            true => warnings,
+            false => warnings.into_iter().filter(of_experts).collect(),
+        };
         assert_eq!(warnings.len(), usize::from(!pinned), "{settings}: {notes}");
         let stats: Value = serde_json::from_str(notes.lines().last().unwrap()).unwrap();
         let memory = &stats["host_memory"];
