@@ -260,7 +260,10 @@ impl Planned {
                 let given = self.streaming.disk.is_some();
                 given.then(|| "experts come from memory: --disk has no effect".to_string())
             }
-            Placement::Whole => self.streaming.without_effect(),
+            Placement::Whole if self.is_split() => {
+                self.streaming.without_effect("no expert leaves its place: the GPU has no room")
+            }
+            Placement::Whole => self.streaming.without_effect("the whole model fits in memory"),
             Placement::Streaming { ring, .. } => {
                 let short = self.streaming.ring.filter(|asked| asked > ring);
                 short.map(|asked| format!("--ring {asked}: there is memory for {ring}"))

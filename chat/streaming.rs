@@ -135,8 +135,9 @@ impl StreamingArgs {
         }
     }
 
-    /// What to say when the whole model fits; `None` if nothing was asked for.
-    pub fn without_effect(&self) -> Option<String> {
+    /// What to say where nothing is streamed, for the reason `why`; `None` if
+    /// nothing was asked for.
+    pub fn without_effect(&self, why: &str) -> Option<String> {
         let given = [
             ("--policy", self.policy.is_some()),
             ("--forecast", self.forecast.is_some()),
@@ -147,8 +148,7 @@ impl StreamingArgs {
         let given: Vec<&str> = given.iter().filter(|(_, is)| *is).map(|(name, _)| *name).collect();
         let verb = if given.len() == 1 { "has" } else { "have" };
         let names = given.join(", ");
-        (!given.is_empty())
-            .then(|| format!("the whole model fits in memory: {names} {verb} no effect"))
+        (!given.is_empty()).then(|| format!("{why}: {names} {verb} no effect"))
     }
 }
 
@@ -158,13 +158,13 @@ mod tests {
 
     #[test]
     fn options_without_effect_are_named() {
-        assert_eq!(StreamingArgs::default().without_effect(), None);
+        assert_eq!(StreamingArgs::default().without_effect("x"), None);
         let args = StreamingArgs {
             policy: Some("lru".to_string()),
             disk: Some(DiskArg::Threads),
             ..StreamingArgs::default()
         };
-        let note = args.without_effect().expect("a note");
+        let note = args.without_effect("x").expect("a note");
         assert!(note.ends_with(": --policy, --disk have no effect"), "{note}");
         assert_eq!(args.streaming().policy, "lru");
         assert_eq!(args.disk().choice, DiskChoice::Threads);
