@@ -1,12 +1,15 @@
 //! Writes a GGUF file with the shapes of a real model and random weights, for
 //! measurements on machines without a network.
 //!
-//! `random_model PRESET OUT [--format NAME] [--layers N]`
+//! `random_model PRESET OUT [--format NAME] [--layers N] [--embedding DEVIATION]`
 //!
-//! Weights have mean 0 and a deviation of 0.03. They are cut from one pool of
+//! Weights have mean 0 and a deviation of 0.03, embeddings that of `--embedding`
+//! (they are F32 then): small ones are lost in what attention and experts add,
+//! so that neighbours are routed alike; large ones give each token a routing of
+//! its own. Weights are cut from one pool of
 //! blocks per format at random places, so every expert has bytes of its own
-//! and the disk is what takes the time. There is no tokenizer: `pregate bench`
-//! and `pregate plan` need none.
+//! and the disk is what takes the time. There is no tokenizer, and the file
+//! says so: `pregate bench`, `pregate plan` and `llama-bench` need none.
 
 use pregate_kernels::{
     Format,
@@ -18,7 +21,7 @@ use std::{
     error::Error,
     fs::File,
     io::{BufWriter, Write},
-    path::Path,
+    path::PathBuf,
     process::ExitCode,
 };
 
@@ -50,7 +53,24 @@ enum Norms {
     Row,
 }
 
-const PRESETS: [Preset; 3] = [
+const PRESETS: [Preset; 4] = [
+    // To try scripts with.
+    Preset {
+        name: "tiny",
+        architecture: "qwen3moe",
+        layers: 2,
+        hidden: 256,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        experts: 8,
+        top_k: 2,
+        inner: 256,
+        vocab: 512,
+        context: 4096,
+        rope_base: 1e6,
+        norms: Norms::Head,
+    },
     Preset {
         name: "olmoe",
         architecture: "olmoe",
@@ -101,6 +121,7 @@ const PRESETS: [Preset; 3] = [
     },
 ];
 
+const EMBEDDING: &str = "token_embd.weight";
 /// Where tensors begin.
 const ALIGNMENT: usize = 32;
 /// Of one format; tensors are cut from it.
@@ -133,10 +154,11 @@ impl Tensor {
 
 impl Preset {
     /// The router stays F32, as converters leave it; `format` is for the rest.
-    fn tensors(&self, format: Format) -> Vec<Tensor> {
+    /// `embedding`: of the first tensor.
+    fn tensors(&self, format: Format, embedding: Format) -> Vec<Tensor> {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let mut all = vec![
-            Tensor::new("token_embd.weight", format, &[self.vocab, self.hidden]),
+            Tensor::new(EMBEDDING, embedding, &[self.vocab, self.hidden]),
             Tensor::new("output_norm.weight", Format::F32, &[self.hidden]),
             Tensor::new("output.weight", format, &[self.vocab, self.hidden]),
         ];
@@ -187,6 +209,8 @@ impl Preset {
             (own("rope.freq_base"), Value::F32(self.rope_base)),
             (own("expert_count"), number(self.experts)),
             (own("expert_used_count"), number(self.top_k)),
+            (own("vocab_size"), number(self.vocab)),
+            ("tokenizer.ggml.model".into(), Value::Text("none")),
         ]
     }
 }
@@ -248,6 +272,13 @@ impl Pool {
         Self { bytes, block: format.block_bytes(), random }
     }
 
+    /// F32 of this deviation.
+    fn normal(deviation: f32) -> Self {
+        let mut random = Random::new(1);
+        let elements = (0..POOL_BYTES / 4).map(|_| random.normal() * deviation);
+        Self { bytes: elements.flat_map(f32::to_le_bytes).collect(), block: 4, random }
+    }
+
     fn write(&mut self, mut left: usize, out: &mut impl Write) -> std::io::Result<()> {
         while left > 0 {
             let from = self.random.below(self.bytes.len() / self.block / 2) * self.block;
@@ -259,8 +290,10 @@ impl Pool {
     }
 }
 
-fn write(preset: &Preset, format: Format, path: &Path) -> Result<u64, Box<dyn Error>> {
-    let tensors = preset.tensors(format);
+fn write(asked: &Asked) -> Result<u64, Box<dyn Error>> {
+    let Asked { preset, format, embedding, path } = asked;
+    let mut own = embedding.map(Pool::normal);
+    let tensors = preset.tensors(*format, if own.is_some() { Format::F32 } else { *format });
     let mut out = BufWriter::with_capacity(4 << 20, File::create(path)?);
     let header = header(&preset.keys(), &tensors)?;
     out.write_all(&header)?;
@@ -270,9 +303,12 @@ fn write(preset: &Preset, format: Format, path: &Path) -> Result<u64, Box<dyn Er
         let bytes = tensor.bytes()?;
         match tensor.is_norm() {
             true => out.write_all(&1.0_f32.to_le_bytes().repeat(bytes / 4))?,
-            false => pools
-                .entry(tensor.format)
-                .or_insert_with(|| Pool::new(tensor.format))
+            false => own
+                .as_mut()
+                .filter(|_| tensor.name == EMBEDDING)
+                .unwrap_or_else(|| {
+                    pools.entry(tensor.format).or_insert_with(|| Pool::new(tensor.format))
+                })
                 .write(bytes, &mut out)?,
         }
         let padding = bytes.next_multiple_of(ALIGNMENT) - bytes;
@@ -283,13 +319,22 @@ fn write(preset: &Preset, format: Format, path: &Path) -> Result<u64, Box<dyn Er
     Ok(written)
 }
 
+/// What the command line asks for.
+struct Asked {
+    preset: Preset,
+    format: Format,
+    /// Deviation of the embedding.
+    embedding: Option<f32>,
+    path: PathBuf,
+}
+
 /// Errors, in words: the arguments make no sense.
-fn parse(words: &[String]) -> Result<(Preset, Format, &Path), String> {
+fn parse(words: &[String]) -> Result<Asked, String> {
     let [name, out, options @ ..] = words else { return Err("a preset and a file".into()) };
     let known = || PRESETS.map(|preset| preset.name).join(", ");
     let preset = PRESETS.into_iter().find(|preset| preset.name == name);
     let mut preset = preset.ok_or_else(|| format!("{name:?} is none of {}", known()))?;
-    let mut format = Format::Q4K;
+    let (mut format, mut embedding) = (Format::Q4K, None);
     let (pairs, rest) = options.as_chunks::<2>();
     if !rest.is_empty() {
         return Err(format!("{rest:?} has no value"));
@@ -305,18 +350,23 @@ fn parse(words: &[String]) -> Result<(Preset, Format, &Path), String> {
                 let found = Format::ALL.into_iter().find(|format| format.name() == value);
                 format = found.ok_or(format!("{value:?} is no format"))?;
             }
+            "--embedding" => {
+                let deviation = value.parse().ok().filter(|x| (0.0..=1e3).contains(x));
+                embedding = Some(deviation.ok_or(format!("{value:?}: a deviation up to 1000"))?);
+            }
             _ => return Err(format!("{option}: no such option")),
         }
     }
-    Ok((preset, format, Path::new(out)))
+    Ok(Asked { preset, format, embedding, path: out.into() })
 }
 
 fn main() -> ExitCode {
     let words: Vec<String> = env::args().skip(1).collect();
     let done = parse(&words).map_err(|error| {
-        format!("random_model PRESET OUT [--format NAME] [--layers N]: {error}").into()
+        format!("random_model PRESET OUT [--format NAME] [--layers N] [--embedding X]: {error}")
+            .into()
     });
-    match done.and_then(|(preset, format, path)| write(&preset, format, path)) {
+    match done.and_then(|asked| write(&asked)) {
         Ok(bytes) => {
             println!("{} bytes of random weights", bytes);
             ExitCode::SUCCESS

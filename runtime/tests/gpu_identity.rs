@@ -14,7 +14,7 @@ mod scratch;
 mod tiny;
 
 use golden::argmax;
-use pregate_kernels::cuda::{Device, DeviceOptions, Modules};
+use pregate_kernels::cuda::Device;
 use pregate_kernels::{Backend, Cpu, CpuOptions};
 use pregate_predictor::{Ahead, forecast, policy};
 use pregate_runtime::model::Source;
@@ -22,7 +22,7 @@ use pregate_runtime::{
     GpuExperts, LoadOptions, Misses, Model, OpenedModel, Residency, Session, SessionOptions,
     StreamStats, Streaming,
 };
-use pregate_standin::{Drain, Standin, testing};
+use pregate_standin::{Drain, Exclusive, testing};
 use scratch::Scratch;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,8 +30,11 @@ use std::sync::Arc;
 /// Experts of a layer, and those of a token, in the tiny model.
 const EXPERTS: usize = 16;
 const TOP_K: usize = 2;
-/// Configurations in a run of the tests.
+/// Configurations in a run over the stand-in, and on a GPU: the first of them.
 const SAMPLE: usize = 320;
+const SAMPLE_ON_GPU: usize = 50;
+/// Page-locked memory that a system gives which does not limit it.
+const UNLIMITED: u64 = u64::MAX >> 1;
 /// Longer than what decode's kernels take at once, and shorter.
 const PROMPTS: [&[u32]; 2] = [&[5, 42, 79, 116, 153, 190, 227, 264, 301], &[7, 300]];
 /// Greedy tokens behind each prompt.
@@ -92,7 +95,7 @@ impl Config {
             prefill_chunk: random.pick(&[2, 4, 64, 64]),
             graphs: random.below(3) > 0,
             drain: random.pick(&[Drain::Lazy, Drain::Eager, Drain::Random(seed + 1)]),
-            pinned: random.pick(&[u64::MAX >> 1, u64::MAX >> 1, 0]),
+            pinned: random.pick(&[UNLIMITED, UNLIMITED, 0]),
         }
     }
 
@@ -168,18 +171,59 @@ fn check_statistics(config: &Config, stats: &StreamStats) {
     }
 }
 
-fn check(standin: &Standin, path: &Path, expected: &[Vec<u32>], config: &Config) {
-    standin.reset();
-    standin.set_drain(config.drain);
-    let device = Device::open(0, &DeviceOptions { modules: Modules::Named }).unwrap();
+/// Where a configuration runs: the stand-in, or with `PREGATE_TEST_GPU=1` the
+/// first GPU, whose order and page-locked memory nobody sets.
+struct Place(Option<Exclusive<'static>>);
+
+impl Place {
+    /// `None`, and it was said why: there is nothing to run on.
+    fn find() -> Option<Self> {
+        testing::device().map(|_| Self(testing::standin().map(|standin| standin.exclusive())))
+    }
+
+    /// The configurations that are drawn first, as they are possible here.
+    fn draw(&self, seed: u64) -> Vec<Config> {
+        let count = if self.0.is_some() { SAMPLE } else { SAMPLE_ON_GPU };
+        let mut random = Random(seed);
+        let mut all: Vec<_> =
+            (0..count as u64).map(|seed| Config::draw(&mut random, seed)).collect();
+        if self.0.is_none() {
+            all.iter_mut().for_each(|config| config.pinned = UNLIMITED);
+        }
+        all
+    }
+
+    /// A device in the order of copies and launches that `config` asks for.
+    fn open(&self, config: &Config) -> Device {
+        if let Some(standin) = &self.0 {
+            standin.reset();
+            standin.set_drain(config.drain);
+        }
+        testing::device().expect("it was there before")
+    }
+
+    fn set_pinned(&self, bytes: u64) {
+        if let Some(standin) = &self.0 {
+            standin.set_pinned(bytes);
+        }
+    }
+
+    /// What the stand-in found wrong; a GPU's own faults are errors of calls.
+    fn violations(&self) -> Vec<String> {
+        self.0.as_ref().map_or_else(Vec::new, |standin| standin.take_violations())
+    }
+}
+
+fn check(place: &Place, path: &Path, expected: &[Vec<u32>], config: &Config) {
+    let device = place.open(config);
     let opened = OpenedModel::open(path, &mut |_| {}).unwrap();
     let layers = opened.layout().shape.layers.len();
     let residency = config.residency(device, layers);
     // What staging took before does not count.
-    standin.set_pinned(config.pinned);
+    place.set_pinned(config.pinned);
     let options = LoadOptions { backend: cpu(), residency };
     let model = opened.load(options, &mut |_| {}).unwrap();
-    standin.set_pinned(u64::MAX >> 1);
+    place.set_pinned(UNLIMITED);
     let found = converse(&model, config.prefill_chunk, config.graphs);
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert!(found == expected, "{config:?}: other logits at step {at}");
@@ -191,7 +235,7 @@ fn check(standin: &Standin, path: &Path, expected: &[Vec<u32>], config: &Config)
         assert_eq!(pageable.is_some(), config.pinned == 0, "{config:?}: {pinned} pinned");
     }
     drop(model);
-    let violations = standin.take_violations();
+    let violations = place.violations();
     assert!(violations.is_empty(), "{config:?}: {violations:?}");
 }
 
@@ -199,21 +243,20 @@ fn tiny_model(scratch: &Scratch) -> PathBuf {
     scratch.write("tiny.gguf", &tiny::tiny())
 }
 
-/// 320 configurations, drawn by a seed: `PREGATE_IDENTITY=<number>` draws
-/// others.
+/// 320 configurations, or 50 on a GPU, drawn by a seed:
+/// `PREGATE_IDENTITY=<number>` draws others.
 #[test]
 fn experts_anywhere_give_the_bits_of_the_cpu() {
-    let Some(standin) = testing::standin() else { return };
-    let standin = standin.exclusive();
+    let Some(place) = Place::find() else { return };
     let scratch = Scratch::new("gpu-identity");
     let path = tiny_model(&scratch);
     let options = LoadOptions { backend: cpu(), residency: Residency::Lazy };
     let expected = converse(&Model::load(&path, options, &mut |_| {}).unwrap(), 64, true);
     let asked = std::env::var("PREGATE_IDENTITY").ok().and_then(|seed| seed.parse().ok());
-    let mut random = Random(asked.unwrap_or(1));
+    let configs = place.draw(asked.unwrap_or(1));
     let started = std::time::Instant::now();
-    for seed in 0..SAMPLE as u64 {
-        check(&standin, &path, &expected, &Config::draw(&mut random, seed));
+    for config in &configs {
+        check(&place, &path, &expected, config);
     }
-    println!("{SAMPLE} configurations in {:.1?}", started.elapsed());
+    println!("{} configurations in {:.1?}", configs.len(), started.elapsed());
 }

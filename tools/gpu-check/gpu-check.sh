@@ -1,26 +1,51 @@
 #!/usr/bin/env bash
-# Tests and measures Pregate's CUDA kernels on this machine. Needs its driver
-# (550 or newer) and nothing else; takes less than nine minutes. Everything goes
-# to one file, whose end is a short table.
+# Tests and measures Pregate on this machine's GPU. Needs its driver (550 or
+# newer), for the speed of models Python 3.9 too, and nothing else. Everything
+# goes to one file, whose end is a short table; speeds also to speed-*.jsonl
+# and speed-*.md beside it.
 #
-# gpu-check.sh [--stand-in] [FILE]
+# gpu-check.sh [--part NAME]... [--llama FOLDER] [--limit SECONDS] [--stand-in] [FILE]
 #
-# --stand-in: over the stand-in for the driver that this folder brings, to try
-# this script where there is no GPU; its figures mean nothing. FILE: what to
-# write (gpu-check.txt in $OUT, else here).
+# --part: identity (50 ways to place a model's experts give the bits of the
+# processor), bench-qwen, bench-olmoe (speed of models of these shapes), kernels
+# (every kernel's tests, the sanitizer, its speed); in the order given; without
+# it all of them in this order. --llama: a folder with llama-bench, which is then
+# measured at the same GPU memory. --limit: the whole ends before that, whatever
+# hangs (520; 1100 without --part). --stand-in: over the stand-in for the driver
+# that this folder brings, to try this script where there is no GPU; its figures
+# mean nothing. FILE: what to write (gpu-check.txt in $OUT, else here).
 set -u
-cd "$(dirname "$0")"
+# As the caller names it, not as seen from here.
+absolute() { realpath -m -- "$1"; }
 
-stand_in=
-if [ "${1:-}" = --stand-in ]; then stand_in=1; shift; fi
-file=${1:-${OUT:-$PWD}/gpu-check.txt}
+stand_in= limit= llama= file= parts=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --stand-in) stand_in=1; shift; continue ;;
+    --part|--llama|--limit) [ $# -ge 2 ] || { echo "$1 what?" >&2; exit 2; } ;;
+    -*) echo "gpu-check.sh: $1: no such option" >&2; exit 2 ;;
+    *) file=$(absolute "$1"); shift; continue ;;
+  esac
+  case "$1 $2" in
+    '--part identity'|'--part bench-qwen'|'--part bench-olmoe'|'--part kernels') parts+=("$2") ;;
+    '--llama '*) llama=$(absolute "$2") ;;
+    '--limit '*[!0-9]*|'--limit '|'--part '*) echo "gpu-check.sh: $1 $2?" >&2; exit 2 ;;
+    '--limit '*) limit=$2 ;;
+  esac
+  shift 2
+done
+cd "$(dirname "$0")" || exit 1
+if [ ${#parts[@]} = 0 ]; then
+  parts=(identity bench-qwen bench-olmoe kernels)
+  limit=${limit:-1100}
+fi
+limit=${limit:-520}
+file=${file:-$(absolute "${OUT:-$PWD}/gpu-check.txt")}
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 : >"$work/table"
 failed=0
 
-# The whole run ends before this many seconds, whatever hangs.
-limit=520
 # Runs a command for at most $1 seconds, or what is left of the limit.
 within() {
   local most=$1 left=$((limit - SECONDS))
@@ -70,9 +95,10 @@ check_processor() {
   row 'small models, processor' "$count have the expected bits"
 }
 
-check_kernels() {
+# The test programs that are named.
+check_tests() {
   local test name result
-  for test in tests/cuda_*; do
+  for test in "$@"; do
     name=$(basename "$test")
     section "$name"
     local since=$SECONDS
@@ -123,18 +149,44 @@ measure() {
   sed -n '/^-- table$/,$p' "$work/bench" | tail -n +2 >>"$work/table"
 }
 
+# Speed of models of the shape $1.
+check_speed() {
+  section "speed: $1"
+  local left=$((limit - SECONDS - 15)) most=450
+  within "$((most + 10))" python3 speed.py "$1" --pregate bin/pregate --random-model bin/random_model \
+    --out "$(dirname "$file")" --limit "$((left < most ? left : most))" \
+    --version "$(head -n 1 version.txt)" ${llama:+--llama "$llama"} 2>&1 | tee "$work/log"
+  local status=${PIPESTATUS[0]}
+  [ "$status" = 0 ] || bad "speed: $1" "exit code $status"
+  # Rows of the Markdown table that have figures.
+  grep '^| [ul]' "$work/log" >>"$work/table"
+}
+
+check() {
+  case "$1" in
+    identity) check_tests tests/gpu_identity ;;
+    # The stand-in is slow.
+    bench-*) if [ -n "$stand_in" ]; then check_speed tiny; else check_speed "${1#bench-}"; fi ;;
+    kernels)
+      check_tests tests/cuda_*
+      check_sanitizer
+      measure
+      ;;
+  esac
+}
+
 all() {
+  local part
   check_machine
   check_processor
-  check_kernels
-  check_sanitizer
-  measure
+  for part in "${parts[@]}"; do check "$part"; done
   printf '\n== result (%ss)\n' "$SECONDS"
   cat "$work/table"
   if [ "$failed" = 0 ]; then echo 'gpu-check: all passed'; else echo 'gpu-check: FAILED'; fi
 }
 
 if [ -n "$stand_in" ]; then
+  export LD_LIBRARY_PATH=$PWD/stand-in
   echo 'over the stand-in: figures mean nothing'
 else
   export PREGATE_TEST_GPU=1

@@ -19,6 +19,12 @@ const PROGRAMS: [(&[&str], &str); 3] = [
     (&["-p", "pregate-runtime", "--example", "random_model"], "random_model"),
 ];
 
+/// The runtime's test that also runs on a GPU.
+const IDENTITY: &str = "gpu_identity";
+
+/// Of tools/gpu-check.
+const SCRIPTS: [&str; 4] = ["gpu-check.sh", "speed.py", "engines.py", "report.py"];
+
 /// What the small models are asked.
 const TOKENS: &str = "[1, 5, 9, 200, 31, 7]";
 
@@ -27,11 +33,12 @@ const TOKENS: &str = "[1, 5, 9, 200, 31, 7]";
 ///
 /// Errors, in words: something does not build, or a file cannot be written.
 pub fn run(root: &Path, dev: bool) -> Result<bool, String> {
-    let built = |command: &str, arguments: &[&str]| built(root, dev, command, arguments);
+    let cargo = |command: &str, arguments: &[&str]| cargo(root, dev, command, arguments);
+    let built = |command: &str, arguments: &[&str]| executables(&cargo(command, arguments)?);
     let target = target_folder(root);
     let bundle = target.join("gpu-check");
     let _ = fs::remove_dir_all(&bundle);
-    for folder in ["bin", "tests", "models"] {
+    for folder in ["bin", "tests", "models", "stand-in"] {
         make(&bundle.join(folder))?;
     }
     for (arguments, name) in PROGRAMS {
@@ -47,8 +54,20 @@ pub fn run(root: &Path, dev: bool) -> Result<bool, String> {
             pack(&program, &bundle.join("tests").join(&name))?;
         }
     }
+    let messages = cargo("test", &["-p", "pregate-runtime", "--no-run", "--test", IDENTITY])?;
+    let programs = executables(&messages)?;
+    let identity = programs.iter().find(|(name, _)| name == IDENTITY);
+    pack(
+        &identity.ok_or("cargo built no test of identity")?.1,
+        &bundle.join("tests/gpu_identity"),
+    )?;
+    if let Some(library) = standin(&messages)? {
+        copy(&library, &bundle.join("stand-in/libcuda.so"))?;
+    }
     models(root, &bundle)?;
-    copy(&root.join("tools/gpu-check/gpu-check.sh"), &bundle.join("gpu-check.sh"))?;
+    for script in SCRIPTS {
+        copy(&root.join("tools/gpu-check").join(script), &bundle.join(script))?;
+    }
     write(&bundle.join("version.txt"), &version(root))?;
     let archive = target.join("gpu-check.tar.gz");
     let tar = Command::new("tar")
@@ -75,6 +94,9 @@ struct Message {
     executable: Option<PathBuf>,
     #[serde(default)]
     target: Option<Target>,
+    /// What a build script sets.
+    #[serde(default)]
+    env: Vec<(String, String)>,
 }
 
 #[derive(Deserialize)]
@@ -82,13 +104,8 @@ struct Target {
     name: String,
 }
 
-/// Name and path of what `cargo command arguments` makes.
-fn built(
-    root: &Path,
-    dev: bool,
-    command: &str,
-    arguments: &[&str],
-) -> Result<Vec<(String, PathBuf)>, String> {
+/// The messages of `cargo command arguments`.
+fn cargo(root: &Path, dev: bool, command: &str, arguments: &[&str]) -> Result<String, String> {
     let profile = if dev { "dev" } else { "release" };
     eprintln!("cargo {command} --profile {profile} {}", arguments.join(" "));
     let output = Command::new("cargo")
@@ -102,20 +119,36 @@ fn built(
     if !output.status.success() {
         return Err(format!("cargo {command}: {}", output.status));
     }
-    executables(&String::from_utf8_lossy(&output.stdout))
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The programs that cargo's messages name.
+fn parsed(messages: &str) -> impl Iterator<Item = Result<Message, String>> {
+    messages.lines().filter(|line| line.starts_with('{')).map(|line| {
+        serde_json::from_str(line).map_err(|error| format!("cannot read cargo's message: {error}"))
+    })
+}
+
+/// Name and path of the programs that cargo's messages tell of.
 fn executables(messages: &str) -> Result<Vec<(String, PathBuf)>, String> {
     let mut found = Vec::new();
-    for line in messages.lines().filter(|line| line.starts_with('{')) {
-        let message: Message = serde_json::from_str(line)
-            .map_err(|error| format!("cannot read cargo's message: {error}"))?;
+    for message in parsed(messages) {
+        let message = message?;
         if let (Some(path), Some(target)) = (message.executable, message.target) {
             found.push((target.name, path));
         }
     }
     Ok(found)
+}
+
+/// The stand-in for the driver; `None`: it was built without a C++ compiler.
+fn standin(messages: &str) -> Result<Option<PathBuf>, String> {
+    for message in parsed(messages) {
+        let found = message?.env.into_iter().find(|(name, _)| name == "PREGATE_STANDIN_LIBRARY");
+        if let Some((_, path)) = found {
+            return Ok(Some(path.into()));
+        }
+    }
+    Ok(None)
 }
 
 /// The kernels' tests, which run on a device.
@@ -220,11 +253,14 @@ mod tests {
         let messages = r#"
 {"reason":"compiler-artifact","target":{"name":"half","kind":["lib"]},"executable":null}
 {"reason":"compiler-artifact","target":{"name":"cuda_dense","kind":["test"]},"executable":"/t/cuda_dense-1"}
+{"reason":"build-script-executed","package_id":"s","env":[["A","b"],["PREGATE_STANDIN_LIBRARY","/t/libcuda.so"]]}
 {"reason":"build-finished","success":true}
 "#;
         let expected = [("cuda_dense".to_string(), PathBuf::from("/t/cuda_dense-1"))];
         assert_eq!(executables(messages).unwrap(), expected);
         assert!(executables("{nonsense").is_err());
+        assert_eq!(standin(messages), Ok(Some("/t/libcuda.so".into())));
+        assert_eq!(standin("{\"reason\":\"build-finished\"}"), Ok(None));
     }
 
     #[test]
