@@ -85,10 +85,15 @@ class Session:
         sizes = (self.shape.n_prompt, self.shape.n_gen)
         self.llama = Llama(options.llama, clock, sizes) if options.llama else None
         self.settings = options.llama_arguments or LLAMA_SETTINGS
+        # Older ones have no such option.
+        self.has_graphs = "--graphs" in clock.run([options.pregate, "bench", "--help"])[1]
         # Seconds that the last run took: with fewer left none is begun.
         self.took_s, self.failed = 5.0, False
 
     def pregate(self, model, config, repetitions):
+        if not config.graphs and not self.has_graphs:
+            self.results.note(f"not run, this pregate has no --graphs: {config.routing}, {config.name}")
+            return
         command = [self.options.pregate, "bench", "--model", model, *config.arguments()]
         command += ["-p", str(self.shape.n_prompt), "-n", str(self.shape.n_gen), "-r", str(repetitions), "--json"]
         code, output, errors = self.clock.run(command, expected_s=self.took_s)

@@ -24,6 +24,8 @@ if sys.argv[1] == "doctor":
            "link": {"now": link, "most": dict(link, width=16)}}
     print(json.dumps({"gpus": [gpu]}))
     sys.exit()
+if "--help" in sys.argv:
+    sys.exit(print("--vram --misses --graphs"))
 note()
 if value("--misses") == "copy":
     sys.exit("pregate: the copy failed")
@@ -154,6 +156,15 @@ def note():
         usual = "--device cuda --vram 384M --misses"
         self.assertEqual(asked, {f"{usual} auto", f"{usual} auto --forecast none", f"{usual} cpu", f"{usual} copy",
                                  f"{usual} auto --graphs off"})
+
+    def test_a_pregate_without_graphs_is_told_and_no_failure(self):
+        with open(self.path("pregate"), encoding="utf-8") as file:
+            old = file.read().replace(" --graphs", "").replace('== "copy"', '== "never"')
+        self.write("pregate", old)
+        code, text, calls = self.run_speed("--samples", "1")
+        self.assertEqual(code, 0)
+        self.assertIn("not run, this pregate has no --graphs: uniform, pregate, no graph", text)
+        self.assertFalse([call for call in calls if "--graphs" in call])
 
     def test_a_machine_without_llama_bench_or_a_gpu_is_refused(self):
         os.remove(self.path("llama-bench"))
