@@ -73,6 +73,7 @@ static bool set_drain(State& s, const std::string& value) {
 
 static bool set(State& s, const std::string& key, const std::string& value) {
   if (key == "drain") return set_drain(s, value);
+  if (key == "checks" && (value == "on" || value == "off")) return s.settings.checks = value == "on", true;
   if (key == "fail") return add_rule(s, value, Rule::once);
   if (key == "sticky") return add_rule(s, value, Rule::sticky);
   if (key == "delayed") return add_rule(s, value, Rule::delayed);

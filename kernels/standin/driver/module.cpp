@@ -59,7 +59,7 @@ static Result launch(Function& function, const Dim3& grid, const Dim3& block, ui
   auto packed = pack(kernel, params);
   const Launch launch{&kernel, grid, block, dynamic_bytes, limit,
                       reinterpret_cast<const unsigned char*>(packed->data()), packed->size() * 8,
-                      state().settings.spins};
+                      state().settings.spins, state().settings.checks};
   Work work;
   work.call = kernel.name;
   work.run = [launch, packed](std::shared_ptr<Running>& running) { return run_kernel(launch, running); };

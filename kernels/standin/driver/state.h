@@ -34,6 +34,7 @@ struct Settings {
   uint64_t drain_seed = 1;
   uint64_t order_seed = 1;  // of threads and blocks; 0: in order
   uint64_t spins = 1'000'000;  // resumptions of a launch in a row that change nothing
+  bool checks = true;          // of every access of a kernel
   uint64_t vram_bytes = 8ull << 30;
   uint64_t pinned_bytes = 8ull << 30;
   int driver_version = 12040;

@@ -11,8 +11,8 @@
 namespace standin {
 
 static void seen(void* address, size_t bytes, Access kind, bool aligned, const void* pc) {
-  Machine* machine = Machine::current();
-  if (!machine) return;  // the registrations, before any launch
+  Machine* machine = Machine::watching();
+  if (!machine) return;  // the registrations, before any launch; or checks=off
   if (aligned && (reinterpret_cast<uint64_t>(address) & (bytes - 1)) != 0) {
     machine->fail(format("an access of %zu bytes at 0x%llx is misaligned (%s)", bytes,
                          (unsigned long long)reinterpret_cast<uint64_t>(address), source_of(pc).c_str()),

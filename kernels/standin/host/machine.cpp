@@ -20,6 +20,7 @@
 namespace standin {
 
 __thread Machine* Machine::active = nullptr;
+__thread Machine* Machine::watcher = nullptr;
 
 static uint64_t next_random(uint64_t& state) {  // xorshift64*
   state ^= state >> 12;
@@ -76,6 +77,7 @@ Running::~Running() {
 
 Outcome Machine::go_on(Violation* violation) {
   active = this;
+  watcher = launch->checks ? this : nullptr;
 #if defined(__SANITIZE_ADDRESS__)
   pthread_attr_t attributes;
   pthread_getattr_np(pthread_self(), &attributes);
@@ -92,7 +94,7 @@ Outcome Machine::go_on(Violation* violation) {
     outcome = run_block();
     if (outcome == Outcome::ended) in_block = false, next_block++;
   }
-  active = nullptr;
+  active = watcher = nullptr;
   if (outcome == Outcome::suspended) {
     idle = progress ? 0 : idle + 1;
     if (idle > launch->spins) {
@@ -148,7 +150,7 @@ void Machine::begin(const Launch& what, uint64_t seed, const MemoryMap& memory) 
   give_shared(dynamic_at, what.dynamic_bytes);
   static_bytes = 0;
   launch_number++;
-  global.clear(blocks);
+  if (what.checks) global.clear(blocks);
   suspect.bytes = 0;
 }
 

@@ -80,6 +80,7 @@ struct Launch {
   const unsigned char* args;  // pointers, then values: one piece of memory
   size_t args_bytes;
   uint64_t spins;  // resumptions in a row that may change nothing
+  bool checks;     // whether accesses are looked at
 };
 
 // How a launch came out of a stretch of its run.
@@ -99,6 +100,8 @@ class Machine {
   // The launch ends where it is.
   void abandon();
   static Machine* current() { return active; }
+  // The machine if it looks at accesses.
+  static Machine* watching() { return watcher; }
 
   Fiber& fiber() { return *now; }
   unsigned lane() const { return now->number % WARP; }
@@ -142,6 +145,7 @@ class Machine {
   static void fiber_main();
 
   static __thread Machine* active __attribute__((tls_model("initial-exec")));
+  static __thread Machine* watcher __attribute__((tls_model("initial-exec")));
 
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;

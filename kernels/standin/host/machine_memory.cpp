@@ -50,6 +50,7 @@ std::string Machine::waiting() const {
 }
 
 void Machine::access(const void* address, size_t bytes, Access kind, const void* pc) {
+  if (!launch->checks) return;
   if (suspect.bytes > 0) check_suspect();
   const uint64_t at = reinterpret_cast<uint64_t>(address);
   const uint64_t in_shared = at - reinterpret_cast<uint64_t>(shared);
@@ -176,7 +177,7 @@ void Machine::start_copy(void* to, const void* from) {
     memcpy(to, from, 16);
     return;
   }
-  shadow.set_in_flight(at, 16, true);
+  if (launch->checks) shadow.set_in_flight(at, 16, true);
   now->copies.push_back({target, static_cast<const unsigned char*>(from), now->group});
 }
 
@@ -188,7 +189,7 @@ void Machine::land_copies(unsigned groups_left) {
       now->copies[kept++] = copy;
       continue;
     }
-    shadow.set_in_flight(size_t(copy.shared - shared), 16, false);
+    if (launch->checks) shadow.set_in_flight(size_t(copy.shared - shared), 16, false);
     access(copy.source, 16, Access::read, __builtin_return_address(0));
     access(copy.shared, 16, Access::write, __builtin_return_address(0));
     memcpy(copy.shared, copy.source, 16);

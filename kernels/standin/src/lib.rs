@@ -158,6 +158,13 @@ impl Standin {
         self.command(&format!("spins={spins}"));
     }
 
+    /// Whether every access of a kernel that is launched from now on is looked
+    /// at: bounds, alignment, races. Without, kernels are faster, and one that
+    /// touches what it may not does so unseen, or crashes.
+    pub fn set_checks(&self, checks: bool) {
+        self.command(if checks { "checks=on" } else { "checks=off" });
+    }
+
     /// Device memory there is.
     pub fn set_vram(&self, bytes: u64) {
         self.command(&format!("vram={bytes}"));
