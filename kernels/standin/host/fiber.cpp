@@ -88,8 +88,8 @@ char* new_stack() {
 
 void free_stack(char* stack) { munmap(stack - page(), STACK_BYTES + page()); }
 
-void* prepared_stack(char* stack, void (*entry)()) {
-  auto* top = reinterpret_cast<uint64_t*>(stack + STACK_BYTES - 64);
+void* prepared_stack(char* stack, void (*entry)(), unsigned number) {
+  auto* top = reinterpret_cast<uint64_t*>(stack + STACK_BYTES - 64 - number % 32 * 128);
 #if defined(__x86_64__)
   *--top = 0;  // the entry's return address; also aligns the stack as a call does
   *--top = reinterpret_cast<uint64_t>(entry);

@@ -175,7 +175,7 @@ void Machine::begin_block() {
   for (unsigned i = 0; i < threads; i++) {
     Fiber& fiber = fibers[i];
     sanitizer_show(fiber.stack, STACK_BYTES);
-    fiber.stack_pointer = prepared_stack(fiber.stack, &fiber_main);
+    fiber.stack_pointer = prepared_stack(fiber.stack, &fiber_main, fiber.number);
     fiber.fake_stack = nullptr;
     fiber.wait = Wait::run;
     fiber.copies.clear();
@@ -317,7 +317,7 @@ void Machine::collective(Request& request) {
   if (warp.exited > 0) refuse(format("after %u lanes of the warp have ended", warp.exited));
   warp.requests[lane()] = &request;
   if (++warp.arrived < WARP) return leave(Wait::warp, request.what, request.place);
-  for (unsigned i = 0; i < WARP; i++) {
+  for (unsigned i = 0; launch->checks && i < WARP; i++) {
     const Request& other = *warp.requests[i];
     if (other.run == request.run && other.place == request.place && other.how == request.how) continue;
     refuse("while " + thread_name(now->number / WARP * WARP + i) + " is in " + other.what + " at " +

@@ -159,8 +159,9 @@ impl Standin {
     }
 
     /// Whether every access of a kernel that is launched from now on is looked
-    /// at: bounds, alignment, races. Without, kernels are faster, and one that
-    /// touches what it may not does so unseen, or crashes.
+    /// at: bounds, alignment, races, collectives that lanes do not do together.
+    /// Without, kernels are faster, and one that does what it may not does so
+    /// unseen, or crashes.
     pub fn set_checks(&self, checks: bool) {
         self.command(if checks { "checks=on" } else { "checks=off" });
     }

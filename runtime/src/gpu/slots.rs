@@ -116,3 +116,48 @@ fn entry_at(offset: usize) -> u32 {
     debug_assert!(offset.is_multiple_of(ENTRY_BYTES));
     ExpertArena::entry(offset).expect("blocks are aligned, and GPUs smaller than a terabyte")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pregate_kernels::cuda::{Device, DeviceOptions, Modules};
+    use pregate_standin::{Exclusive, testing};
+
+    /// Entries of layers with 4 and 3 experts, none of which is there.
+    fn table() -> Option<(Exclusive<'static>, SlotTable)> {
+        let turn = testing::standin()?.exclusive();
+        let device = Device::open(0, &DeviceOptions { modules: Modules::Named }).unwrap();
+        let arena = device.arena(4096).unwrap();
+        let slot_of = arena.take(SlotTable::bytes(7), 4).unwrap();
+        let arena = arena.take(2048, ENTRY_BYTES).unwrap();
+        let layers = vec![0..4, 4..7];
+        Some((turn, SlotTable { slot_of, arena, layers, waiting: Mutex::default() }))
+    }
+
+    /// Published beside it, a first launch would take it out again.
+    #[test]
+    fn an_entry_whose_update_waits_is_not_published() {
+        let Some((_turn, slots)) = table() else { return };
+        let address = slots.slot_of.address();
+        assert_eq!(slots.publish(1, 2).unwrap().address(), address + 4 * 6);
+        slots.set(1, 2, 0);
+        assert!(slots.publish(1, 2).is_none());
+        assert_eq!(slots.publish(0, 2).unwrap().address(), address + 4 * 2);
+        assert_eq!(slots.publish(1, 1).unwrap().bytes(), 4);
+        assert_eq!(slots.take(), [(6, 0)]);
+        assert_eq!(slots.publish(1, 2).unwrap().address(), address + 4 * 6);
+    }
+
+    #[test]
+    fn what_no_launch_has_set_waits_again_behind_what_came_later() {
+        let Some((_turn, slots)) = table() else { return };
+        slots.set(0, 1, 0);
+        slots.set(0, 3, 0);
+        let taken = slots.take();
+        assert_eq!(taken, [(1, 0), (3, 0)]);
+        assert!(slots.take().is_empty());
+        slots.set(0, 1, 5);
+        slots.put_back(&taken);
+        assert_eq!(slots.take(), [(1, 5), (3, 0)]);
+    }
+}

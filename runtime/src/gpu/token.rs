@@ -341,3 +341,16 @@ impl Graphs {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_graph_is_for_its_position_and_all_before() {
+        let most = |position| Graphs::most(position, 1000);
+        assert_eq!([0, 255, 256, 511, 512, 999].map(most), [256, 256, 512, 512, 1000, 1000]);
+        assert_eq!(Graphs::most(0, 1), 1);
+        assert_eq!(Graphs::most(31, 32), 32);
+    }
+}

@@ -145,6 +145,44 @@ fn shared_arrays_have_bounds() {
 }
 
 #[test]
+fn without_checks_accesses_are_not_looked_at() {
+    let Some(machine) = checked() else { return };
+    let n = 96;
+    let input = machine.device(&words(0..n));
+    let out = machine.device(&words((0..n).map(|_| -1)));
+    let reverse = |fault: i32| {
+        let args = [out, input, number(n), number(fault)];
+        machine.run("standin_reverse", [1, n as u32, 0], &args)
+    };
+    let write =
+        |at: i32| machine.run("standin_shared_bounds", [1, 1, 32], &[out, number(at), number(1)]);
+    machine.standin.set_checks(false);
+    reverse(1).unwrap();
+    // Between two arrays, where nothing lies.
+    write(64).unwrap();
+    assert_eq!(machine.standin.races(), 0);
+    assert_eq!(machine.standin.take_violations(), [""; 0]);
+    // The rest of the machine is as it was.
+    for order in ORDERS {
+        machine.standin.set_order(order);
+        reverse(0).unwrap();
+        assert_eq!(machine.read(out, 4 * n as usize), words((0..n).rev()));
+    }
+    machine.standin.set_checks(true);
+    stopped(&machine, LAUNCH_FAILED, &["race"], || reverse(1));
+    stopped(&machine, ILLEGAL_ADDRESS, &["out of bounds"], || write(64));
+    machine.standin.set_checks(false);
+    machine.standin.reset();
+    machine.standin.set_print(false);
+    machine.open().unwrap();
+    let out = machine.device(&words(0..1));
+    let args = [out, number(64), number(1)];
+    stopped(&machine, ILLEGAL_ADDRESS, &["out of bounds"], || {
+        machine.run("standin_shared_bounds", [1, 1, 32], &args)
+    });
+}
+
+#[test]
 fn barriers_that_not_all_reach_are_found() {
     let Some(machine) = checked() else { return };
     let out = machine.device(&words(0..64));
