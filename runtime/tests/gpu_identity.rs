@@ -75,7 +75,7 @@ struct Config {
     drain: Drain,
     /// Page-locked memory that the system gives.
     pinned: u64,
-    /// Accesses of kernels are looked at: a third of the speed.
+    /// Accesses of kernels are looked at, which is slow.
     checks: bool,
 }
 
