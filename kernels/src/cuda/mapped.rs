@@ -8,6 +8,11 @@
 //! meanwhile, a read gives some bytes. Which ones is for the protocol to say:
 //! what was written before a [`Mapped::store_release`] is seen by who has read
 //! the stored word with acquire order, on either side.
+//!
+//! Not kept by the types: bytes may be touched in pieces of 1, 4 and 8, and
+//! Rust's memory model has no races of atomics of different sizes. Between
+//! threads of the host it is the caller that orders such accesses; the runtime
+//! has one thread at a block at a time.
 
 use super::driver::Driver;
 use super::error::CudaError;

@@ -284,9 +284,8 @@ impl Drop for Service<'_, '_, '_, '_> {
         }
         let mail = self.path.mail();
         for layer in mail.layers[self.next..].iter().flatten() {
-            for choice in 0..layer.layout.k {
-                Decision::Host.tell(&mail.decisions, layer.decisions + choice, self.step);
-            }
+            let words = layer.decisions..layer.decisions + layer.layout.k;
+            Decision::give_up(&mail.decisions, words, self.step);
         }
         // What it says is of no interest: the token is lost.
         let _ = self.pass.stream().synchronize();
