@@ -3,8 +3,12 @@
 //! work.
 
 mod belady;
+mod error;
+mod row;
 
 pub use belady::{AccessLog, Hits};
+pub use error::TraceError;
+pub use row::{Header, LayerServed, Provenance, Row, Source};
 
 use pregate_predictor::Observer;
 use std::collections::BTreeMap;
