@@ -3,7 +3,7 @@
 //! `kernels/src/cuda/delta_net.rs` states.
 
 use super::pass::Pass;
-use super::session::RecurrentState;
+use super::state::RecurrentState;
 use super::weights::DeviceDeltaNet;
 use crate::forward::L2_EPSILON;
 use crate::model::description::{DeltaNetDescription, HeadOrder};

@@ -1,22 +1,24 @@
 //! One sequence on a device: its cache, and passes over its tokens.
 
 use super::GpuModel;
-use super::buffers::{ALIGN, Buffers, FEW_TOKENS, pass_tokens};
+use super::buffers::{Buffers, pass_tokens};
 use super::exchange::Exchange;
-use super::pass::{Companions, Pass, from_row, words};
+use super::feed_forward;
+use super::network::{head, launch, launch_token, tell};
+use super::pass::{Companions, Pass, words};
 use super::serve::{Service, ServiceBuffers};
+use super::state::{self, LayerState};
 use super::token::{Graphs, Step, TokenPath};
-use super::weights::{DeviceFeedForward, DeviceLayer, DeviceMixer};
-use super::{attention, delta_net, feed_forward, latent};
+use super::weights::DeviceLayer;
 use crate::error::{Error, Result};
 use crate::forward::cache::KvFormat;
 use crate::forward::{Meter, check_finite, embed};
 use crate::model::Model;
-use crate::model::description::{Mixer, ModelDescription};
+use crate::model::description::ModelDescription;
 use crate::model::rope::Rope;
 use crate::session::{Cancel, SessionOptions};
 use crate::store::{ExpertStore, PassInfo};
-use pregate_kernels::cuda::{Arena, CellFormat, CudaError, Device, DeviceCells, Span};
+use pregate_kernels::cuda::{Arena, CudaError, Device};
 use pregate_predictor::Observer;
 
 /// What a pass is asked for.
@@ -30,26 +32,6 @@ pub struct GpuPass<'a> {
     pub wanted: usize,
     /// A number of the session's own.
     pub session: u64,
-}
-
-/// The running state of a gated DeltaNet layer; see
-/// [`crate::forward::cache::DeltaNetState`].
-pub struct RecurrentState {
-    pub conv: Span,
-    pub memory: Span,
-}
-
-fn cell_format(kv: KvFormat) -> CellFormat {
-    match kv {
-        KvFormat::F16 => CellFormat::F16,
-        KvFormat::F32 => CellFormat::F32,
-    }
-}
-
-enum LayerState {
-    Attention { keys: DeviceCells, values: DeviceCells },
-    Latent { rows: DeviceCells },
-    DeltaNet(RecurrentState),
 }
 
 /// A sequence's memory on a device.
@@ -120,9 +102,7 @@ impl Token {
 impl GpuSession {
     /// Bytes of what a sequence of up to `capacity` positions leaves.
     pub fn state_bytes(description: &ModelDescription, capacity: usize, kv: KvFormat) -> usize {
-        let layers = description.layers.iter();
-        let parts = layers.flat_map(|layer| state_bytes(&layer.mixer, capacity, cell_format(kv)));
-        parts.map(|bytes| bytes.next_multiple_of(ALIGN)).sum()
+        state::bytes(description, capacity, kv)
     }
 
     /// Bytes of what passes over up to `tokens` tokens use.
@@ -143,9 +123,9 @@ impl GpuSession {
     ) -> Result<Self> {
         let kv = options.kv;
         let tokens = pass_tokens(options.prefill_chunk, capacity);
-        let arena = model.device().arena(Self::state_bytes(description, capacity, kv).max(1))?;
+        let arena = model.device().arena(state::bytes(description, capacity, kv).max(1))?;
         let layers = (description.layers.iter())
-            .map(|layer| state(&arena, &layer.mixer, capacity, cell_format(kv)));
+            .map(|layer| LayerState::new(&arena, &layer.mixer, capacity, kv));
         let layers = layers.collect::<Result<_, CudaError>>()?;
         let arena = model.device().arena(Self::exchange_bytes(description, tokens))?;
         let token = match Token::new(model, &arena, description, options.graphs) {
@@ -364,144 +344,4 @@ impl GpuSession {
 fn pass_info<'a>(pass: &GpuPass<'a>, keeps_ahead: bool) -> PassInfo<'a> {
     let GpuPass { ids, first_position, session, .. } = *pass;
     PassInfo { ids, session, is_start: first_position == 0, keeps_ahead }
-}
-
-/// Bytes of a layer's memory of a sequence: those of its two parts.
-fn state_bytes(mixer: &Mixer, capacity: usize, format: CellFormat) -> [usize; 2] {
-    let cells = |heads: usize, width: usize| heads * capacity * width * format.bytes();
-    match mixer {
-        Mixer::Attention(a) => [cells(a.kv_heads, a.head_dim); 2],
-        Mixer::Latent(l) => [cells(1, l.kv_rank + l.rope_dim), 0],
-        Mixer::DeltaNet(d) => {
-            let channels = 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim;
-            let memory = d.value_heads * d.key_dim * d.value_dim;
-            [4 * (d.conv_kernel - 1) * channels, 4 * memory]
-        }
-    }
-}
-
-fn state(
-    arena: &Arena,
-    mixer: &Mixer,
-    capacity: usize,
-    format: CellFormat,
-) -> Result<LayerState, CudaError> {
-    let [first, second] =
-        state_bytes(mixer, capacity, format).map(|bytes| arena.take(bytes, ALIGN));
-    let cells = |span: Span, width: usize| {
-        let (head_stride, position_stride) = (capacity * width, width);
-        DeviceCells { format, span, head_stride, position_stride, width }
-    };
-    Ok(match mixer {
-        Mixer::Attention(a) => LayerState::Attention {
-            keys: cells(first?, a.head_dim),
-            values: cells(second?, a.head_dim),
-        },
-        Mixer::Latent(l) => LayerState::Latent { rows: cells(first?, l.kv_rank + l.rope_dim) },
-        Mixer::DeltaNet(_) => {
-            LayerState::DeltaNet(RecurrentState { conv: first?, memory: second? })
-        }
-    })
-}
-
-/// All launches of a pass but the head's: leaves the final norm of the last
-/// `wanted` tokens in `normed`. `block` launches a layer's feed-forward block.
-fn launch<E: From<CudaError>>(
-    pass: &Pass<'_>,
-    layers: &[LayerState],
-    wanted: usize,
-    block: &mut dyn FnMut(usize, &DeviceLayer) -> Result<bool, E>,
-) -> Result<(), E> {
-    let weights = &pass.model.weights;
-    // Whether `delta` holds what the last block adds.
-    let mut has_delta = false;
-    let described = layers.iter().zip(&pass.description.layers);
-    for (index, (layer, (state, of))) in weights.layers.iter().zip(described).enumerate() {
-        pass.norm(&layer.mixer_norm, has_delta, pass.tokens, &layer.mixer.first_formats())?;
-        match (&layer.mixer, state, &of.mixer) {
-            (
-                DeviceMixer::Attention(w),
-                LayerState::Attention { keys, values },
-                Mixer::Attention(a),
-            ) => {
-                attention::run(pass, a, w, keys, values)?;
-            }
-            (DeviceMixer::Latent(w), LayerState::Latent { rows }, Mixer::Latent(l)) => {
-                latent::run(pass, l, w, rows)?;
-            }
-            (DeviceMixer::DeltaNet(w), LayerState::DeltaNet(state), Mixer::DeltaNet(d)) => {
-                delta_net::run(pass, d, w, state)?;
-            }
-            _ => unreachable!("state and weights are made from one description"),
-        }
-        has_delta = block(index, layer)?;
-    }
-    if wanted == 0 {
-        return Ok(());
-    }
-    // Of more rows only pieces are quantised, by `head`.
-    let format = (wanted <= FEW_TOKENS).then_some(weights.head.weight.format);
-    Ok(pass.norm(&weights.final_norm, has_delta, wanted, format.as_slice())?)
-}
-
-/// All launches of a token that the device computes by itself. `launched`
-/// hears of each layer whose launches were made, and may serve those before
-/// it: more than a driver takes at once would wait for the device, and the
-/// device for the host.
-fn launch_token<E: From<CudaError>>(
-    pass: &Pass<'_>,
-    path: &TokenPath,
-    layers: &[LayerState],
-    launched: &mut dyn FnMut(usize) -> Result<(), E>,
-) -> Result<(), E> {
-    path.begin(pass)?;
-    launch(pass, layers, 1, &mut |index, layer: &DeviceLayer| -> Result<bool, E> {
-        let (norm, block) = (&layer.feed_forward_norm, &layer.feed_forward);
-        let has_delta = feed_forward::step(pass, path, index, norm, block)?;
-        launched(index)?;
-        Ok(has_delta)
-    })?;
-    let projection = &pass.model.weights.head;
-    let input = pass.normed(projection.weight.format);
-    Ok(pass.product(projection, 1, input, &pass.buffers.logits)?)
-}
-
-/// Appends the logits of what [`launch`] left, a few tokens at a time: the
-/// vocabulary is the widest of all.
-fn head(pass: &Pass<'_>, wanted: usize, logits: &mut Vec<f32>) -> Result<(), CudaError> {
-    let Buffers { normed, logits: out, .. } = pass.buffers;
-    let projection = &pass.model.weights.head;
-    let (rows, cols) = (projection.weight.rows, projection.weight.cols);
-    for first in (0..wanted).step_by(FEW_TOKENS) {
-        let tokens = FEW_TOKENS.min(wanted - first);
-        let x = from_row(normed, first, cols);
-        let format = projection.weight.format;
-        let input = match wanted {
-            0..=FEW_TOKENS => pass.normed(format),
-            _ => pass.input(format, &x, (tokens, cols), cols)?,
-        };
-        pass.product(projection, tokens, input, out)?;
-        logits.extend(words(pass.stream(), out, tokens * rows)?.map(f32::from_ne_bytes));
-    }
-    Ok(())
-}
-
-/// Tells the observer what the routers of a pass chose.
-fn tell(pass: &Pass<'_>, observer: &mut dyn Observer) -> Result<(), CudaError> {
-    let all = &pass.exchange.all_choices;
-    let words: Vec<[u8; 4]> = words(pass.stream(), all, all.bytes() / 4)?.collect();
-    for (index, layer) in pass.model.weights.layers.iter().enumerate() {
-        let DeviceFeedForward::Moe(moe) = &layer.feed_forward else { continue };
-        let chosen = &pass.exchange.choices[moe.router];
-        let (ids, weights) = words[chosen.range.start / 4..chosen.range.end / 4]
-            .split_at((chosen.range.end - chosen.range.start) / 8);
-        let of = |words: &[[u8; 4]], token: usize| words[token * moe.top_k..][..moe.top_k].to_vec();
-        for token in 0..pass.tokens {
-            let ids: Vec<u32> = of(ids, token).into_iter().map(u32::from_ne_bytes).collect();
-            let weights: Vec<f32> =
-                of(weights, token).into_iter().map(f32::from_ne_bytes).collect();
-            observer.routed(index, pass.first_position + token, &ids, &weights);
-        }
-    }
-    Ok(())
 }
