@@ -2,17 +2,24 @@
 //! host.
 //!
 //! Guarantee that the `unsafe` blocks rely on: the block is page-locked, begins
-//! at a page, holds some bytes from the start, and lives as long as its span;
-//! the host touches it through atomics alone, of the word for words and of
-//! words and bytes for what lies between, so that whatever the device does
-//! meanwhile, a read gives some bytes. Which ones is for the protocol to say:
-//! what was written before a [`Mapped::store_release`] is seen by who has read
-//! the stored word with acquire order, on either side.
+//! at a page, holds some bytes from the start, and lives as long as its span.
+//! [`Mapped`] is the only way of the host to its bytes, and is not [`Sync`]: one
+//! thread at a time has it, and who gets it next sees what was done before. So
+//! bytes may be touched in pieces of 1, 4 and 8, although Rust's memory model
+//! has no races of atomics of different sizes: between threads of the host
+//! there are no races at all.
 //!
-//! Not kept by the types: bytes may be touched in pieces of 1, 4 and 8, and
-//! Rust's memory model has no races of atomics of different sizes. Between
-//! threads of the host it is the caller that orders such accesses; the runtime
-//! has one thread at a block at a time.
+//! The device is no thread of Rust's; it reads and writes meanwhile. For its
+//! sake all accesses are atomic: each is made once, as a whole, and a read
+//! gives some bytes whatever the device does. Which ones is for words of 8
+//! bytes to say. What was written before [`Mapped::store_release`] is seen by
+//! the device once it has read that word with `ld.acquire.sys`; what the device
+//! wrote before its `st.release.sys` of a word is seen behind a
+//! [`Mapped::load_acquire`] that gives that value. That is the system scope of
+//! the PTX memory model, which counts the host's threads in, and on the way the
+//! link's order of writes. Both sides touch such a word with all of its 8
+//! bytes. Beyond that, a launch sees what was written before it was submitted,
+//! and the host what was written by work whose end it has seen.
 
 use super::driver::Driver;
 use super::error::CudaError;
@@ -26,16 +33,16 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 /// All zeros at first. Spans of it go where launchers take device memory;
 /// copies and fills refuse them. Freed when it and its last span are gone,
 /// after everything that the device was given has ended.
+/// One thread of the host has it at a time: it is not [`Sync`].
 pub struct Mapped {
     span: Span,
     /// Of the host; the span keeps it alive.
     pointer: *mut u8,
 }
 
-// SAFETY: the memory belongs to no thread, and all its uses are atomic.
+// SAFETY: the memory belongs to no thread. (Not `Sync`: see the head of this
+// file.)
 unsafe impl Send for Mapped {}
-// SAFETY: as above.
-unsafe impl Sync for Mapped {}
 
 impl fmt::Debug for Mapped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

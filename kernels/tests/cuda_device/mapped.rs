@@ -1,8 +1,40 @@
 //! Host memory that kernels use in place.
 
 use crate::world::{Drain, Settings, any_device, pattern, standin};
-use pregate_kernels::cuda::{CudaError, probe_copy};
+use pregate_kernels::cuda::{CudaError, Mapped, probe_copy};
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// Accesses of several sizes are for one thread at a time.
+#[test]
+fn threads_hand_it_over_and_do_not_share_it() {
+    struct Of<T>(PhantomData<T>);
+    trait Usual {
+        fn is_sync(&self) -> bool {
+            false
+        }
+    }
+    impl<T> Usual for Of<T> {}
+    // Preferred to the trait's, where it exists.
+    impl<T: Sync> Of<T> {
+        fn is_sync(&self) -> bool {
+            true
+        }
+    }
+    assert!(Of(PhantomData::<[u8; 8]>).is_sync());
+    assert!(!Of(PhantomData::<Mapped>).is_sync());
+    let Some((_turn, device)) = any_device() else { return };
+    let mapped = device.mapped(16).unwrap();
+    mapped.write(3, &[7; 6]);
+    let mapped = std::thread::spawn(move || {
+        mapped.store_release(1, mapped.load_acquire(0) + mapped.load_acquire(1));
+        mapped
+    });
+    let mapped = mapped.join().unwrap();
+    let mut bytes = [0; 16];
+    mapped.read(0..16, &mut bytes);
+    assert_eq!(bytes, [0, 0, 0, 7, 7, 7, 7, 7, 7, 0, 0, 7, 7, 7, 7, 7]);
+}
 
 #[test]
 fn kernels_read_and_write_it_in_place() {

@@ -102,26 +102,25 @@ impl Host {
     }
 }
 
-/// One step; `beside`: the host is a thread of its own, and this one waits for
-/// the device.
+/// One step; `beside`: another thread waits for the device meanwhile, and the
+/// host does not ask for it. Only this thread is at the mapped blocks.
 fn run_step(machine: &Machine, graph: Option<&Graph>, host: &mut Host, step: u32, beside: bool) {
     let token = Token::random(&mut host.random);
     let updates = host.updates(machine, step);
     machine.prepare(step, &token, &updates);
     let stream = machine.lab.device.compute();
-    let launch = || match graph {
+    match graph {
         Some(graph) => graph.launch(stream).unwrap(),
         None => machine.launch().unwrap(),
-    };
+    }
     let wanted = if beside {
         thread::scope(|scope| {
-            let host = scope.spawn(|| host.run(machine, step, &token, thread::yield_now));
-            launch();
-            stream.synchronize().unwrap();
-            host.join().unwrap()
+            let device = scope.spawn(|| stream.synchronize().unwrap());
+            let wanted = host.run(machine, step, &token, thread::yield_now);
+            device.join().unwrap();
+            wanted
         })
     } else {
-        launch();
         host.run(machine, step, &token, || assert!(!stream.query().unwrap(), "it waits"))
     };
     let what = format!("step {step}, graph {}, beside {beside}", graph.is_some());
