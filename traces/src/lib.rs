@@ -4,6 +4,7 @@
 
 mod belady;
 mod error;
+pub mod replay;
 mod row;
 
 pub use belady::{AccessLog, Hits};

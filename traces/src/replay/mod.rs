@@ -1,0 +1,14 @@
+//! Replays a trace on a machine that is not there: the runtime's own planner,
+//! policies, forecasts and ledger, over tiers and a clock that are simulated.
+//!
+//! The same trace, machine and options give the same report, byte for byte.
+
+mod machine;
+mod options;
+mod report;
+
+pub use machine::{Cpu, Disk, Figure, Gpu, Link, Machine, MachineError};
+pub use options::{Misses, Options, ReplayError, Slots, Warm};
+pub use report::{
+    Bound, Bracket, Cause, Counts, LayerReport, PhaseReport, Report, Spread, Stall, Wire,
+};
