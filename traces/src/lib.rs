@@ -1,15 +1,18 @@
-//! Records of routing. Today: logs in memory, one which `pregate eval logits`
-//! writes out, one to replay. The file format and importers join with the trace
-//! work.
+//! Records of routing: what a trace is ([`Source`], [`Row`]), readers of other
+//! programs' files ([`import`]), and logs in memory, one which `pregate eval
+//! logits` writes out, one to replay.
 
 mod belady;
 mod error;
+pub mod import;
+mod open;
 pub mod replay;
 mod row;
 
 pub use belady::{AccessLog, Hits};
 pub use error::TraceError;
-pub use row::{Header, LayerServed, Provenance, Row, Source};
+pub use open::open;
+pub use row::{Header, LayerServed, Provenance, Row, Sequence, Source};
 
 use pregate_predictor::Observer;
 use std::collections::BTreeMap;

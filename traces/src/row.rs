@@ -29,6 +29,19 @@ pub enum Provenance {
     Synthetic { from: String, seed: u64 },
 }
 
+/// What a file says about a run of tokens that belong together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sequence {
+    /// The first token, counted over the trace.
+    pub start: u64,
+    pub tokens: u64,
+    /// Where the text came from; empty if the file does not say.
+    pub dataset: String,
+    pub category: String,
+    /// The source calls it a degenerate loop.
+    pub is_repetitive: bool,
+}
+
 /// What routers chose for one token, layer by layer, and what that cost.
 ///
 /// A reader fills the same row again and again; nothing is allocated for a
@@ -132,6 +145,12 @@ pub trait Source {
     /// Tokens of the trace, where the format says so beforehand.
     fn tokens(&self) -> Option<u64> {
         None
+    }
+
+    /// The sequences with their labels, in order; empty where the format has
+    /// no labels or cannot say beforehand.
+    fn sequences(&self) -> &[Sequence] {
+        &[]
     }
 
     /// Begins again.

@@ -1,0 +1,3 @@
+//! Readers of other programs' traces.
+
+pub mod rtrace;
