@@ -4,6 +4,7 @@
 
 mod belady;
 mod error;
+pub mod format;
 pub mod import;
 mod open;
 pub mod replay;

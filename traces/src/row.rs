@@ -153,6 +153,12 @@ pub trait Source {
         &[]
     }
 
+    /// What a report should say about the rows that were read so far: a file
+    /// that was cut off, passes that are missing.
+    fn notice(&self) -> Option<String> {
+        None
+    }
+
     /// Begins again.
     ///
     /// # Errors

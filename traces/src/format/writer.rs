@@ -1,0 +1,135 @@
+//! Writes trace files.
+
+use super::bits::put_varint;
+use super::row::Layout;
+use super::{BLOCK, Dropped, END, GAP, MAGIC, MAX_BLOCK, MAX_HEADER, ROWS, VERSION};
+use super::{checksum, header};
+use crate::{Header, Row, Sequence};
+use std::io::{Error, ErrorKind, Result, Write};
+
+/// Writes rows in blocks. Without [`Self::finish`] the file says that it was
+/// cut off, which is what happened then.
+pub struct Writer<W: Write> {
+    out: W,
+    layout: Layout,
+    block: Vec<u8>,
+    rows: u32,
+    position: u32,
+    tokens: u64,
+    dropped: Dropped,
+}
+
+impl<W: Write> Writer<W> {
+    /// Writes the header. `sequences` are labels known beforehand, or empty.
+    ///
+    /// # Errors
+    /// Of `out`; `InvalidData` for a header that the format does not hold.
+    pub fn new(mut out: W, header: &Header, sequences: &[Sequence]) -> Result<Self> {
+        let json = header::write(header, sequences).map_err(invalid)?;
+        let length = u32::try_from(json.len()).ok().filter(|&length| length <= MAX_HEADER);
+        let length = length.ok_or_else(|| invalid("a header of more than 16 MiB".into()))?;
+        let checksum = checksum(&[VERSION, length], &json);
+        out.write_all(&MAGIC)?;
+        [VERSION, length, checksum].iter().try_for_each(|n| out.write_all(&n.to_le_bytes()))?;
+        out.write_all(&json)?;
+        let layout = Layout::new(&header.shape);
+        let (block, rows, position) = (Vec::with_capacity(BLOCK * 2), 0, 0);
+        Ok(Self { out, layout, block, rows, position, tokens: 0, dropped: Dropped::default() })
+    }
+
+    /// Appends a row.
+    ///
+    /// # Errors
+    /// Of `out`; `InvalidData` for a row that breaks the header, which leaves
+    /// the file as it was.
+    pub fn push(&mut self, row: &Row) -> Result<()> {
+        let before = self.block.len();
+        let written = self.layout.write(row, self.position, &mut self.block);
+        let size = self.block.len() - before;
+        let fits = written.and_then(|()| match size <= MAX_BLOCK {
+            true => Ok(()),
+            false => Err(format!("a row of {size} bytes; {MAX_BLOCK} are allowed")),
+        });
+        if let Err(what) = fits {
+            self.block.truncate(before);
+            return Err(invalid(what));
+        }
+        if self.block.len() > MAX_BLOCK {
+            // It does not join the rows before it, and is written anew: its
+            // first bytes depend on its place.
+            self.block.truncate(before);
+            self.flush_rows()?;
+            self.layout.write(row, self.position, &mut self.block).map_err(invalid)?;
+        }
+        self.rows += 1;
+        self.tokens += 1;
+        self.position = row.position.wrapping_add(1);
+        match self.block.len() >= BLOCK {
+            true => self.flush_rows(),
+            false => Ok(()),
+        }
+    }
+
+    /// Says that something is missing here. The next row starts a sequence.
+    ///
+    /// # Errors
+    /// Of `out`.
+    pub fn gap(&mut self, dropped: Dropped) -> Result<()> {
+        self.flush_rows()?;
+        self.dropped.passes = self.dropped.passes.saturating_add(dropped.passes);
+        self.dropped.tokens = self.dropped.tokens.saturating_add(dropped.tokens);
+        let mut payload = Vec::new();
+        put_varint(&mut payload, dropped.passes);
+        put_varint(&mut payload, dropped.tokens);
+        self.write_block(GAP, 0, &payload)
+    }
+
+    /// Hands everything to `out`: what comes after a crash.
+    ///
+    /// # Errors
+    /// Of `out`.
+    pub fn flush(&mut self) -> Result<()> {
+        self.flush_rows()?;
+        self.out.flush()
+    }
+
+    /// Ends the file.
+    ///
+    /// # Errors
+    /// Of `out`.
+    pub fn finish(mut self) -> Result<W> {
+        self.flush_rows()?;
+        let numbers = [self.tokens, self.dropped.passes, self.dropped.tokens];
+        self.write_block(END, 0, &numbers.map(u64::to_le_bytes).concat())?;
+        self.out.flush()?;
+        Ok(self.out)
+    }
+
+    /// Rows so far.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    fn flush_rows(&mut self) -> Result<()> {
+        if self.rows == 0 {
+            return Ok(());
+        }
+        let mut block = std::mem::take(&mut self.block);
+        let written = self.write_block(ROWS, self.rows, &block);
+        block.clear();
+        (self.block, self.rows, self.position) = (block, 0, 0);
+        written
+    }
+
+    fn write_block(&mut self, kind: u32, rows: u32, payload: &[u8]) -> Result<()> {
+        let length = u32::try_from(payload.len()).expect("a block is at most 1 MiB");
+        let checksum = checksum(&[kind, length, rows], payload);
+        let head = [kind, length, rows, checksum];
+        head.iter().try_for_each(|number| self.out.write_all(&number.to_le_bytes()))?;
+        self.out.write_all(payload)
+    }
+}
+
+fn invalid(what: String) -> Error {
+    Error::new(ErrorKind::InvalidData, what)
+}
