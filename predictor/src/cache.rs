@@ -5,7 +5,7 @@
 //! another before it was computed.
 
 use crate::policy::{Event, Policy};
-use crate::vocabulary::{ExpertId, Outlook, Shape};
+use crate::vocabulary::{ExpertId, LayerShape, Outlook, Shape};
 use std::fmt;
 
 /// How slots are divided between the layers.
@@ -36,6 +36,25 @@ pub enum CapacityError {
     Layers { found: usize, layers: usize },
     /// A layer cannot hold the experts of one token.
     TooFew { layer: usize, slots: usize, top_k: usize },
+}
+
+impl CapacityError {
+    /// Can a cache with `slots`, `[layers]`, serve a model of this shape?
+    ///
+    /// # Errors
+    /// Another number of layers, fewer slots than experts per token.
+    pub fn check(shape: &Shape, slots: &[usize]) -> Result<(), Self> {
+        if slots.len() != shape.layers.len() {
+            return Err(Self::Layers { found: slots.len(), layers: shape.layers.len() });
+        }
+        let too_few = shape.moe().find(|&(index, layer)| slots[index] < layer.top_k);
+        match too_few {
+            Some((layer, shape)) => {
+                Err(Self::TooFew { layer, slots: slots[layer], top_k: shape.top_k })
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 impl fmt::Display for CapacityError {
@@ -216,17 +235,12 @@ impl Cache {
         slots: &[usize],
         mut policy: Box<dyn Policy>,
     ) -> Result<Self, CapacityError> {
-        if slots.len() != shape.layers.len() {
-            return Err(CapacityError::Layers { found: slots.len(), layers: shape.layers.len() });
-        }
+        CapacityError::check(shape, slots)?;
         let mut layers = vec![Layer::default(); slots.len()];
         let mut pools = vec![(0, 0); shape.classes()];
         for (index, layer) in shape.moe() {
-            let (slots, top_k) = (slots[index], layer.top_k);
-            if slots < top_k {
-                return Err(CapacityError::TooFew { layer: index, slots, top_k });
-            }
-            let (class, experts) = (layer.class, layer.experts);
+            let LayerShape { top_k, class, experts, .. } = *layer;
+            let slots = slots[index];
             layers[index] = Layer { resident: Set::new(experts), slots, top_k, class, experts };
             pools[class].0 += slots;
         }

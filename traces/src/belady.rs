@@ -1,17 +1,15 @@
 //! How many hits the best possible cache would have had.
 
-use pregate_predictor::{
-    Admission, Cache, CapacityError, ExpertId, NoOutlook, Observer, Scope, Shape,
-    policy::{Belady, Event},
-};
+use crate::replay::count::{Belady, NEVER};
+use pregate_predictor::{CapacityError, Observer, Scope, Shape};
 
 /// What routers asked for, one token at a time, in the order in which the
-/// layers ran. Four bytes an expert and eight a token and layer.
+/// layers ran. Two bytes an expert and eight a token and layer.
 #[derive(Clone, Debug, Default)]
 pub struct AccessLog {
     /// Layer, and where its experts end in `experts`.
     events: Vec<(u32, u32)>,
-    experts: Vec<u32>,
+    experts: Vec<u16>,
     /// Events that only warm the cache.
     warm_up: usize,
 }
@@ -36,21 +34,11 @@ impl AccessLog {
         self.warm_up = self.events.len();
     }
 
-    /// Layer and experts of every event.
-    fn events(&self) -> impl Iterator<Item = (usize, &[u32])> {
-        let mut start = 0;
-        self.events.iter().map(move |&(layer, end)| {
-            let experts = &self.experts[start..end as usize];
-            start = end as usize;
-            (layer as usize, experts)
-        })
-    }
-
-    /// The hits of Belady's rule (evict what is used again last; Belady 1966)
-    /// on these accesses with `slots` per layer, 0 for dense ones. Layers of
-    /// one class share their slots, and an expert that is used later than all
-    /// residents does not stay: the most that any policy could reach which
-    /// reads an expert when it is asked for, and not ahead.
+    /// The hits of [`Belady`] on these accesses with `slots` per layer, 0 for
+    /// dense ones. Layers of one class share their slots, and an expert that
+    /// is used later than all residents does not stay: the most that any
+    /// policy could reach which reads an expert when it is asked for, and not
+    /// ahead.
     ///
     /// # Errors
     /// `slots` that no cache can work with.
@@ -58,34 +46,45 @@ impl AccessLog {
     /// # Panics
     /// If a layer or expert of the log is not in `shape`.
     pub fn belady(&self, shape: &Shape, slots: &[usize]) -> Result<Hits, CapacityError> {
-        let mut rule = Belady::new(Scope::Pool, true);
-        self.events().for_each(|(layer, experts)| rule.foresee(layer, experts));
-        let mut cache = Cache::new(shape, slots, Box::new(rule))?;
-        let mut counts = Vec::new();
-        let mut total = Hits::default();
-        for (index, (layer, experts)) in self.events().enumerate() {
-            let resident = |expert: u32| cache.contains(ExpertId::new(layer, expert));
-            let hits = experts.iter().filter(|&&expert| resident(expert)).count();
+        CapacityError::check(shape, slots)?;
+        let mut belady = Belady::new(shape, slots, Scope::Pool, true);
+        let (next, mut total) = (self.next_uses(shape), Hits::default());
+        let mut start = 0;
+        for (index, &(layer, end)) in self.events.iter().enumerate() {
+            let range = start..end as usize;
+            start = range.end;
+            let (experts, next) = (&self.experts[range.clone()], &next[range]);
+            let hits = belady.event(layer as usize, experts, next);
             if index >= self.warm_up {
                 total.requests += experts.len() as u64;
                 total.hits += hits as u64;
             }
-            counts.resize(experts.len(), 1);
-            cache.used(&Event { layer, experts, counts: &counts, tokens: 1 });
-            for &expert in experts {
-                let id = ExpertId::new(layer, expert);
-                if !cache.contains(id) {
-                    let _: Admission = cache.admit(id, &|_| false, &NoOutlook);
-                }
-            }
         }
         Ok(total)
+    }
+
+    /// `[experts]`: the event that asks for each next.
+    fn next_uses(&self, shape: &Shape) -> Vec<u64> {
+        let experts = |layer: usize| shape.layer(layer).map_or(0, |layer| layer.experts);
+        let never = |layer| vec![NEVER; experts(layer)];
+        let mut after: Vec<Vec<u64>> = (0..shape.layers.len()).map(never).collect();
+        let mut next = vec![NEVER; self.experts.len()];
+        for (index, &(layer, end)) in self.events.iter().enumerate().rev() {
+            let start = index.checked_sub(1).map_or(0, |before| self.events[before].1);
+            for place in start as usize..end as usize {
+                let expert = usize::from(self.experts[place]);
+                let after = &mut after[layer as usize][expert];
+                next[place] = std::mem::replace(after, index as u64);
+            }
+        }
+        next
     }
 }
 
 impl Observer for AccessLog {
     fn routed(&mut self, layer: usize, _position: usize, experts: &[u32], _weights: &[f32]) {
-        self.experts.extend_from_slice(experts);
+        let id = |&expert| u16::try_from(expert).expect("a layer has fewer than 65536 experts");
+        self.experts.extend(experts.iter().map(id));
         let index = |count| u32::try_from(count).expect("logs are shorter than 2^32 experts");
         self.events.push((index(layer), index(self.experts.len())));
     }

@@ -3,11 +3,15 @@
 //!
 //! The same trace, machine and options give the same report, byte for byte.
 
+pub mod count;
 mod machine;
+mod memory;
 mod options;
+mod passes;
 mod report;
 
 pub use machine::{Cpu, Disk, Figure, Gpu, Link, Machine, MachineError};
+pub use memory::MemoryTrace;
 pub use options::{Misses, Options, ReplayError, Slots, Warm};
 pub use report::{
     Bound, Bracket, Cause, Counts, LayerReport, PhaseReport, Report, Spread, Stall, Wire,
