@@ -15,7 +15,7 @@ pub mod split;
 pub mod vocabulary;
 
 pub use cache::{Admission, Cache, CapacityError, Scope};
-pub use observer::{NoObserver, Observer, Origin, Served};
+pub use observer::{Fed, NoObserver, Observer, Origin, Served};
 pub use planner::{Ahead, Arrival, Landing, Planner, Request, Retire, Room};
 pub use policy::{Event, Policy};
 pub use vocabulary::{ExpertId, LayerShape, NoOutlook, Outlook, Shape};

@@ -3,6 +3,10 @@
 /// Sees what the runtime decides while it runs. The runtime calls it; the
 /// trace recorder and the statistics implement it.
 pub trait Observer: Send {
+    /// A pass through the layers begins. What is told until the next one
+    /// belongs to it; a pass that fails or is cancelled ends early.
+    fn fed(&mut self, _: &Fed<'_>) {}
+
     /// The router of MoE layer `layer` (counted over all layers of the model)
     /// chose `experts` with `weights`, in router order, for the token at
     /// `position`.
@@ -11,6 +15,16 @@ pub trait Observer: Send {
     /// The experts of a layer were brought and computed, for a token or a
     /// chunk. Only called where experts are streamed.
     fn served(&mut self, _: &Served<'_>) {}
+}
+
+/// Tokens that go through the layers together: one, or a chunk of a prompt.
+#[derive(Clone, Copy, Debug)]
+pub struct Fed<'a> {
+    /// Tells sessions apart, whose texts have nothing to do with each other.
+    pub session: u64,
+    /// Of the first token; 0 where nothing came before it.
+    pub first_position: usize,
+    pub tokens: &'a [u32],
 }
 
 /// Where an expert was when its router answered.
@@ -34,6 +48,8 @@ pub struct Served<'a> {
     pub tokens: usize,
     /// Distinct, with their origins.
     pub experts: &'a [(u32, Origin)],
+    /// That left a slot for one of them.
+    pub evictions: usize,
     /// That arrived from disk meanwhile, for this layer or ahead.
     pub bytes: u64,
     /// Time in which nothing could be computed.

@@ -7,7 +7,7 @@ use crate::gpu::{GpuPass, GpuSession};
 use crate::model::Model;
 use crate::model::description::ModelDescription;
 use crate::model::rope::Rope;
-use pregate_predictor::{NoObserver, Observer};
+use pregate_predictor::{Fed, NoObserver, Observer};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -243,6 +243,9 @@ impl Session {
 
     fn step(&mut self, chunk: &[u32], wanted: usize, run: &mut Run<'_>) -> Result<&[f32]> {
         let first_position = self.tokens.len();
+        if let Place::Host { .. } = self.place {
+            run.observer.fed(&Fed { session: self.id, first_position, tokens: chunk });
+        }
         let done = match &mut self.place {
             Place::Host { cache, scratch } => {
                 let pass = Pass { ids: chunk, first_position, wanted, session: self.id };

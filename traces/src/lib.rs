@@ -7,6 +7,7 @@ mod error;
 pub mod format;
 pub mod import;
 mod open;
+pub mod record;
 pub mod replay;
 mod row;
 

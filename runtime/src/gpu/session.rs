@@ -19,7 +19,7 @@ use crate::model::rope::Rope;
 use crate::session::{Cancel, SessionOptions};
 use crate::store::{ExpertStore, PassInfo};
 use pregate_kernels::cuda::{Arena, CudaError, Device};
-use pregate_predictor::Observer;
+use pregate_predictor::{Fed, Observer};
 
 /// What a pass is asked for.
 #[derive(Clone, Copy)]
@@ -211,6 +211,7 @@ impl GpuSession {
             // Of this piece, those that are among the last `wanted`.
             let wanted = (before + pass.wanted).saturating_sub(pass.ids.len()).min(ids.len());
             let piece = GpuPass { ids, first_position, wanted, ..pass };
+            observer.fed(&Fed { session: pass.session, first_position, tokens: ids });
             match (ids.len(), wanted, &self.token) {
                 (1, 1, Ok(_)) => self.token(model, gpu, ropes, piece, observer, cancel)?,
                 _ => self.piece(model, gpu, ropes, piece, observer, cancel)?,

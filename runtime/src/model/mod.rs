@@ -3,6 +3,7 @@
 mod checks;
 pub mod description;
 mod experts;
+mod fingerprint;
 mod from_gguf;
 mod from_hf;
 mod keys;
@@ -375,6 +376,16 @@ impl Model {
     /// Weight bytes that one decoded token reads, with average experts.
     pub fn bytes_per_token(&self) -> u64 {
         self.weights().bytes_per_token(self.description())
+    }
+
+    /// A digest of what makes routing: traces and trained forecasts of models
+    /// with the same one fit. Covers architecture, shape and routers, not the
+    /// name, the container or how experts are quantised (`fingerprint.rs`).
+    ///
+    /// # Errors
+    /// Files that cannot be read any more.
+    pub fn fingerprint(&self) -> Result<[u8; 32]> {
+        fingerprint::fingerprint(self.files(), self.description(), self.weights())
     }
 
     pub(crate) fn engine(&self) -> Engine<'_> {

@@ -348,11 +348,14 @@ impl<'s> Event<'s> {
     pub fn finish(mut self, first_position: usize, tokens: usize, observer: &mut dyn Observer) {
         self.settle();
         self.end();
+        let left = |(_, admission): &&_| matches!(admission, Admission::Replaced(_));
+        let evictions = self.lists.admitted.iter().filter(left).count();
         observer.served(&Served {
             layer: self.layer,
             first_position,
             tokens,
             experts: self.lists.origins(),
+            evictions,
             bytes: self.bytes,
             stall_ns: self.waited_ns,
         });
