@@ -11,6 +11,9 @@ pub struct LayerReport {
     /// Of the misses, 0..=1; the others were copied for the layer.
     pub cpu_share: f64,
     pub already_under_way_share: f64,
+    /// Of the misses, those that the CPU computed and that were copied for
+    /// later tokens.
+    pub kept_share: f64,
     /// One expert, alone.
     pub copy_ms: f64,
     pub cpu_ms: f64,
@@ -26,6 +29,7 @@ pub fn report(model: &Model) -> Option<Vec<LayerReport>> {
         misses: layer.misses,
         cpu_share: layer.cpu_share,
         already_under_way_share: layer.wait_share,
+        kept_share: layer.kept_share,
         copy_ms: layer.copy_ns / 1e6,
         cpu_ms: layer.cpu_ns / 1e6,
         why: layer.reason.to_string(),

@@ -43,6 +43,8 @@
 //!             Cpu:  compute it, write its row, say so to the device
 //!             Link: order its copy
 //!             Wait: its copy is under way; promote it
+//!         keep(&Spare { .. }, &mut keeps)       what the CPU computes and the
+//!                                               idle link brings for later
 //!         ...
 //!         measured(layer, &Outcome { .. })      when the last row is there
 //!         admitted(layer, expert, &admission)   of each copied expert, when
@@ -59,6 +61,7 @@ use crate::cache::Admission;
 use crate::vocabulary::{LayerShape, Shape};
 pub use chunk::{Chunk, ChunkOutcome};
 use class::Class;
+pub use keep::{Keep, Spare};
 pub use reason::Reason;
 pub use report::LayerSplit;
 use reuse::Marks;
@@ -67,6 +70,7 @@ use worker::MOST;
 
 mod chunk;
 mod class;
+mod keep;
 mod reason;
 mod report;
 mod reuse;
@@ -86,6 +90,8 @@ struct Given {
     misses: u64,
     cpu: u64,
     waits: u64,
+    /// Computed by the CPU, and copied for later.
+    kept: u64,
     wall_ns: u64,
     measured: u64,
     reason: Reason,
@@ -112,6 +118,8 @@ struct Sorted {
     waits: Vec<(f64, usize)>,
     gains: Vec<f64>,
     waits_ns: Vec<f64>,
+    /// Of what the CPU computes.
+    kept: Vec<usize>,
 }
 
 impl Sorted {
@@ -158,7 +166,7 @@ impl Split {
             marks: shape.layers.iter().map(marks).collect(),
             layers,
             token: 0,
-            sorted: Sorted::default(),
+            sorted: Sorted { kept: Vec::with_capacity(MOST), ..Sorted::default() },
         }
     }
 
@@ -174,6 +182,30 @@ impl Split {
         let Some(class) = self.given(layer).map(|given| given.class) else { return };
         let (marks, token) = (&mut self.marks[layer], self.token);
         self.classes[class].reuse.routed(marks, token, layer, experts);
+    }
+
+    /// Which of the experts that the CPU computes, as [`Split::choose`] has
+    /// just decided, are worth a copy that nobody waits for: best first into
+    /// `out`, at most [`Spare::frames`]. Nothing beside a measurement, which
+    /// is to be of one worker alone.
+    pub fn keep(&mut self, spare: &Spare<'_>, out: &mut Vec<Keep>) {
+        out.clear();
+        let Some(given) = self.given(spare.layer).map(|given| *given) else { return };
+        if matches!(given.reason, Reason::Trial { .. } | Reason::Retry { .. }) {
+            return;
+        }
+        let Self { sorted, classes, marks, .. } = self;
+        let (class, marks) = (&mut classes[given.class], &marks[spare.layer]);
+        sorted.gains.clear();
+        let computed = &spare.computed[..spare.computed.len().min(MOST)];
+        sorted.gains.extend(computed.iter().map(|&expert| class.reuse.gain(marks, expert)));
+        class.keep(given.at, spare, &sorted.gains, &mut sorted.kept);
+        let saves_ns = class.miss_ns(given.at) as u64;
+        let kept = sorted.kept.iter();
+        out.extend(kept.map(|&rank| Keep { expert: computed[rank], saves_ns }));
+        if let Some(given) = self.given(spare.layer) {
+            given.kept += out.len() as u64;
+        }
     }
 
     /// What the cache did with an expert of `layer` that a copy has brought.

@@ -31,16 +31,24 @@ struct Run {
 }
 
 impl Run {
+    /// The controller's own way, what it computes and what it keeps.
     fn new(seed: u64, world: &World, window: Range<usize>) -> Self {
-        let mut rng = Rng(seed ^ 0xabcd_ef01);
-        let seeded = world.machine(0).seed(&mut rng);
-        Self::seeded(seed, world, &seeded, window)
+        Self::with(seed, world, window, true)
     }
 
-    fn seeded(seed: u64, world: &World, seeded: &Seed, window: Range<usize>) -> Self {
+    fn with(seed: u64, world: &World, window: Range<usize>, keeps: bool) -> Self {
+        let mut rng = Rng(seed ^ 0xabcd_ef01);
+        let seeded = world.machine(0).seed(&mut rng);
+        Self::seeded(seed, world, &seeded, window, keeps)
+    }
+
+    fn seeded(seed: u64, world: &World, seeded: &Seed, window: Range<usize>, keeps: bool) -> Self {
         let mut split = Split::new(&world.shape(), seeded, Options::default());
         let mut decoder = Decoder::new(world);
-        let mut rule = Rule::Live(&mut split, Rng(seed ^ 0x1234));
+        let mut rule = match keeps {
+            true => Rule::Keeping(&mut split, Rng(seed ^ 0x1234)),
+            false => Rule::Live(&mut split, Rng(seed ^ 0x1234)),
+        };
         let first = decoder.run(0..window.start, &mut rule);
         let before = rule.explored_ns();
         let later = decoder.run(window.clone(), &mut rule);
@@ -88,7 +96,7 @@ fn two_hundred_machines_settle_at_the_best_fixed_split() {
     let runs = of_all(0..200, run);
     let mut above = 0.0;
     let mut best_is = [0; 3];
-    let mut caching = 0;
+    let (mut caching, mut keeping) = (0, 0);
     for run in &runs {
         let (seed, best) = (run.seed, run.best());
         let fixed: Vec<f64> = run.fixed.iter().map(|ns| ns / best).collect();
@@ -98,7 +106,9 @@ fn two_hundred_machines_settle_at_the_best_fixed_split() {
         // What settling costs.
         let first = run.fixed_first.iter().copied().fold(f64::INFINITY, f64::min);
         assert!(run.first.wall <= 1.12 * first, "{said}; first {:.3}", run.first.wall / first);
-        assert!(run.explored <= 0.04, "{said}: {:.3} of it for trials", run.explored);
+        // Saved up while there were more misses.
+        assert!(run.explored <= 0.065, "{said}: {:.3} of it for trials", run.explored);
+        keeping += usize::from(100 * run.later.kept > run.later.misses);
         above += run.above(best) / runs.len() as f64;
         let of_best = run.fixed.iter().position(|&ns| ns == best).unwrap_or(0);
         match of_best {
@@ -113,8 +123,9 @@ fn two_hundred_machines_settle_at_the_best_fixed_split() {
     // The machines are not all of one kind.
     assert!(best_is.iter().all(|&count| count >= 20), "{best_is:?}");
     assert!(caching >= 20, "{caching}");
-    // It sees each decision, which no fixed share does.
-    assert!(above <= 0.0, "{above}");
+    assert!(keeping >= 30, "{keeping}");
+    // It sees each decision, and an idle link, which no fixed share does.
+    assert!(above <= -0.05, "{above}");
 }
 
 /// A device with one frame to spare: the link is never alone with two misses.
@@ -160,7 +171,7 @@ fn a_disaster_is_left_and_stays_left() {
     let window = SETTLED..192;
     let run = |seed| {
         let (world, seeded) = lying(seed, window.end);
-        Run::seeded(seed, &world, &seeded, window.clone())
+        Run::seeded(seed, &world, &seeded, window.clone(), true)
     };
     let mut worst = Vec::new();
     for run in of_all(500..545, run) {
@@ -221,8 +232,29 @@ fn cpu_machine() -> Machine {
         busy: 0.0,
         busy_ns: 0.0,
         noise: 0.05,
+        gap: 60e3,
         outliers: 0.002,
     }
+}
+
+/// The CPU computes what is missing, and the link is idle: what it brings
+/// meanwhile for later is missing no more.
+#[test]
+fn an_idle_link_brings_what_the_cpu_computed() {
+    let mut gained = Vec::new();
+    for seed in 800..816 {
+        let mut world = World::random(seed, 256);
+        // A copy on demand ends later than the CPU, which it hardly slows.
+        world.machines = vec![(0, Machine { link: 12.0, memory: 60.0, ..cpu_machine() })];
+        let run = |keeps| Run::with(seed, &world, SETTLED..256, keeps);
+        let [without, with] = [false, true].map(run);
+        assert!(with.above(with.best()) <= 0.03, "world {seed}");
+        assert_eq!(without.later.kept, 0);
+        gained.push(1.0 - with.later.wall / without.later.wall);
+    }
+    gained.sort_by(f64::total_cmp);
+    assert!(gained[0] >= -0.04, "{gained:.3?}");
+    assert!(gained[gained.len() / 2] >= 0.04, "{gained:.3?}");
 }
 
 #[test]

@@ -6,7 +6,8 @@ mod counting_allocator;
 
 use counting_allocator::peak_bytes;
 use pregate_predictor::split::{
-    Asked, Choice, Chunk, ChunkOutcome, Miss, Options, Outcome, Place, Reason, Seed, Split,
+    Asked, Choice, Chunk, ChunkOutcome, Keep, Miss, Options, Outcome, Place, Reason, Seed, Spare,
+    Split,
 };
 use pregate_predictor::{Admission, ExpertId, LayerShape, Shape};
 use proptest::prelude::*;
@@ -182,6 +183,55 @@ fn an_expert_that_is_used_again_is_copied() {
     assert!(copies(false) <= 12, "{}", copies(false));
 }
 
+/// A split of a machine whose link is far too slow for a demand, and whose
+/// tokens miss one expert each: again and again the same, or always others.
+/// The answer is what `spare` would keep of the next miss.
+fn kept_of(again: bool, spare: Spare<'_>, beside: f64) -> Vec<Keep> {
+    let prices = Seed { link_ns_per_byte: 3.0 * CPU_NS as f64 / 1e6, ..seed() };
+    let mut split = Split::new(&shape(), &prices, Options::default());
+    let (mut choice, mut keeps) = (Choice::default(), Vec::new());
+    for token in 0..63u32 {
+        split.next_token();
+        let expert = if again { 7 } else { token };
+        split.routed(1, &[expert]);
+        let one = [Miss { expert, remaining_ns: None }];
+        // No frame is free when it is missed, but for the first measurements.
+        let frames = if token < 16 { 1 } else { 0 };
+        split.choose(&Asked { resident: 4, frames, ..asked(1, &one) }, &mut choice);
+        let copies = choice.count(Place::Link);
+        // Beside the link, which moves something in every other token.
+        let busy_ns = u64::from(token % 2) * CPU_NS;
+        let times = if busy_ns > 0 { beside } else { 1.0 };
+        let (cpu, copy_ns) = (1 - copies, copies as u64 * 3 * CPU_NS);
+        let cpu_ns = cpu as u64 * (times * CPU_NS as f64) as u64;
+        let wall_ns = cpu_ns.max(copy_ns);
+        let told = Outcome { cpu, cpu_ns, copies, copy_ns, busy_ns, wall_ns, ..Outcome::default() };
+        split.measured(1, &told);
+    }
+    let expert = if again { 7 } else { 63 };
+    let one = [Miss { expert, remaining_ns: None }];
+    split.routed(1, &[expert]);
+    split.choose(&Asked { frames: 0, ..asked(1, &one) }, &mut choice);
+    split.keep(&Spare { computed: &[expert], ..spare }, &mut keeps);
+    let kept = split.report()[0].kept_share;
+    assert_eq!(kept > 0.0, !keeps.is_empty(), "{kept}");
+    keeps
+}
+
+#[test]
+fn what_is_used_again_is_kept_where_that_costs_less() {
+    let spare = Spare { layer: 1, computed: &[], frames: 2, cpu_share: 0.5 };
+    let kept = kept_of(true, spare, 1.0);
+    assert_eq!(kept.len(), 1);
+    // What a miss costs here is the CPU's time.
+    let off = kept[0].saves_ns as f64 / CPU_NS as f64;
+    assert!(kept[0].expert == 7 && (0.3..1.5).contains(&off), "{kept:?}");
+    assert_eq!(kept_of(false, spare, 1.0), [], "nobody uses it again");
+    assert_eq!(kept_of(true, Spare { frames: 0, ..spare }, 1.0), [], "no frame is free");
+    assert_eq!(kept_of(true, spare, 20.0), [], "beside a copy the CPU hardly moves");
+    assert_eq!(kept_of(true, Spare { layer: 0, ..spare }, 1.0), [], "a dense layer");
+}
+
 #[test]
 fn a_prompt_streams_what_has_many_tokens() {
     // The CPU takes a quarter of an expert's first token for each more, which
@@ -261,6 +311,7 @@ fn the_report_says_what_was_chosen_and_why() {
 fn a_token_allocates_nothing() {
     let mut split = Split::new(&shape(), &seed(), Options::default());
     let (mut choice, four) = (Choice::default(), misses(4));
+    let mut keeps = Vec::with_capacity(4);
     let mut token = |split: &mut Split| {
         split.next_token();
         for layer in 0..5 {
@@ -268,6 +319,8 @@ fn a_token_allocates_nothing() {
             split.choose(&asked(layer, &four), &mut choice);
             split.measured(layer, &outcome(&choice, 0));
             split.copied(layer, COPY_NS);
+            let spare = Spare { layer, computed: &[0, 1, 2, 3], frames: 4, cpu_share: 0.5 };
+            split.keep(&spare, &mut keeps);
             split.admitted(layer, 2, &Admission::Replaced(ExpertId::new(1, 40)));
         }
     };
@@ -293,11 +346,13 @@ fn any_count() -> impl Strategy<Value = usize> {
 prop_compose! {
     fn any_outcome()(
         counts in (any_count(), any_count(), any_count()),
-        ns in prop::array::uniform6(any_ns()),
+        ns in prop::array::uniform7(any_ns()),
     ) -> Outcome {
         let (cpu, copies, waits) = counts;
-        let [cpu_ns, delay_ns, copy_ns, wait_ns, hidden_ns, wall_ns] = ns;
-        Outcome { cpu, cpu_ns, copies, delay_ns, copy_ns, waits, wait_ns, hidden_ns, wall_ns }
+        let [cpu_ns, delay_ns, copy_ns, wait_ns, busy_ns, hidden_ns, wall_ns] = ns;
+        Outcome {
+            cpu, cpu_ns, copies, delay_ns, copy_ns, waits, wait_ns, busy_ns, hidden_ns, wall_ns,
+        }
     }
 }
 
@@ -316,7 +371,7 @@ proptest! {
                 prop::collection::vec((any::<u32>(), prop::option::of(any_ns())), 0..40),
                 (any_count(), any_count(), any_ns(), any_ns()),
                 any_outcome(),
-                any::<bool>(),
+                (any::<bool>(), any_price()),
             ),
             1..24,
         ),
@@ -330,7 +385,9 @@ proptest! {
         let options = Options { explore_share, first_explored, retry_tokens, disaster_tokens };
         let mut split = Split::new(&shape(), &seed, options);
         let (mut choice, mut chunk) = (Choice::default(), Chunk::default());
-        for (layer, list, (resident, frames, queue_ns, hidden_ns), told, honest) in events {
+        let mut keeps = Vec::new();
+        for (layer, list, asked, told, (honest, cpu_share)) in events {
+            let (resident, frames, queue_ns, hidden_ns) = asked;
             split.next_token();
             let misses: Vec<Miss> =
                 list.iter().map(|&(expert, remaining_ns)| Miss { expert, remaining_ns }).collect();
@@ -348,6 +405,9 @@ proptest! {
             }
             prop_assert!(choice.count(Place::Link) <= frames);
             let told = if honest { outcome(&choice, 0) } else { told };
+            let spare = Spare { layer, computed: &experts, frames, cpu_share };
+            split.keep(&spare, &mut keeps);
+            prop_assert!(keeps.len() <= frames.min(experts.len()));
             split.measured(layer, &told);
             split.copied(layer, told.copy_ns);
             for &expert in &experts {

@@ -2,6 +2,7 @@
 //! take, and which ways still have to be tried.
 
 use super::chunk::Tokens;
+use super::keep::Keeping;
 use super::reuse::Reuse;
 use super::track::{Step, Track};
 use super::trials::Trials;
@@ -19,11 +20,13 @@ const PRICED: u64 = 64;
 const PRICE_EVERY: u64 = 8;
 /// What a miss costs at least, as a share of one expert's time.
 const LEAST_MISS: f64 = 0.05;
+
 pub struct Class {
     pub cpu: Worker,
     pub link: Worker,
     pub tokens: Tokens,
     pub reuse: Reuse,
+    pub keeping: Keeping,
     /// What one miss more costs, lately.
     miss: Mean,
     /// What the measured wall times add to the workers' own, `[CPU only,
@@ -49,6 +52,7 @@ impl Class {
             link: worker(seed.link_start_ns, seed.link_ns_per_byte, seed.link_beside_cpu),
             tokens: Tokens::default(),
             reuse: Reuse::new(shape.top_k, shape.experts),
+            keeping: Keeping::default(),
             miss: Mean::default(),
             kinds: Default::default(),
             walls: vec![Track::default(); (MOST + 1) * (MOST + 1)],
@@ -68,6 +72,17 @@ impl Class {
     /// The machine is another one: everything may be tried again.
     pub fn changed(&mut self) {
         self.trials.restart();
+    }
+
+    pub fn trials(&self) -> &Trials {
+        &self.trials
+    }
+
+    /// What one miss more costs in `layer` (of the class).
+    pub fn miss_ns(&self, layer: usize) -> f64 {
+        // Beside others one miss more may cost nothing; all of them do.
+        let cheaper = self.cpu.alone(layer, 1).min(self.link.alone(layer, 1));
+        self.miss.mean.max(LEAST_MISS * cheaper)
     }
 
     fn kind(way: &Way) -> usize {
@@ -101,16 +116,19 @@ impl Class {
         candidates.clear();
         let queue_ns = bounded(asked.queue_ns);
         let hidden_ns = bounded(asked.hidden_ns);
-        // Beside others one miss more may cost nothing; all of them do.
-        let cheaper = self.cpu.alone(layer, 1).min(self.link.alone(layer, 1));
-        let miss_ns = self.miss.mean.max(LEAST_MISS * cheaper);
+        let miss_ns = self.miss_ns(layer);
+        let all_kept: f64 = gains.iter().map(|&gain| self.kept_ns(layer, gain)).sum();
         for waits in 0..=waits_ns.len() {
             let waited_ns = waits.checked_sub(1).map_or(0.0, |last| waits_ns[last]);
-            let mut reuse_ns = 0.0;
+            // Those that nothing copies now are computed, and some are kept.
+            let mut reuse_ns = all_kept;
             for copies in 0..=gains.len().min(asked.frames) {
                 let cpu = gains.len() + waits_ns.len() - waits - copies;
                 let way = Way { copies, waits, cpu };
-                reuse_ns += copies.checked_sub(1).map_or(0.0, |last| gains[last]) * miss_ns;
+                reuse_ns += copies.checked_sub(1).map_or(0.0, |last| {
+                    let copied_ns = gains[last] * miss_ns;
+                    copied_ns - self.kept_ns(layer, gains[last])
+                });
                 let candidate = self.candidate(layer, way, queue_ns, waited_ns);
                 candidates.push(Candidate {
                     wall_ns: candidate.wall_ns.max(hidden_ns),
@@ -191,6 +209,7 @@ impl Class {
             Pick::Retry(_) => self.trials.spend(cost),
             Pick::Trial(_) | Pick::Explore => self.allowance_ns -= cost,
         }
+        self.ordered(chosen.way.copies > 0);
         self.explored_ns += if pick == Pick::Best { 0.0 } else { cost };
         self.trials.used(&chosen.way, pick, token);
         (chosen, pick)
@@ -211,7 +230,8 @@ impl Class {
         let (cpu_ns, link_ns) = (told.cpu_ns as f64, told.copy_ns as f64);
         let share = |other: f64, mine: f64| if mine > 0.0 { (other / mine).min(1.0) } else { 0.0 };
         let (own, links) = (self.cpu.alone(layer, way.cpu), self.link.alone(layer, way.copies));
-        let busy = links.max(if way.waits > 0 { told.wait_ns as f64 } else { 0.0 });
+        let others = told.busy_ns.max(if way.waits > 0 { told.wait_ns } else { 0 });
+        let busy = links.max(others as f64);
         if way.cpu > 0 && told.cpu_ns > 0 {
             let other = Other { count: way.copies, share: share(busy, own) };
             let step = self.cpu.learn(
@@ -219,9 +239,9 @@ impl Class {
                 way.cpu,
                 other,
                 cpu_ns,
-                self.trials.is_left(CPU, way.copies > 0),
+                self.trials.is_left(CPU, way.copies > 0 || told.busy_ns > 0),
             );
-            self.learned(CPU, step, way.copies > 0);
+            self.learned(CPU, step, way.copies > 0 || told.busy_ns > 0);
         }
         if way.copies > 0 && told.copy_ns > 0 {
             let other = Other { count: way.cpu, share: share(own, links) };

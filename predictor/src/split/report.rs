@@ -13,6 +13,9 @@ pub struct LayerSplit {
     /// Shares of the misses, 0..=1; the rest came over new copies.
     pub cpu_share: f64,
     pub wait_share: f64,
+    /// Of the misses, those that the CPU computed and that were copied for
+    /// later tokens.
+    pub kept_share: f64,
     /// One expert of this layer on either worker, alone, in ns.
     pub copy_ns: f64,
     pub cpu_ns: f64,
@@ -32,9 +35,13 @@ impl fmt::Display for LayerSplit {
         write!(
             f,
             "layer {}: {} misses, {cpu:.0} % on the CPU, {link:.0} % over the link, \
-             {wait:.0} % already under way ({})",
-            self.layer, self.misses, self.reason
-        )
+             {wait:.0} % already under way",
+            self.layer, self.misses
+        )?;
+        if self.kept_share > 0.0 {
+            write!(f, ", {:.0} % copied for later", 100.0 * self.kept_share)?;
+        }
+        write!(f, " ({})", self.reason)
     }
 }
 
@@ -53,6 +60,7 @@ impl Split {
                 misses: given.misses,
                 cpu_share: share(given.cpu),
                 wait_share: share(given.waits),
+                kept_share: share(given.kept),
                 copy_ns: prices.copy_ns,
                 cpu_ns: prices.cpu_ns,
                 copy_samples: class.link.seen(),

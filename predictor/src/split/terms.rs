@@ -127,6 +127,9 @@ pub struct Outcome {
     /// end of the last.
     pub waits: usize,
     pub wait_ns: u64,
+    /// ns, from the decision to the CPU's last row, in which the link moved
+    /// what nobody waits for.
+    pub busy_ns: u64,
     /// [`Asked::hidden_ns`], as it turned out.
     pub hidden_ns: u64,
     /// ns from the decision to the layer's last row.
@@ -144,7 +147,8 @@ impl Outcome {
             [self.cpu, self.copies, self.waits].map(|count| count.min(MOST_EXPERTS));
         let times = [self.cpu_ns, self.delay_ns, self.copy_ns, self.wait_ns];
         let [cpu_ns, delay_ns, copy_ns, wait_ns] = times.map(|ns| ns.min(MOST_NS));
-        let [hidden_ns, wall_ns] = [self.hidden_ns, self.wall_ns].map(|ns| ns.min(MOST_NS));
-        Self { cpu, cpu_ns, copies, delay_ns, copy_ns, waits, wait_ns, hidden_ns, wall_ns }
+        let [busy_ns, hidden_ns, wall_ns] =
+            [self.busy_ns, self.hidden_ns, self.wall_ns].map(|ns| ns.min(MOST_NS));
+        Self { cpu, cpu_ns, copies, delay_ns, copy_ns, waits, wait_ns, busy_ns, hidden_ns, wall_ns }
     }
 }

@@ -64,6 +64,11 @@ impl Trials {
         Self { saved_ns, ..Self::default() }
     }
 
+    /// Is a measurement of a worker alone due?
+    pub fn are_wanted(&self) -> bool {
+        self.watch[..BOTH].iter().any(|watch| watch.wanted > 0)
+    }
+
     /// Everything may be tried again.
     pub fn restart(&mut self) {
         self.watch = Default::default();

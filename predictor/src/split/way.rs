@@ -91,6 +91,12 @@ impl Mean {
         self.mean += (value - self.mean) * weight / self.weight;
     }
 
+    /// One more, with a memory of so many.
+    pub fn note_within(&mut self, value: f64, memory: f64) {
+        self.weight = (self.weight + 1.0).min(memory.max(1.0));
+        self.mean += (value - self.mean) / self.weight;
+    }
+
     /// What was seen is of another machine.
     pub fn doubt(&mut self) {
         self.weight = self.weight.min(MISS_DOUBT);

@@ -99,6 +99,12 @@ impl Worker {
         sane(self.line(count) * (self.level.mean() + self.of_count(count_or_most) + layer).exp())
     }
 
+    /// How many times longer anything takes while the other is always busy,
+    /// at least 1.
+    pub fn slower(&self) -> f64 {
+        (self.beside.at(1.0) + self.both.mean()).exp().max(1.0)
+    }
+
     fn pair(&self, count: usize, other: usize) -> usize {
         count.min(MOST) * (MOST + 1) + other.min(MOST)
     }
@@ -108,6 +114,11 @@ impl Worker {
         let pair = self.pairs[self.pair(count, other.count)].mean();
         let both = if other.share > 0.0 { self.both.mean() } else { 0.0 };
         sane(self.alone(layer, count) * (self.beside.at(other.share) + both + pair).exp())
+    }
+
+    /// Has so many experts a price that was measured alone?
+    pub fn is_known(&self, count: usize) -> bool {
+        self.counts[count.min(MOST)].weight() >= 2.0
     }
 
     /// How often exactly this pair of counts was seen, lately.

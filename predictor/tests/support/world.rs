@@ -1,8 +1,8 @@
 //! A model on a simulated machine: routing with popularity and locality,
 //! caches that evict, and a decoder that a controller or a fixed rule leads.
 
-use super::machine::{Machine, Rng};
-use pregate_predictor::split::{Asked, Choice, Miss, Place, Split};
+use super::machine::{IN_THE_WAY, Machine, Rng};
+use pregate_predictor::split::{Asked, Choice, Keep, Miss, Place, Spare, Split};
 use pregate_predictor::{Admission, ExpertId, LayerShape, Shape};
 use std::ops::Range;
 
@@ -157,14 +157,23 @@ pub enum Rule<'a> {
     /// prices and without a thought of later tokens.
     Clairvoyant,
     Live(&'a mut Split, Rng),
+    /// The same, and what it says is worth it is copied for later.
+    Keeping(&'a mut Split, Rng),
 }
 
 impl Rule<'_> {
     /// [`Split::explored_ns`] so far.
     pub fn explored_ns(&self) -> (u64, u64) {
         match self {
-            Self::Live(split, _) => split.explored_ns(),
+            Self::Live(split, _) | Self::Keeping(split, _) => split.explored_ns(),
             Self::Share(_) | Self::Clairvoyant => (0, 0),
+        }
+    }
+
+    fn split(&mut self) -> Option<(&mut Split, &mut Rng)> {
+        match self {
+            Self::Live(split, rng) | Self::Keeping(split, rng) => Some((split, rng)),
+            Self::Share(_) | Self::Clairvoyant => None,
         }
     }
 }
@@ -183,6 +192,8 @@ pub struct Totals {
     pub link_only: f64,
     pub misses: usize,
     pub copies: usize,
+    /// Copied for later.
+    pub kept: usize,
     pub events: usize,
     /// Decisions that took at least four times the best of that moment.
     pub disasters: usize,
@@ -200,6 +211,12 @@ pub struct Decoder<'a> {
     rest: f64,
     /// The other work of the link: the same under every rule.
     traffic: Rng,
+    /// On their way for later: layer, expert, bytes left.
+    spare: Vec<(usize, u32, f64)>,
+    keeps: Vec<Keep>,
+    computed: Vec<u32>,
+    /// The CPU's work and all time, lately, in ns.
+    lately: [f64; 2],
 }
 
 impl<'a> Decoder<'a> {
@@ -213,6 +230,10 @@ impl<'a> Decoder<'a> {
             list: Vec::new(),
             rest: 0.0,
             traffic: Rng(77),
+            spare: Vec::new(),
+            keeps: Vec::new(),
+            computed: Vec::new(),
+            lately: [0.0; 2],
         }
     }
 
@@ -220,7 +241,7 @@ impl<'a> Decoder<'a> {
         assert_eq!(tokens.start, self.token);
         let mut totals = Totals::default();
         for token in tokens {
-            if let Rule::Live(split, _) = rule {
+            if let Some((split, _)) = rule.split() {
                 split.next_token();
             }
             for layer in 0..self.world.bytes.len() {
@@ -231,6 +252,44 @@ impl<'a> Decoder<'a> {
         totals
     }
 
+    /// `bytes` of what nobody waits for have moved: what is there is admitted.
+    fn moved(&mut self, token: usize, mut bytes: f64, rule: &mut Rule<'_>) {
+        while let Some(first) = self.spare.first_mut() {
+            first.2 -= bytes;
+            if first.2 > 1.0 {
+                break;
+            }
+            bytes = -first.2;
+            let (layer, expert, _) = self.spare.remove(0);
+            // As in the store: a demand has brought it, or this token needs it.
+            let chosen = &self.world.routes[token][layer];
+            if !self.caches[layer].resident[expert as usize] {
+                let got = self.caches[layer].admit(layer, expert, chosen);
+                if let Some((split, _)) = rule.split() {
+                    split.admitted(layer, expert, &got);
+                }
+            }
+        }
+    }
+
+    /// What the CPU computes in `layer`, and is worth it, goes to the link.
+    fn keep(&mut self, layer: usize, rule: &mut Rule<'_>) -> usize {
+        let Rule::Keeping(split, _) = rule else { return 0 };
+        self.computed.clear();
+        let on_cpu = self.list.iter().zip(&self.choice.places);
+        let on_cpu =
+            on_cpu.filter(|(miss, place)| **place == Place::Cpu && miss.remaining_ns.is_none());
+        self.computed.extend(on_cpu.map(|(miss, _)| miss.expert));
+        // A frame at a time.
+        let frames = usize::from(self.spare.is_empty()).min(self.world.frames);
+        let cpu_share = self.lately[0] / self.lately[1].max(1.0);
+        let spare = Spare { layer, computed: &self.computed, frames, cpu_share };
+        split.keep(&spare, &mut self.keeps);
+        let bytes = self.world.bytes[layer];
+        self.spare.extend(self.keeps.iter().map(|keep| (layer, keep.expert, bytes)));
+        self.keeps.len()
+    }
+
     fn layer(&mut self, token: usize, layer: usize, rule: &mut Rule<'_>, totals: &mut Totals) {
         let (machine, bytes) = (self.world.machine(token), self.world.bytes[layer]);
         let chosen = &self.world.routes[token][layer];
@@ -238,20 +297,31 @@ impl<'a> Decoder<'a> {
         cache.note(token + 1, chosen);
         self.list.clear();
         let missing = chosen.iter().filter(|&&expert| !cache.resident[expert as usize]);
-        self.list.extend(missing.map(|&expert| Miss { expert, remaining_ns: None }));
+        // What is under way for later lands behind what is before it.
+        let under_way = |expert: u32| {
+            let at = self.spare.iter().position(|one| (one.0, one.1) == (layer, expert))?;
+            let bytes: f64 = self.spare[..=at].iter().map(|one| one.2).sum();
+            Some((bytes / machine.link) as u64)
+        };
+        let miss = |&expert: &u32| Miss { expert, remaining_ns: under_way(expert) };
+        self.list.extend(missing.map(miss));
         let q = self.list.len();
         let most = q.min(self.world.frames);
         let busy = self.traffic.chance(machine.busy);
         let queue = if busy { self.traffic.uniform(0.0, machine.busy_ns) } else { 0.0 };
         let gpu = machine.late + (chosen.len() - q) as f64 * bytes / machine.vram;
-        if let Rule::Live(split, _) = rule {
+        if let Some((split, _)) = rule.split() {
             split.routed(layer, chosen);
         }
         if q == 0 {
             totals.wall += gpu;
+            self.lately[1] += gpu + machine.gap;
+            self.moved(token, (gpu + machine.gap) * machine.link, rule);
             return;
         }
-        let wall = |copies: usize| machine.ends(bytes, (q - copies, copies), queue, gpu).wall;
+        let before: f64 = self.spare.iter().map(|one| one.2).sum();
+        let wall =
+            |copies: usize| machine.ends(bytes, (q - copies, copies), queue, gpu, before).wall;
         let places = &mut self.choice.places;
         match rule {
             Rule::Share(share) => {
@@ -267,45 +337,66 @@ impl<'a> Decoder<'a> {
                 places.clear();
                 places.resize(copies, Place::Link);
             }
-            Rule::Live(split, _) => {
+            Rule::Live(split, _) | Rule::Keeping(split, _) => {
                 let asked = Asked {
                     layer,
                     misses: &self.list,
                     resident: self.world.slots,
                     frames: most,
-                    queue_ns: queue as u64,
+                    queue_ns: (queue + before.min(IN_THE_WAY) / machine.link) as u64,
                     hidden_ns: gpu as u64,
                 };
                 split.choose(&asked, &mut self.choice);
             }
         }
-        let copies = self.choice.count(Place::Link);
-        let now = wall(copies);
+        let waits = self.choice.count(Place::Wait);
+        let copies = self.choice.count(Place::Link) + waits;
+        let best = (0..=most).map(wall).fold(f64::INFINITY, f64::min);
+        let pure = [wall(0), wall(q)];
+        // What is waited for is a demand now, as long as any.
+        let places = self.list.iter().zip(&self.choice.places);
+        for (miss, _) in places.filter(|(_, place)| **place == Place::Wait) {
+            self.spare.retain(|one| (one.0, one.1) != (layer, miss.expert));
+        }
+        let kept = self.keep(layer, rule);
+        let spare: f64 = self.spare.iter().map(|one| one.2).sum();
+        let counts = (q - copies, copies);
+        let ends = machine.ends(bytes, counts, queue, gpu, spare);
+        let now = ends.wall;
         totals.wall += now;
+        totals.kept += kept;
         totals.asked += now;
         totals.events += 1;
         totals.misses += q;
         totals.copies += copies;
-        if let Rule::Live(split, rng) = rule {
-            let best = (0..=most).map(wall).fold(f64::INFINITY, f64::min);
+        self.lately = self.lately.map(|ns| 0.99 * ns);
+        self.lately[0] += ends.cpu;
+        self.lately[1] += now + machine.gap;
+        if let Some((split, rng)) = rule.split() {
             totals.best += best;
-            totals.cpu_only += wall(0);
-            totals.link_only += wall(q);
+            totals.cpu_only += pure[0];
+            totals.link_only += pure[1];
             if now >= 4.0 * best {
                 totals.disasters += 1;
                 totals.disaster_ns += now - best;
             }
-            let told = machine.told(bytes, (q - copies, copies), queue, gpu, rng);
+            let mut told = machine.told(bytes, counts, queue, gpu, spare, rng);
+            if waits > 0 {
+                let wait_ns = told.delay_ns + told.copy_ns;
+                (told.copies, told.waits, told.wait_ns) = (copies - waits, waits, wait_ns);
+                told.copy_ns *= u64::from(copies > waits);
+            }
             split.measured(layer, &told);
         }
         for (miss, place) in self.list.iter().zip(&self.choice.places) {
-            if *place == Place::Link {
-                let got = cache.admit(layer, miss.expert, chosen);
-                if let Rule::Live(split, _) = rule {
+            if *place != Place::Cpu {
+                let got = self.caches[layer].admit(layer, miss.expert, chosen);
+                if let Some((split, _)) = rule.split() {
                     split.admitted(layer, miss.expert, &got);
                 }
             }
         }
+        self.moved(token, ends.moved + machine.gap * machine.link, rule);
     }
 }
 
