@@ -26,16 +26,20 @@ pub struct Local {
     session: Session,
     template: ChatTemplate,
     options: GenerateOptions,
+    /// The session's warning that was told.
+    warned: Option<String>,
 }
 
 impl Local {
+    /// The session's warning was told.
     pub fn new(session: Session, sampling: &SamplingArgs, is_demo: bool) -> Result<Self, Failure> {
         let model = session.model();
         let tokenizer = model.tokenizer()?;
         let template = model.chat_template()?.clone();
         let options_of_answers = generate_options(sampling, is_demo, tokenizer);
         options_of_answers.sampler.check()?;
-        Ok(Self { session, template, options: options_of_answers })
+        let warned = session.warning();
+        Ok(Self { session, template, options: options_of_answers, warned })
     }
 
     /// What to say before the first answer.
@@ -64,6 +68,11 @@ impl Local {
 
     pub fn context_used(&self) -> usize {
         self.session.position()
+    }
+
+    /// Says on standard error what has slowed the answers down since.
+    pub fn warn(&mut self) {
+        notices::tell_of_session(&self.session, &mut self.warned);
     }
 
     /// Continues a text as it is, without the template.
@@ -120,7 +129,8 @@ impl Engine for Local {
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Answer, Failure> {
         let generated = self.chat(messages, cancel, on_event)?;
-        let notes = notices::of_disk(self.session.model());
+        let mut notes = notices::of_disk(self.session.model());
+        notes.extend(notices::of_session(&self.session, &mut self.warned));
         Ok(Answer { generated, context_used: self.context_used(), notes })
     }
 

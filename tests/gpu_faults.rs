@@ -122,6 +122,27 @@ fn f12_without_page_locked_memory_the_answer_is_the_same_and_one_warning_says_so
     }
 }
 
+#[test]
+fn f14_without_a_graph_the_answer_is_the_same_and_one_warning_says_so() {
+    let longer = |arguments: &[&'static str]| {
+        let mut all = [&ANSWER[..], arguments].concat();
+        all[5] = "4";
+        all
+    };
+    let expected = pregate(&longer(&["--device", "cpu"])).output().unwrap();
+    let refused = "drain=eager;fail=cuGraphInstantiateWithFlags:1:2";
+    for (settings, warnings) in [("drain=eager", 0), (refused, 1)] {
+        let Some(output) = on_gpu(settings, &longer(&["--device", "cuda"])) else { return };
+        let notes = notes(&output);
+        assert!(output.status.success() && output.stdout == expected.stdout, "{notes}");
+        let told = notes.lines().filter(|line| line.starts_with("warning: "));
+        let told: Vec<&str> = told.collect();
+        assert_eq!(told.len(), warnings, "{notes}");
+        let of_graph = |line: &&str| line.contains("CUDA graph") && line.contains("2 CUDA_ERROR");
+        assert!(told.iter().all(of_graph), "{notes}");
+    }
+}
+
 /// A run that fails for good at the `nth` call of `failing`, which takes no
 /// more than 5 s longer than one without a fault: its message.
 fn fails(settings: &str, (failing, nth): (&str, usize), clean: Duration) -> Option<String> {

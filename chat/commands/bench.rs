@@ -95,6 +95,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
     let log = model.store().map(|_| AccessLog::default());
+    let mut warned = session.warning();
     let mut bench = Bench { session, cancel, log };
 
     let per_round = args.n_prompt + args.n_gen;
@@ -115,6 +116,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
             decode_tok_s.extend(decode);
         }
         notices::tell_of_disk(&model);
+        notices::tell_of_session(&bench.session, &mut warned);
     }
     drop(bar);
     let bytes_per_token = model.bytes_per_token();

@@ -5,6 +5,7 @@ use crate::{
     device::Device,
     exit::Failure,
     model::{self, Loaded},
+    notices,
     plan::Needs,
     progress::Progress,
     save, signals,
@@ -71,6 +72,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
         last = part[part.len() - vocab..].to_vec();
         bar.set(session.position());
     }
+    let mut warned = session.warning();
     let mut greedy_ids: Vec<u32> = Vec::with_capacity(args.greedy);
     let mut greedy_logits = reserve(args.greedy, vocab)?;
     while greedy_ids.len() < args.greedy {
@@ -83,6 +85,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
         greedy_ids.push(greedy(&last));
     }
     drop(bar);
+    notices::tell_of_session(&session, &mut warned);
 
     let mut tensors = vec![Tensor {
         name: "logits".to_string(),

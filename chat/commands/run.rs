@@ -67,6 +67,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     drop(bar);
     printer.end()?;
     notices::tell_of_disk(&model);
+    engine.warn();
     let answer = answer?;
     let ledger = if args.ledger { ledger::report(&model) } else { None };
     match (args.ledger, &ledger) {

@@ -126,7 +126,8 @@ impl Session {
         &self.model
     }
 
-    /// What the user should know about this sequence's speed.
+    /// What the user should know about this sequence's speed; it may show
+    /// while tokens are fed.
     pub fn warning(&self) -> Option<String> {
         match &self.place {
             Place::Host { .. } => None,

@@ -54,10 +54,16 @@ fn options() -> SessionOptions {
 }
 
 fn converse(session: &mut Session) -> Result<Bits, Error> {
+    converse_and(session, &|_| {})
+}
+
+/// `before` hears the number of each token that is fed behind the prompt.
+fn converse_and(session: &mut Session, before: &dyn Fn(usize)) -> Result<Bits, Error> {
     let bits = |logits: &[f32]| logits.iter().map(|logit| logit.to_bits()).collect();
     let mut logits = session.feed_quietly(&PROMPT)?.to_vec();
     let mut all: Bits = vec![bits(&logits)];
-    for _ in 0..ANSWER {
+    for token in 0..ANSWER {
+        before(token);
         logits = session.feed_quietly(&[argmax(&logits)])?.to_vec();
         all.push(bits(&logits));
     }
@@ -272,6 +278,52 @@ fn f13_a_copy_that_is_refused_leaves_no_part_of_an_expert() {
         }
     }
     assert!(unnoticed >= 8 && errors >= 8, "{unnoticed} were tried again, {errors} were errors");
+}
+
+#[test]
+fn f14_a_refused_graph_is_launched_kernel_by_kernel_with_one_warning() {
+    let Some(world) = World::new("gpu-f14") else { return };
+    let begun = |world: &World| world.count("cuStreamBeginCapture");
+    let calls = [
+        ("cuStreamBeginCapture", 1),
+        ("cuLaunchKernel", 1),
+        ("cuLaunchKernel", 9),
+        ("cuGraphInstantiateWithFlags", 1),
+        ("cuGraphLaunch", 1),
+    ];
+    for (index, (name, nth)) in calls.into_iter().enumerate() {
+        for (seed, code) in [(0, 2), (1, 801), (2, 304)] {
+            let at = format!("call {nth} of {name} for a graph returns {code}");
+            world.reset(seed + 3 * index as u64);
+            let device = world.device();
+            let model = world.load(&device, seed).unwrap();
+            let mut session = Session::new(&model, options()).unwrap();
+            let before = begun(&world);
+            // The first token has launches of its own.
+            let fail = |token| {
+                if token == 1 {
+                    world.standin.fail_call(name, nth, Fault::Once, code);
+                }
+            };
+            world.assert_bits(&converse_and(&mut session, &fail).unwrap(), &at);
+            let warning = session.warning().unwrap_or_else(|| panic!("{at}: no warning"));
+            assert!(warning.contains(&format!("{code} CUDA_ERROR")), "{at}: {warning}");
+            assert!(warning.contains("one by one"), "{at}: {warning}");
+            // It is not asked for with every token, and nothing is left.
+            session.reset();
+            world.assert_bits(&converse(&mut session).unwrap(), &at);
+            assert_eq!(begun(&world) - before, 1, "{at}");
+            assert_eq!(session.warning(), Some(warning), "{at}");
+            assert_eq!(device.failure(), None, "{at}");
+            // Another session has its graph.
+            let mut another = Session::new(&model, options()).unwrap();
+            world.assert_bits(&converse(&mut another).unwrap(), &at);
+            assert_eq!((another.warning(), begun(&world) - before), (None, 2), "{at}");
+            drop((session, another, model));
+            assert_eq!(world.standin.count("graphs"), 0, "{at}");
+            world.assert_clean(&at);
+        }
+    }
 }
 
 #[test]

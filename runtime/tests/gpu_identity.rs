@@ -146,6 +146,7 @@ fn converse(model: &Model, prefill_chunk: usize, graphs: bool) -> Vec<Vec<u32>> 
             logits = session.feed_quietly(&[argmax(&logits)]).unwrap().to_vec();
             all.push(bits(&logits));
         }
+        assert_eq!(session.warning(), None, "graphs {graphs}");
     }
     all
 }

@@ -64,10 +64,8 @@ impl Graph {
         work: impl FnOnce() -> Result<(), CudaError>,
     ) -> Result<Self, CudaError> {
         let capture = Capture::begin(stream)?;
-        let worked = work();
-        let ended = capture.end();
-        worked?;
-        let (handle, kept) = ended?;
+        work()?;
+        let (handle, kept) = capture.end()?;
         Ok(Self { driver: stream.driver().clone(), handle: Some(handle), kept })
     }
 

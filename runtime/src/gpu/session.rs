@@ -155,11 +155,18 @@ impl GpuSession {
 
     /// Why tokens take longer than they could.
     pub fn warning(&self) -> Option<String> {
-        let error = self.token.as_ref().err()?;
-        Some(format!(
-            "no memory that the GPU and the processor share ({error}): the GPU waits for the \
-             processor in every layer"
-        ))
+        match &self.token {
+            Err(error) => Some(format!(
+                "no memory that the GPU and the processor share ({error}): the GPU waits for the \
+                 processor in every layer"
+            )),
+            Ok(token) => token.graphs.as_ref().and_then(Graphs::refusal).map(|error| {
+                format!(
+                    "the driver refused a CUDA graph of a token ({error}): its kernels are \
+                     launched one by one"
+                )
+            }),
+        }
     }
 
     /// Recurrent state cannot go back.
@@ -301,13 +308,10 @@ impl GpuSession {
         let layers = &self.layers;
         let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
         // Kernels are loaded by the first token, outside of a capture.
-        let graph = match graphs.as_mut().filter(|_| *step > 0) {
-            Some(graphs) => {
-                let whole = || launch_token(&piece, path, layers, &mut |_| Ok(()));
-                Some(graphs.get(&piece, most, whole)?)
-            }
-            None => None,
-        };
+        if let Some(graphs) = graphs.as_mut().filter(|_| *step > 0) {
+            let whole = || launch_token(&piece, path, layers, &mut |_| Ok(()));
+            graphs.make(&piece, most, whole)?;
+        }
         *step = step.checked_add(1).unwrap_or(1);
         let updates = gpu.slots().take();
         let written = path.write_step(*step, first_position, &updates, &self.inputs.bytes);
@@ -319,9 +323,13 @@ impl GpuSession {
             moving.decider().next_token();
         }
         let mut service = Service::new(&piece, path, *step, &mut companions, buffers);
-        let launched = match graph {
-            Some(graph) => graph.launch(piece.stream()).map_err(Error::from),
-            None => launch_token(&piece, path, layers, &mut |layer| service.serve_before(layer)),
+        let submit = |graphs: &mut Graphs| graphs.submit(piece.stream(), most);
+        let launched = match graphs.as_mut().map_or(Ok(false), submit) {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                launch_token(&piece, path, layers, &mut |layer| service.serve_before(layer))
+            }
+            Err(error) => Err(error.into()),
         };
         if let Err(error) = launched {
             // Setting an entry twice does no harm.

@@ -12,9 +12,10 @@ use crate::model::description::ModelDescription;
 use pregate_kernels::cuda::router::{MOST_AHEAD, MOST_EXPERTS};
 use pregate_kernels::cuda::{
     AheadLogits, Arena, BeginStep, CudaError, Device, Graph, HostRows, MailboxLayout, Mapped, Post,
-    STEP_WORDS, Settle, Span, StepLayout, begin_step, post, settle,
+    STEP_WORDS, Settle, Span, StepLayout, Stream, begin_step, post, settle,
 };
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::Duration;
 
 /// How long the device waits for the host; see [`Device::patience`] for the
@@ -315,7 +316,12 @@ impl Mail {
 
 /// Graphs of tokens, by the positions that they are for.
 #[derive(Default)]
-pub struct Graphs(HashMap<usize, Graph>);
+pub struct Graphs {
+    /// `None`: the driver refused one for so many positions.
+    made: HashMap<usize, Option<Graph>>,
+    /// Why the first one was refused.
+    refusal: Option<CudaError>,
+}
 
 impl Graphs {
     /// Positions that the launches of a token are for: as few sizes as leave
@@ -326,19 +332,53 @@ impl Graphs {
         most
     }
 
-    /// The graph for `most` positions, of what `launch` launches.
-    pub fn get(
+    /// Makes the graph for `most` positions, of what `launch` launches, unless
+    /// it was made or refused before.
+    ///
+    /// # Errors
+    /// Those that end the device, and our own. What the driver only refuses
+    /// (memory, mostly) is kept as [`Graphs::refusal`]: launches one by one do
+    /// the same.
+    pub fn make(
         &mut self,
         pass: &Pass<'_>,
         most: usize,
         launch: impl FnOnce() -> Result<(), CudaError>,
-    ) -> Result<&Graph, CudaError> {
-        match self.0.entry(most) {
-            std::collections::hash_map::Entry::Occupied(graph) => Ok(graph.into_mut()),
-            std::collections::hash_map::Entry::Vacant(room) => {
-                Ok(room.insert(Graph::capture(pass.stream(), launch)?))
+    ) -> Result<(), CudaError> {
+        let Entry::Vacant(room) = self.made.entry(most) else { return Ok(()) };
+        match Graph::capture(pass.stream(), launch) {
+            Ok(graph) => {
+                room.insert(Some(graph));
+                Ok(())
             }
+            Err(error) => self.refuse(most, error),
         }
+    }
+
+    /// Submits the graph for `most` positions. `false`: there is none, and
+    /// nothing was submitted.
+    ///
+    /// # Errors
+    /// As [`Graphs::make`].
+    pub fn submit(&mut self, stream: &Stream, most: usize) -> Result<bool, CudaError> {
+        let Some(Some(graph)) = self.made.get(&most) else { return Ok(false) };
+        match graph.launch(stream) {
+            Ok(()) => Ok(true),
+            // It takes memory when it is launched for the first time.
+            Err(error) => self.refuse(most, error).map(|()| false),
+        }
+    }
+
+    /// Why some tokens are launched kernel by kernel.
+    pub fn refusal(&self) -> Option<&CudaError> {
+        self.refusal.as_ref()
+    }
+
+    fn refuse(&mut self, most: usize, error: CudaError) -> Result<(), CudaError> {
+        let CudaError::Api { .. } = error else { return Err(error) };
+        self.made.insert(most, None);
+        self.refusal.get_or_insert(error);
+        Ok(())
     }
 }
 
