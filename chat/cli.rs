@@ -113,6 +113,7 @@ processor are left out, as far as the system tells.")]
   pregate doctor
   pregate doctor --model model.gguf      the disk that this model lies on
   pregate doctor --json | jq .gpus
+  pregate doctor --machine-file here.toml
 
 One line for each finding, and what to do next. The exit code is 0 if models can run on the
 processor, else 4. A machine without a GPU is well.")]
@@ -479,6 +480,9 @@ pub struct DoctorArgs {
     /// The model whose disk is tried [default: the demo model]
     #[arg(short, long, value_name = "PATH")]
     pub model: Option<PathBuf>,
+    /// Write what was measured as a machine for `pregate replay --machine`
+    #[arg(long, value_name = "OUT.toml")]
+    pub machine_file: Option<PathBuf>,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,

@@ -223,7 +223,7 @@ fn default_budget(held: u64) -> (u64, String) {
     if available.bytes == u64::MAX {
         return (u64::MAX, "this system does not say what is free".to_string());
     }
-    let reserve = (available.bytes / 10).clamp(256 << 20, 2 << 30).min(available.bytes / 2);
+    let reserve = reserve(available.bytes);
     let source = format!(
         "{} by {}, less a reserve of {}",
         bytes(available.bytes),
@@ -231,6 +231,11 @@ fn default_budget(held: u64) -> (u64, String) {
         bytes(reserve)
     );
     (available.bytes - reserve + held, source)
+}
+
+/// What is left to everybody else of so much free memory.
+pub fn reserve(free_bytes: u64) -> u64 {
+    (free_bytes / 10).clamp(256 << 20, 2 << 30).min(free_bytes / 2)
 }
 
 /// How experts are read, and how fast, as measured.

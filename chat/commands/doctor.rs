@@ -2,6 +2,7 @@
 
 mod gpu;
 mod limits;
+mod machine_file;
 mod pci;
 
 use crate::{
@@ -17,7 +18,7 @@ use pregate_kernels::{Cpu, CpuOptions, Isa};
 use pregate_runtime::{
     OpenedModel,
     store::{
-        disk::{self, DiskChoice, DiskOptions},
+        disk::{self, DiskChoice, DiskOptions, DiskReport},
         frames::{ClassSpec, Frames},
     },
 };
@@ -77,9 +78,14 @@ pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
     let (with, cpu_experts) = measured.unzip();
     let (limits, of_limits) = limits::look();
     findings.extend([memory_of_machine(), of_limits]);
-    findings.extend(model_and_disk(args.model.as_deref()));
+    let (of_model, disk) = model_and_disk(args.model.as_deref());
+    findings.extend(of_model);
     let (gpus, of_gpus) = gpu::look(with.as_ref());
     findings.extend(of_gpus);
+    if let Some(path) = &args.machine_file {
+        let measured = with.as_ref().zip(cpu_experts.as_ref());
+        machine_file::write(path, measured, disk.as_ref(), &gpus)?;
+    }
     let can_run = findings.iter().all(|finding| finding.state != State::Bad);
     let report =
         Report { version: env!("CARGO_PKG_VERSION"), can_run, findings, gpus, cpu_experts, limits };
@@ -191,7 +197,7 @@ fn memory_of_machine() -> Finding {
 /// Frames that the disk is tried with.
 const FRAMES: ClassSpec = ClassSpec { frame_bytes: 2 << 20, frames: 16 };
 
-fn model_and_disk(path: Option<&Path>) -> Vec<Finding> {
+fn model_and_disk(path: Option<&Path>) -> (Vec<Finding>, Option<DiskReport>) {
     let opened = model::path_or_demo(path).and_then(|path| {
         let opened = OpenedModel::open(&path, &mut |_| {})?;
         Ok((path, opened))
@@ -200,32 +206,37 @@ fn model_and_disk(path: Option<&Path>) -> Vec<Finding> {
         Ok(opened) => opened,
         Err(failure) => {
             let next = "name a .gguf file or a folder with --model PATH";
-            return vec![Finding::new("model", State::Bad, failure.to_string()).next(next)];
+            let finding = Finding::new("model", State::Bad, failure.to_string()).next(next);
+            return (vec![finding], None);
         }
     };
     let size = bytes(opened.files().total_bytes());
     let found =
         format!("{}: {}, {size}", path.display(), opened.description().architecture.title());
-    vec![Finding::new("model", State::Ok, found), disk(&opened)]
+    let (of_disk, report) = disk(&opened);
+    (vec![Finding::new("model", State::Ok, found), of_disk], report)
 }
 
 /// How experts would be read from where the model lies.
-fn disk(model: &OpenedModel) -> Finding {
+fn disk(model: &OpenedModel) -> (Finding, Option<DiskReport>) {
     let names = model.files().paths().iter().cloned();
     let files: Vec<_> = names.zip(model.files().identities()).collect();
     let tried = Frames::new(&[FRAMES])
         .and_then(|frames| disk::probe(&files, &frames, &DiskOptions::default()));
     match tried {
-        Err(error) => Finding::new("disk", State::Bad, error.to_string())
-            .next("copy the model to a local disk"),
+        Err(error) => {
+            let finding = Finding::new("disk", State::Bad, error.to_string());
+            (finding.next("copy the model to a local disk"), None)
+        }
         Ok((_, report)) => {
             let found = plan::disk_line(&report);
-            match report.choice {
+            let finding = match report.choice {
                 DiskChoice::Buffered => Finding::new("disk", State::Note, found).next(
                     "a model larger than memory streams faster from a disk that has O_DIRECT",
                 ),
                 _ => Finding::new("disk", State::Ok, found),
-            }
+            };
+            (finding, Some(report))
         }
     }
 }
@@ -260,7 +271,7 @@ mod tests {
 
     #[test]
     fn a_model_that_is_not_there_is_bad_and_says_what_to_name() {
-        let found = model_and_disk(Some(Path::new("/nowhere/model.gguf")));
+        let (found, _) = model_and_disk(Some(Path::new("/nowhere/model.gguf")));
         assert_eq!(found.len(), 1);
         assert_eq!((found[0].about, found[0].state), ("model", State::Bad));
         assert!(found[0].found.contains("/nowhere/model.gguf"), "{found:?}");

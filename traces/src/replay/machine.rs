@@ -2,6 +2,7 @@
 //! so.
 
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// A number and where it comes from: a measurement with its command, a
 /// datasheet, or the reason for an assumption.
@@ -128,6 +129,11 @@ pub enum MachineError {
     Figure { machine: String, field: &'static str, found: f64, allowed: &'static str },
     #[error("machine {0} has a GPU and no link")]
     NoLink(String),
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    /// Anything of the above, in a file.
+    #[error("{}: line {line}: {what}", path.display())]
+    File { path: PathBuf, line: usize, what: String },
 }
 
 /// No figure is larger: an exabyte, a month.

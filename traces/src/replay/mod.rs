@@ -6,8 +6,10 @@
 pub mod count;
 mod machine;
 mod memory;
+pub mod models;
 mod options;
 mod passes;
+pub mod presets;
 mod report;
 
 pub use machine::{Cpu, Disk, Figure, Gpu, Link, Machine, MachineError};
