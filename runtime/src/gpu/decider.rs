@@ -62,9 +62,21 @@ impl Decider {
         self.lock().split.next_token();
     }
 
-    /// The router of `layer` chose `experts` for one token.
-    pub fn routed(&self, layer: usize, experts: &[u32]) {
-        self.lock().split.routed(layer, experts);
+    /// A token goes on to its next layer: what became of the event of the one
+    /// that it has passed (see [`Decider::ended`]), and the layer whose router
+    /// chose `experts`.
+    pub fn next_layer(
+        &self,
+        passed: Option<(&mut Event<'_>, HostWork)>,
+        routed: Option<(usize, &[u32])>,
+    ) {
+        let split = &mut self.lock().split;
+        if let Some((event, work)) = passed {
+            self.learn(split, event, work, 1);
+        }
+        if let Some((layer, experts)) = routed {
+            split.routed(layer, experts);
+        }
     }
 
     /// Of one token's missing experts, those that the host computes.
@@ -113,14 +125,27 @@ impl Decider {
         all.filter(|(_, place)| **place == Place::Cpu).map(|(id, _)| *id).collect()
     }
 
-    /// What an event of `layer` whose experts have all arrived took.
-    pub fn measured(&self, layer: usize, event: &Event<'_>, work: HostWork, tokens: usize) {
+    /// The experts of an event have arrived and were computed: what that took,
+    /// and who stays.
+    pub fn ended(&self, event: &mut Event<'_>, work: HostWork, tokens: usize) {
+        self.learn(&mut self.lock().split, event, work, tokens);
+    }
+
+    fn learn(&self, split: &mut Split, event: &mut Event<'_>, work: HostWork, tokens: usize) {
+        self.measured(split, event, work, tokens);
+        let layer = event.layer();
+        for (id, admission) in event.settled() {
+            split.admitted(layer, id.expert, admission);
+        }
+    }
+
+    fn measured(&self, split: &mut Split, event: &Event<'_>, work: HostWork, tokens: usize) {
         let HostWork { experts: cpu, tokens: cpu_tokens, ns: cpu_ns } = work;
         let (copies, copy_ns) = event.copied();
         if cpu + copies == 0 || self.misses != Misses::Auto {
             return;
         }
-        let split = &mut self.lock().split;
+        let layer = event.layer();
         if tokens > 1 {
             let told = ChunkOutcome { cpu, cpu_tokens, cpu_ns, copies, copy_ns };
             return split.measured_chunk(layer, &told);
@@ -128,14 +153,6 @@ impl Decider {
         let wall_ns = cpu_ns.max(copy_ns);
         let told = Outcome { cpu, cpu_ns, copies, copy_ns, wall_ns, ..Outcome::default() };
         split.measured(layer, &told);
-    }
-
-    /// The experts of an event were computed: who stays?
-    pub fn settle(&self, layer: usize, event: &mut Event<'_>) {
-        let split = &mut self.lock().split;
-        for (id, admission) in event.settled() {
-            split.admitted(layer, id.expert, admission);
-        }
     }
 
     /// What it chose in each layer, and why; `None`: the user chose.

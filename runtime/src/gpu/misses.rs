@@ -114,8 +114,7 @@ impl<'a> Visit<'a> {
             launch(&self.table(companions, false, &arrived)?)?;
         }
         let Pass { first_position, tokens, .. } = *self.pass;
-        moving.decider().measured(self.layer, &event, work, tokens);
-        moving.decider().settle(self.layer, &mut event);
+        moving.decider().ended(&mut event, work, tokens);
         event.finish(first_position, tokens, companions.observer);
         companions.meter.lap(Work::Overhead);
         Ok(())

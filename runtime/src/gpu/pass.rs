@@ -211,6 +211,21 @@ pub fn from_row(span: &Span, first: usize, width: usize) -> Span {
     span.part(4 * first * width..span.bytes())
 }
 
+/// Appends `count` f32 from the start of a span, behind what was submitted to
+/// the stream. `bytes` is room for them.
+pub fn read_floats(
+    stream: &Stream,
+    span: &Span,
+    count: usize,
+    bytes: &mut Vec<u8>,
+    to: &mut Vec<f32>,
+) -> Result<(), CudaError> {
+    bytes.resize(4 * count, 0);
+    stream.download(&span.part(0..bytes.len()), bytes)?;
+    to.extend(bytes.as_chunks::<4>().0.iter().map(|word| f32::from_ne_bytes(*word)));
+    Ok(())
+}
+
 /// Words of four bytes from the start of a span, behind what was submitted to
 /// the stream.
 pub fn words(

@@ -33,8 +33,16 @@ pub struct Service<'p, 'c, 'a, 'm> {
     buffers: &'c mut ServiceBuffers,
     /// The layer that comes next.
     next: usize,
-    open: Option<(Event<'p>, Vec<Arrived>)>,
+    open: Option<Open<'p>>,
     is_over: bool,
+}
+
+/// A layer that the device may still be in.
+struct Open<'p> {
+    /// Dropped before the event, whose frames it pins.
+    there: Vec<Arrived>,
+    event: Event<'p>,
+    work: HostWork,
 }
 
 /// Kept from token to token.
@@ -46,6 +54,8 @@ pub struct ServiceBuffers {
     ids: Vec<u32>,
     grouping: Grouping,
     rows: Vec<f32>,
+    /// Empty, for the next event.
+    there: Vec<Arrived>,
     /// Layers that were forecast.
     targets: Vec<usize>,
 }
@@ -77,7 +87,7 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
     /// The device has ended the step.
     pub fn finish(mut self) -> Result<()> {
         self.is_over = true;
-        self.close();
+        self.close(None);
         match self.path.mail().error() {
             Some(error) => Err(CudaError::unsupported(format!("a token: {error:?}")).into()),
             None => Ok(()),
@@ -88,12 +98,16 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         self.companions.meter.lap(Work::Overhead);
         self.hear(mail)?;
         self.companions.meter.lap(Work::Dense);
-        self.close();
         let DeviceFeedForward::Moe(moe) = &self.pass.model.layers()[layer].feed_forward else {
             unreachable!("mail comes from layers with routers")
         };
         self.read_choices(layer, moe)?;
-        if !moe.experts.is_whole() {
+        let is_whole = moe.experts.is_whole();
+        self.close((!is_whole).then_some(layer));
+        let ServiceBuffers { posted, ids, .. } = &*self.buffers;
+        let position = self.pass.first_position;
+        self.companions.observer.routed(layer, position, ids, &posted.weights);
+        if !is_whole {
             self.answer(layer, moe, mail)?;
         }
         Ok(())
@@ -141,8 +155,6 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         }
         routes.clear();
         routes.push(choices);
-        let position = self.pass.first_position;
-        self.companions.observer.routed(layer, position, ids, &posted.weights);
         Ok(())
     }
 
@@ -151,20 +163,18 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         let pass = self.pass;
         let ServiceBuffers { routes, ids, .. } = &*self.buffers;
         let mut event = pass.model.moving().map(|moving| {
-            let decider = moving.decider();
-            decider.routed(layer, ids);
             // Nobody leaves a frame before the device has passed the layer.
-            let mut leave = |missing: Missing<'_>| decider.of_token(missing, true);
+            let mut leave = |missing: Missing<'_>| moving.decider().of_token(missing, true);
             moving.store().begin_shared(layer, ids, routes, &mut leave)
         });
         let left: Vec<u32> = match &event {
             Some(event) => event.left().iter().map(|id| id.expert).collect(),
             None => ids.iter().copied().filter(|&id| !moe.experts.is_fixed(id as usize)).collect(),
         };
-        let there = match &mut event {
-            Some(event) if event.has_ready() => event.next(self.companions.cancel)?,
-            _ => Vec::new(),
-        };
+        let mut there = std::mem::take(&mut self.buffers.there);
+        if let Some(event) = event.as_mut().filter(|event| event.has_ready()) {
+            event.more(self.companions.cancel, &mut there)?;
+        }
         there.iter().for_each(|arrived| self.tell_arrived(mail, arrived));
         self.companions.meter.lap(Work::Overhead);
         self.compute(layer, moe, mail, &left);
@@ -178,18 +188,14 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         self.companions.meter.lap(Work::Overhead);
         let before = event.waited_ns();
         loop {
-            let arrived = event.more(self.companions.cancel)?;
-            if arrived.is_empty() {
+            let told = there.len();
+            if event.more(self.companions.cancel, &mut there)? == 0 {
                 break;
             }
-            arrived.iter().for_each(|arrived| self.tell_arrived(mail, arrived));
-            there.extend(arrived);
+            there[told..].iter().for_each(|arrived| self.tell_arrived(mail, arrived));
         }
         self.companions.meter.lap_with_wait(Work::Overhead, event.waited_ns() - before);
-        if let Some(moving) = pass.model.moving() {
-            moving.decider().measured(layer, &event, work, 1);
-        }
-        self.open = Some((event, there));
+        self.open = Some(Open { there, event, work });
         Ok(())
     }
 
@@ -265,14 +271,20 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         }
     }
 
-    /// Ends the open event: the device has passed its layer.
-    fn close(&mut self) {
-        if let Some((mut event, there)) = self.open.take() {
-            drop(there);
-            if let Some(moving) = self.pass.model.moving() {
-                moving.decider().settle(event.layer(), &mut event);
-            }
-            event.finish(self.pass.first_position, 1, self.companions.observer);
+    /// Ends the open event: the device has passed its layer. `next` is the
+    /// layer with missing experts whose router was heard.
+    fn close(&mut self, next: Option<usize>) {
+        let Some(moving) = self.pass.model.moving() else { return };
+        let mut open = self.open.take();
+        let passed = open.as_mut().map(|Open { there, event, work }| {
+            there.clear();
+            (event, *work)
+        });
+        let ServiceBuffers { ids, there, .. } = &mut *self.buffers;
+        moving.decider().next_layer(passed, next.map(|layer| (layer, &ids[..])));
+        if let Some(open) = open {
+            *there = open.there;
+            open.event.finish(self.pass.first_position, 1, self.companions.observer);
         }
     }
 }
@@ -289,9 +301,6 @@ impl Drop for Service<'_, '_, '_, '_> {
         }
         // What it says is of no interest: the token is lost.
         let _ = self.pass.stream().synchronize();
-        if let Some((event, there)) = self.open.take() {
-            drop(there);
-            drop(event);
-        }
+        self.open = None;
     }
 }

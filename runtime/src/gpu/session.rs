@@ -5,7 +5,7 @@ use super::buffers::{Buffers, pass_tokens};
 use super::exchange::Exchange;
 use super::feed_forward;
 use super::network::{head, launch, launch_token, tell};
-use super::pass::{Companions, Pass, words};
+use super::pass::{Companions, Pass, read_floats};
 use super::serve::{Service, ServiceBuffers};
 use super::state::{self, LayerState};
 use super::token::{Graphs, Step, TokenPath};
@@ -51,24 +51,55 @@ pub struct GpuSession {
     token: Result<Token, CudaError>,
 }
 
-/// What the host gives a pass, and what of.
+/// What every pass of a call goes through.
+#[derive(Clone, Copy)]
+struct On<'a> {
+    model: &'a Model,
+    gpu: &'a GpuModel,
+    ropes: &'a [Rope],
+}
+
+impl<'a> On<'a> {
+    /// Over the tokens of `asked`.
+    fn pass(
+        self,
+        (buffers, exchange): (&'a Buffers, &'a Exchange),
+        asked: &GpuPass<'_>,
+        step: Option<Step<'a>>,
+    ) -> Pass<'a> {
+        Pass {
+            model: self.gpu,
+            engine: self.model.engine(),
+            description: self.model.description(),
+            buffers,
+            exchange,
+            ropes: self.ropes,
+            tokens: asked.ids.len(),
+            first_position: asked.first_position,
+            step,
+        }
+    }
+}
+
+/// What the host gives a pass, and what of; kept from pass to pass.
 #[derive(Default)]
 struct Inputs {
     bytes: Vec<u8>,
     embedded: Vec<f32>,
     rope_table: Vec<[f32; 2]>,
+    /// Room for logits as they come.
+    logits: Vec<u8>,
 }
 
 impl Inputs {
     /// Embedded tokens and rotations.
     fn fill(
         &mut self,
-        (model, ropes): (&Model, &[Rope]),
+        On { model, ropes, .. }: On<'_>,
         exchange: &Exchange,
-        ids: &[u32],
-        first_position: usize,
+        GpuPass { ids, first_position, .. }: GpuPass<'_>,
     ) -> Result<()> {
-        let Self { bytes, embedded, rope_table } = self;
+        let Self { bytes, embedded, rope_table, .. } = self;
         embedded.resize(ids.len() * model.description().hidden, 0.0);
         embed(model.engine(), ids, embedded)?;
         exchange.fill((embedded, ids.len()), (ropes, first_position), rope_table, bytes);
@@ -82,6 +113,8 @@ struct Token {
     graphs: Option<Graphs>,
     /// Of the last token.
     step: u32,
+    /// Of entries of experts, with the token.
+    updates: Vec<(u32, u32)>,
     buffers: ServiceBuffers,
 }
 
@@ -95,7 +128,8 @@ impl Token {
         let horizon = model.store().map_or(0, ExpertStore::horizon);
         let path = TokenPath::new(model.device(), arena, description, &model.weights, horizon)?;
         let graphs = graphs.then(Graphs::default);
-        Ok(Self { path, graphs, step: 0, buffers: ServiceBuffers::default() })
+        let (updates, buffers) = (Vec::new(), ServiceBuffers::default());
+        Ok(Self { path, graphs, step: 0, updates, buffers })
     }
 }
 
@@ -203,7 +237,7 @@ impl GpuSession {
         cancel: &Cancel,
     ) -> Result<()> {
         let gpu = model.gpu().ok_or_else(|| CudaError::unsupported("a model that is not there"))?;
-        let description = model.description();
+        let (description, on) = (model.description(), On { model, gpu, ropes });
         if self.is_new {
             self.clear(gpu.device())?;
         }
@@ -220,8 +254,8 @@ impl GpuSession {
             let piece = GpuPass { ids, first_position, wanted, ..pass };
             observer.fed(&Fed { session: pass.session, first_position, tokens: ids });
             match (ids.len(), wanted, &self.token) {
-                (1, 1, Ok(_)) => self.token(model, gpu, ropes, piece, observer, cancel)?,
-                _ => self.piece(model, gpu, ropes, piece, observer, cancel)?,
+                (1, 1, Ok(_)) => self.token(on, piece, observer, cancel)?,
+                _ => self.piece(on, piece, observer, cancel)?,
             }
         }
         if description.logit_scale != 1.0 {
@@ -234,34 +268,21 @@ impl GpuSession {
     /// A pass in which the host launches layer by layer.
     fn piece(
         &mut self,
-        model: &Model,
-        gpu: &GpuModel,
-        ropes: &[Rope],
+        on: On<'_>,
         pass: GpuPass<'_>,
         observer: &mut dyn Observer,
         cancel: &Cancel,
     ) -> Result<()> {
-        let GpuPass { ids, first_position, wanted, .. } = pass;
-        self.inputs.fill((model, ropes), &self.exchange, ids, first_position)?;
+        self.inputs.fill(on, &self.exchange, pass)?;
         let span = self.exchange.inputs.part(0..self.inputs.bytes.len());
-        gpu.device().compute().upload(&span, &self.inputs.bytes)?;
-        let piece = Pass {
-            model: gpu,
-            engine: model.engine(),
-            description: model.description(),
-            buffers: &self.buffers,
-            exchange: &self.exchange,
-            ropes,
-            tokens: ids.len(),
-            first_position,
-            step: None,
-        };
-        let store = gpu.store();
+        on.gpu.device().compute().upload(&span, &self.inputs.bytes)?;
+        let piece = on.pass((&self.buffers, &self.exchange), &pass, None);
+        let store = on.gpu.store();
         let info = pass_info(&pass, false);
         let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
         let mut meter = Meter::start(store);
         let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
-        launch(&piece, &self.layers, wanted, &mut |index, layer: &DeviceLayer| {
+        launch(&piece, &self.layers, pass.wanted, &mut |index, layer: &DeviceLayer| {
             if companions.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
@@ -269,7 +290,7 @@ impl GpuSession {
             feed_forward::run(&piece, index, norm, block, &mut companions)
         })?;
         tell(&piece, companions.observer)?;
-        head(&piece, wanted, &mut self.logits)?;
+        head(&piece, pass.wanted, &mut self.logits)?;
         drop(companions);
         meter.finish();
         Ok(())
@@ -278,33 +299,23 @@ impl GpuSession {
     /// One token, which the device computes by itself.
     fn token(
         &mut self,
-        model: &Model,
-        gpu: &GpuModel,
-        ropes: &[Rope],
+        on: On<'_>,
         pass: GpuPass<'_>,
         observer: &mut dyn Observer,
         cancel: &Cancel,
     ) -> Result<()> {
         let Ok(token) = &mut self.token else { unreachable!("the caller has looked") };
-        let GpuPass { ids, first_position, .. } = pass;
+        let On { gpu, .. } = on;
         let store = gpu.store();
         let info = pass_info(&pass, true);
         let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
         let mut meter = Meter::start(store);
-        let Token { path, graphs, step, buffers } = token;
-        self.inputs.fill((model, ropes), &path.exchange, ids, first_position)?;
-        let most = Graphs::most(first_position, self.capacity);
-        let piece = Pass {
-            model: gpu,
-            engine: model.engine(),
-            description: model.description(),
-            buffers: &self.buffers,
-            exchange: &path.exchange,
-            ropes,
-            tokens: 1,
-            first_position,
-            step: Some(Step { path, most }),
-        };
+        let Token { path, graphs, step, updates, buffers } = token;
+        self.inputs.fill(on, &path.exchange, pass)?;
+        let most = Graphs::most(pass.first_position, self.capacity);
+        let path = &*path;
+        let step_of = Some(Step { path, most });
+        let piece = on.pass((&self.buffers, &path.exchange), &pass, step_of);
         let layers = &self.layers;
         let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
         // Kernels are loaded by the first token, outside of a capture.
@@ -313,10 +324,10 @@ impl GpuSession {
             graphs.make(&piece, most, whole)?;
         }
         *step = step.checked_add(1).unwrap_or(1);
-        let updates = gpu.slots().take();
-        let written = path.write_step(*step, first_position, &updates, &self.inputs.bytes);
+        gpu.slots().take(updates);
+        let written = path.write_step(*step, pass.first_position, updates, &self.inputs.bytes);
         if let Err(error) = written {
-            gpu.slots().put_back(&updates);
+            gpu.slots().put_back(updates);
             return Err(error.into());
         }
         if let Some(moving) = gpu.moving() {
@@ -333,13 +344,13 @@ impl GpuSession {
         };
         if let Err(error) = launched {
             // Setting an entry twice does no harm.
-            gpu.slots().put_back(&updates);
+            gpu.slots().put_back(updates);
             return Err(error);
         }
         service.serve_before(layers.len())?;
         let rows = gpu.weights.head.weight.rows;
-        let logits = words(piece.stream(), &piece.buffers.logits, rows)?;
-        self.logits.extend(logits.map(f32::from_ne_bytes));
+        let (from, room) = (&piece.buffers.logits, &mut self.inputs.logits);
+        read_floats(piece.stream(), from, rows, room, &mut self.logits)?;
         service.finish()?;
         if path.mail().layers.iter().all(Option::is_none) {
             tell(&piece, companions.observer)?;

@@ -89,9 +89,12 @@ impl SlotTable {
         self.waiting().insert(self.index(layer, expert) as u32, entry);
     }
 
-    /// The entries that wait, for a first launch.
-    pub fn take(&self) -> Vec<(u32, u32)> {
-        std::mem::take(&mut *self.waiting()).into_iter().collect()
+    /// Puts the entries that wait into `entries`, for a first launch.
+    pub fn take(&self, entries: &mut Vec<(u32, u32)>) {
+        let mut waiting = self.waiting();
+        entries.clear();
+        entries.extend(waiting.iter().map(|(&index, &entry)| (index, entry)));
+        waiting.clear();
     }
 
     /// Entries that were taken, and no launch has set.
@@ -134,6 +137,12 @@ mod tests {
         Some((turn, SlotTable { slot_of, arena, layers, waiting: Mutex::default() }))
     }
 
+    fn taken(slots: &SlotTable) -> Vec<(u32, u32)> {
+        let mut entries = Vec::new();
+        slots.take(&mut entries);
+        entries
+    }
+
     /// Published beside it, a first launch would take it out again.
     #[test]
     fn an_entry_whose_update_waits_is_not_published() {
@@ -144,7 +153,7 @@ mod tests {
         assert!(slots.publish(1, 2).is_none());
         assert_eq!(slots.publish(0, 2).unwrap().address(), address + 4 * 2);
         assert_eq!(slots.publish(1, 1).unwrap().bytes(), 4);
-        assert_eq!(slots.take(), [(6, 0)]);
+        assert_eq!(taken(&slots), [(6, 0)]);
         assert_eq!(slots.publish(1, 2).unwrap().address(), address + 4 * 6);
     }
 
@@ -153,11 +162,12 @@ mod tests {
         let Some((_turn, slots)) = table() else { return };
         slots.set(0, 1, 0);
         slots.set(0, 3, 0);
-        let taken = slots.take();
-        assert_eq!(taken, [(1, 0), (3, 0)]);
-        assert!(slots.take().is_empty());
+        let mut entries = vec![(9, 9)];
+        slots.take(&mut entries);
+        assert_eq!(entries, [(1, 0), (3, 0)]);
+        assert!(taken(&slots).is_empty());
         slots.set(0, 1, 5);
-        slots.put_back(&taken);
-        assert_eq!(slots.take(), [(1, 5), (3, 0)]);
+        slots.put_back(&entries);
+        assert_eq!(taken(&slots), [(1, 5), (3, 0)]);
     }
 }

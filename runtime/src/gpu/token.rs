@@ -16,11 +16,7 @@ use pregate_kernels::cuda::{
 };
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::time::Duration;
 
-/// How long the device waits for the host; see [`Device::patience`] for the
-/// other way.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Positions that the smallest graph is for.
 const SMALLEST_GRAPH: usize = 256;
 
@@ -217,7 +213,8 @@ impl TokenPath {
             k,
             decisions: &word(mail.decisions, k),
             arena: pass.model.slots().arena(moe.experts.shape.block_bytes),
-            patience: PATIENCE,
+            // What the host has for it; a graph keeps that of its capture.
+            patience: pass.device().patience(),
             error: &word(self.mail.error_word, 1),
             late: &late,
             from_host: &self.from_host,

@@ -195,12 +195,14 @@ impl<'s> Event<'s> {
     /// before it asks again.
     pub fn next(&mut self, cancel: &Cancel) -> Result<Vec<Arrived>> {
         self.settle();
-        self.more(cancel)
+        let mut there = Vec::new();
+        self.more(cancel, &mut there)?;
+        Ok(there)
     }
 
-    /// As [`Event::next`], but what was handed out before is still in use, and
-    /// only the rest is handed out.
-    pub fn more(&mut self, cancel: &Cancel) -> Result<Vec<Arrived>> {
+    /// As [`Event::next`], but what was handed out before is still in use: the
+    /// rest goes behind it, to `there`. How many those are.
+    pub fn more(&mut self, cancel: &Cancel, there: &mut Vec<Arrived>) -> Result<usize> {
         self.prefetch();
         self.receive(0)?;
         // A read that was given up has landed: it is asked for again before
@@ -215,7 +217,9 @@ impl<'s> Event<'s> {
         }
         let before = self.lists.handed.len();
         self.hand_out();
-        Ok(self.lists.handed[before..].iter().map(|&id| self.pin(id)).collect())
+        let handed = &self.lists.handed[before..];
+        there.extend(handed.iter().map(|&id| self.pin(id)));
+        Ok(handed.len())
     }
 
     /// Which of the experts that are there are computed next? A token's all at
