@@ -1,10 +1,11 @@
 //! Decisions only: the vocabulary of routing, residency, eviction policies,
-//! forecasts, the planner, the split of misses between CPU and link, and what
-//! speed a split allows.
+//! forecasts, the planner and what drives it, the split of misses between CPU
+//! and link, and what speed a split allows.
 //!
 //! No GPU, no file, no clock, no thread.
 
 pub mod cache;
+pub mod drive;
 pub mod forecast;
 pub mod ledger;
 pub mod observer;

@@ -71,10 +71,10 @@ impl AccessLog {
         let mut next = vec![NEVER; self.experts.len()];
         for (index, &(layer, end)) in self.events.iter().enumerate().rev() {
             let start = index.checked_sub(1).map_or(0, |before| self.events[before].1);
-            for place in start as usize..end as usize {
-                let expert = usize::from(self.experts[place]);
-                let after = &mut after[layer as usize][expert];
-                next[place] = std::mem::replace(after, index as u64);
+            let range = start as usize..end as usize;
+            for (next, &expert) in next[range.clone()].iter_mut().zip(&self.experts[range]) {
+                let after = &mut after[layer as usize][usize::from(expert)];
+                *next = std::mem::replace(after, index as u64);
             }
         }
         next

@@ -1,0 +1,324 @@
+//! One layer's experts, from the router's answer to the last of them computed.
+//!
+//! The order of work: what is in a frame is handed out first; what is missing
+//! is asked of the tier at once, before anything is computed, and handed out
+//! as it arrives. When an expert has been computed, the planner says who
+//! leaves for it, and the frame that is then free takes the next one.
+
+use super::{Drive, Leave, Missing, Tier, Urgency, Wanted};
+use crate::planner::{Arrival, Request, Retire};
+use crate::{Admission, ExpertId, Origin, Planner};
+use std::collections::VecDeque;
+
+/// An event's lists of experts and times; kept for the next event.
+#[derive(Default)]
+pub struct Open {
+    layer: usize,
+    is_open: bool,
+    /// What is handed out is launched on a device, which takes the caller no
+    /// time.
+    is_launched: bool,
+    /// Where each was when the event began.
+    request: Request,
+    /// In a frame and not handed out yet.
+    ready: Vec<ExpertId>,
+    /// To be asked of the tier when a frame is free, in this order.
+    queue: VecDeque<ExpertId>,
+    /// Computed without a frame.
+    left: Vec<ExpertId>,
+    /// Handed out last, to be settled when they were computed.
+    handed: Vec<ExpertId>,
+    /// Computed outside the slots, and who left for them.
+    admitted: Vec<(ExpertId, Admission)>,
+    origins: Vec<(u32, Origin)>,
+    retire: Retire,
+    /// Experts that the tier is bringing.
+    awaited: usize,
+    /// Fills that the event asked for and that landed, and when the last did.
+    copied: usize,
+    landed_ns: u64,
+    began_ns: u64,
+    waited_ns: u64,
+    bytes: u64,
+    evictions: u64,
+}
+
+impl Open {
+    pub fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// Experts that are computed without a frame.
+    pub fn left(&self) -> &[ExpertId] {
+        &self.left
+    }
+
+    /// Is something in a frame that was not handed out?
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Where the experts were when the event began.
+    pub fn request(&self) -> &Request {
+        &self.request
+    }
+
+    /// What became of those of the event that were in no slot and were
+    /// settled.
+    pub fn admitted(&self) -> &[(ExpertId, Admission)] {
+        &self.admitted
+    }
+
+    /// Fills that the event asked for and that landed, and the time from its
+    /// beginning to the last of them.
+    pub fn copied(&self) -> (usize, u64) {
+        (self.copied, self.landed_ns.saturating_sub(self.began_ns))
+    }
+
+    /// On the tier's clock.
+    pub fn began_ns(&self) -> u64 {
+        self.began_ns
+    }
+
+    /// Time waited for the tier so far.
+    pub fn waited_ns(&self) -> u64 {
+        self.waited_ns
+    }
+
+    /// That arrived while the event was open, also for other layers.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// That left a slot for one of the event.
+    pub fn evictions(&self) -> u64 {
+        self.evictions
+    }
+
+    /// Where each expert was when the event began.
+    pub fn origins(&mut self) -> &[(u32, Origin)] {
+        let Request { resident, early, in_flight, missing, fixed, .. } = &self.request;
+        self.origins.clear();
+        for (ids, origin) in [
+            (fixed, Origin::Hit),
+            (resident, Origin::Hit),
+            (early, Origin::Early),
+            (in_flight, Origin::InFlight),
+            (missing, Origin::Miss),
+        ] {
+            self.origins.extend(ids.iter().map(|id| (id.expert, origin)));
+        }
+        &self.origins
+    }
+
+    /// Ready for the next event.
+    fn clear(&mut self) {
+        self.ready.clear();
+        self.queue.clear();
+        self.handed.clear();
+        self.left.clear();
+        self.admitted.clear();
+        (self.copied, self.waited_ns, self.bytes, self.evictions) = (0, 0, 0, 0);
+    }
+}
+
+impl<T: Tier> Drive<T> {
+    /// The event that is open, or the last one.
+    pub fn open(&self) -> &Open {
+        &self.open
+    }
+
+    pub fn open_mut(&mut self) -> &mut Open {
+        &mut self.open
+    }
+
+    /// Opens a layer's event. `tell` says to the planner what the router chose
+    /// for each token ([`Planner::routed`]). With `leave` the experts are
+    /// launched on a device, and of the missing ones it names those that are
+    /// computed without a frame.
+    pub fn begin(
+        &mut self,
+        wanted: Wanted<'_>,
+        tell: &mut dyn FnMut(&mut Planner),
+        leave: Option<Leave<'_>>,
+    ) {
+        let Wanted { layer, experts } = wanted;
+        debug_assert!(!self.open.is_open, "layer {layer} inside another event");
+        if self.keeps_ahead {
+            self.tier.passed(layer);
+        }
+        self.collect();
+        tell(&mut self.planner);
+        let mut open = std::mem::take(&mut self.open);
+        open.clear();
+        self.planner.request(layer, experts, &mut open.request);
+        if self.keeps_ahead {
+            // What the layer needs stays until the event ends.
+            self.tier.passed(layer + 1);
+        }
+        let Request { resident, early, in_flight, missing, retire, .. } = &open.request;
+        for &id in in_flight {
+            self.tier.promote(id);
+        }
+        self.give_up(retire);
+        self.count(layer, &open.request);
+        open.ready.extend(resident.iter().chain(early));
+        open.is_launched = leave.is_some();
+        if let Some(leave) = leave.filter(|_| !missing.is_empty()) {
+            let free = self.tier.free(self.class(layer));
+            open.left = leave(Missing { layer, missing, in_flight, free });
+        }
+        let left = &open.left;
+        open.queue.extend(missing.iter().filter(|id| !left.contains(id)));
+        self.layer_counts(layer).left += left.len() as u64;
+        open.awaited = in_flight.len();
+        (open.layer, open.is_open) = (layer, true);
+        open.began_ns = self.tier.now_ns();
+        open.landed_ns = open.began_ns;
+        self.open = open;
+        self.ask();
+    }
+
+    /// Gives waiting demands to the tier while frames are free.
+    fn ask(&mut self) {
+        while let Some(&next) = self.open.queue.front() {
+            if !self.submit(next, Urgency::Demand) {
+                break;
+            }
+            self.planner.filling(next);
+            self.open.queue.pop_front();
+            self.open.awaited += 1;
+        }
+    }
+
+    /// Asks the tier for what the forecasts say comes next, if no demand
+    /// waits for a frame.
+    pub fn prefetch(&mut self) {
+        self.ask();
+        if self.open.queue.is_empty() {
+            self.prefetch_free();
+        }
+    }
+
+    /// What is in a frame now and was not handed out: everything, or of a
+    /// chunk a part; waits for the tier if nothing is, `wait_ns` at most
+    /// between two calls of `may_wait`. Empty when all experts were handed
+    /// out. What was handed out and computed is to be settled.
+    ///
+    /// # Errors
+    /// A demand that failed; what `may_wait` answers.
+    pub fn more(
+        &mut self,
+        wait_ns: u64,
+        may_wait: &mut dyn FnMut() -> Result<(), T::Error>,
+    ) -> Result<&[ExpertId], T::Error> {
+        self.prefetch();
+        self.receive(0)?;
+        // A read that was given up has landed: it is asked for again before
+        // anything waits.
+        self.ask();
+        while self.open.ready.is_empty() && (self.open.awaited > 0 || !self.open.queue.is_empty()) {
+            may_wait()?;
+            self.receive(wait_ns)?;
+            self.ask();
+        }
+        let before = self.open.handed.len();
+        self.hand_out();
+        Ok(&self.open.handed[before..])
+    }
+
+    /// Which of the experts that are there are computed next? A token's all at
+    /// once.
+    ///
+    /// Of a chunk's, those in the ring first, since reads wait for their
+    /// frames, and of these half a ring: the other half is read into
+    /// meanwhile. Then those in slots: where the caller computes them, in parts
+    /// as long as anything is on its way, so that the tier does not wait long
+    /// for its next frame. The last ones leave the ring to the next layer's.
+    fn hand_out(&mut self) {
+        let half = (self.ring_of(self.open.layer) / 2).max(1);
+        let Open { ready, handed, left, queue, awaited, is_launched, .. } = &mut self.open;
+        // What is computed without a frame is computed by the caller, beside
+        // what it is given first.
+        if self.tokens <= 1 || !left.is_empty() {
+            handed.append(ready);
+            return;
+        }
+        let cache = self.planner.cache();
+        ready.sort_by_key(|&id| cache.contains(id));
+        let in_ring = ready.partition_point(|&id| !cache.contains(id));
+        let is_waiting = *awaited > 0 || !queue.is_empty();
+        let count = match in_ring {
+            0 if is_waiting && !*is_launched => half.min(ready.len()),
+            0 => ready.len(),
+            in_ring => half.min(in_ring),
+        };
+        handed.extend(ready.drain(..count));
+    }
+
+    /// What was handed out was computed: the planner decides who leaves for
+    /// it.
+    pub fn settle(&mut self) {
+        let mut handed = std::mem::take(&mut self.open.handed);
+        for id in handed.drain(..) {
+            let admission = self.settle_one(id);
+            self.open.evictions += u64::from(matches!(admission, Some(Admission::Replaced(_))));
+            self.open.admitted.extend(admission.map(|admission| (id, admission)));
+        }
+        self.open.handed = handed;
+    }
+
+    /// Takes what the tier has brought; waits up to `wait_ns` for the first.
+    fn receive(&mut self, wait_ns: u64) -> Result<(), T::Error> {
+        let before = self.tier.now_ns();
+        let mut next = self.tier.next(wait_ns);
+        if wait_ns > 0 {
+            self.open.waited_ns += self.tier.now_ns() - before;
+        }
+        while let Some(landed) = next {
+            self.open.bytes += landed.bytes;
+            let id = landed.id;
+            match self.land(&landed) {
+                Arrival::Use => {
+                    self.open.awaited -= 1;
+                    if self.open.request.missing.contains(&id) {
+                        self.open.landed_ns = self.open.landed_ns.max(landed.ended_ns);
+                        self.open.copied += 1;
+                    }
+                    self.open.ready.push(id);
+                }
+                // A read-ahead that was given up before it became a demand.
+                Arrival::Again => {
+                    self.open.awaited -= 1;
+                    self.open.queue.push_front(id);
+                }
+                Arrival::Fail => {
+                    self.open.awaited -= 1;
+                    if let Some(error) = landed.error {
+                        return Err(error);
+                    }
+                }
+                Arrival::Keep | Arrival::Release | Arrival::Nothing => {}
+            }
+            next = self.tier.next(0);
+        }
+        Ok(())
+    }
+
+    /// Ends the event, also one that was not finished: what it asked for and
+    /// did not use is given up. A second call does nothing.
+    pub fn end(&mut self) {
+        if !std::mem::take(&mut self.open.is_open) {
+            return;
+        }
+        let (layer, waited_ns) = (self.open.layer, self.open.waited_ns);
+        let worked_ns = (self.tier.now_ns() - self.open.began_ns).saturating_sub(waited_ns);
+        let mut retire = std::mem::take(&mut self.open.retire);
+        self.planner.end(layer, waited_ns, worked_ns, &mut retire);
+        self.abandon(&retire);
+        self.open.retire = retire;
+        let counts = self.layer_counts(layer);
+        counts.stall_ns += waited_ns;
+        self.prefetch_free();
+    }
+}
