@@ -4,6 +4,8 @@
 //! The same trace, machine and options give the same report, byte for byte.
 
 pub mod count;
+mod engine;
+mod host;
 mod machine;
 mod memory;
 pub mod models;
@@ -11,10 +13,16 @@ mod options;
 mod passes;
 pub mod presets;
 mod report;
+mod run;
+mod tier;
+mod totals;
 
+pub use engine::Engine;
 pub use machine::{Cpu, Disk, Figure, Gpu, Link, Machine, MachineError};
 pub use memory::MemoryTrace;
 pub use options::{Misses, Options, ReplayError, Slots, Warm};
+pub use passes::{Pass, Passes};
 pub use report::{
-    Bound, Bracket, Cause, Counts, LayerReport, PhaseReport, Report, Spread, Stall, Wire,
+    Bound, Bracket, Cause, Counts, LayerReport, PhaseReport, Report, Spread, Stall, Times, Wire,
 };
+pub use run::{replay, replay_with};

@@ -77,6 +77,9 @@ pub struct Options {
     /// Everything else that is read for a token: mixers, routers, shared
     /// experts, head, KV cache.
     pub dense_bytes: u64,
+    /// What forecasting after a layer takes on the token's thread, in ns: of
+    /// weight only where there is no GPU, whose host waits for it anyway.
+    pub forecast_ns: u64,
     /// Experts kept in RAM behind a GPU, as a share of all; `None`: all.
     pub ram_share: Option<f64>,
     /// Also count LRU's and Belady's hits, for the bracket.
@@ -97,6 +100,7 @@ impl Default for Options {
             misses: Misses::Auto,
             expert_bytes: None,
             dense_bytes: 0,
+            forecast_ns: 20_000,
             ram_share: None,
             bracket: true,
         }
@@ -116,6 +120,8 @@ pub enum ReplayError {
     NoExpertBytes,
     #[error("no {kind} is called {name}; known: {known}")]
     Name { kind: &'static str, name: String, known: String },
+    #[error("{0}")]
+    Count(#[from] super::count::CountError),
     #[error("a trace without tokens behind those that warm the caches")]
     Empty,
 }

@@ -63,6 +63,14 @@ impl<'s> Passes<'s> {
 }
 
 impl Pass {
+    pub fn rows(&self) -> &[Row] {
+        &self.rows[..self.len]
+    }
+
+    pub fn first(&self) -> &Row {
+        &self.rows[0]
+    }
+
     /// The experts that `layer` needs, distinct: a token's in rank order, a
     /// chunk's in the order of their numbers, which is that of files.
     pub fn experts(&mut self, layer: usize) -> &[u16] {

@@ -78,6 +78,10 @@ impl Lru {
         Self { layers: layers.map(|(index, &slots)| Layer::new(experts(index), slots)).collect() }
     }
 
+    pub fn contains(&self, layer: usize, expert: u16) -> bool {
+        self.layers[layer].neighbours[usize::from(expert)].0 != NONE
+    }
+
     /// `layer` needs `experts`, distinct; answers how many were there.
     pub fn event(&mut self, layer: usize, experts: &[u16]) -> usize {
         self.layers[layer].event(experts)

@@ -1,0 +1,327 @@
+//! Frames and a link that are not there: what moves bytes, chunk by chunk, on
+//! a virtual clock.
+
+use super::count::Lru;
+use super::machine::Figure;
+use super::report::Stall;
+use pregate_predictor::drive::{Landed, Moved, Tier, Urgency};
+use pregate_predictor::{ExpertId, Landing, Shape};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+
+/// A demand overtakes read-aheads at the border of a chunk.
+const CHUNK_BYTES: u64 = 2 << 20;
+
+/// A wire that moves one chunk at a time. What waits behind another pays no
+/// start.
+#[derive(Clone, Copy, Debug)]
+pub struct Rate {
+    pub ns_per_byte: f64,
+    /// While the CPU uses the same memory.
+    pub ns_per_byte_beside: f64,
+    pub start_ns: u64,
+}
+
+impl Rate {
+    pub fn new(gbs: &Figure, beside: &Figure, start_ns: &Figure) -> Self {
+        Self {
+            ns_per_byte: 1.0 / gbs.value,
+            ns_per_byte_beside: 1.0 / beside.value.min(gbs.value),
+            start_ns: start_ns.value as u64,
+        }
+    }
+}
+
+/// What lies behind the memory that the wire reads.
+pub struct Below {
+    pub disk: Rate,
+    /// Which experts that memory has.
+    pub ram: Lru,
+    /// When the disk is done with what it was asked for.
+    free_ns: u64,
+    pub bytes: u64,
+}
+
+impl Below {
+    pub fn new(disk: Rate, ram: Lru) -> Self {
+        Self { disk, ram, free_ns: 0, bytes: 0 }
+    }
+
+    /// When `bytes`, asked for at `now`, are in memory.
+    fn read(&mut self, now: u64, bytes: u64) -> u64 {
+        self.bytes += bytes;
+        let from = self.free_ns.max(now + self.disk.start_ns);
+        self.free_ns = from + (bytes as f64 * self.disk.ns_per_byte) as u64;
+        self.free_ns
+    }
+}
+
+struct Flight {
+    id: ExpertId,
+    urgency: Urgency,
+    /// It began as a read-ahead.
+    was_ahead: bool,
+    discarded: bool,
+    order: u64,
+    /// Not before.
+    ready_ns: u64,
+    left_bytes: u64,
+    read_bytes: u64,
+}
+
+/// The chunk that moves.
+struct Chunk {
+    id: ExpertId,
+    bytes: u64,
+    ends_ns: u64,
+}
+
+/// Frames, and the wire that fills them.
+pub struct VirtualTier {
+    shape: Shape,
+    wire: Rate,
+    pub below: Option<Below>,
+    now: u64,
+    /// The CPU computes until then.
+    pub cpu_until_ns: u64,
+    /// Waiting until then would have been for the GPU anyway.
+    pub hidden_until_ns: u64,
+    pub stall: Stall,
+    flights: Vec<Flight>,
+    current: Option<Chunk>,
+    landed: VecDeque<Landed<Infallible>>,
+    order: u64,
+    /// Per class.
+    free: Vec<usize>,
+    limbo: Vec<usize>,
+    passed: usize,
+    moved: Moved,
+}
+
+impl VirtualTier {
+    /// `frames` per class.
+    pub fn new(shape: &Shape, wire: Rate, frames: &[usize]) -> Self {
+        Self {
+            shape: shape.clone(),
+            wire,
+            below: None,
+            now: 0,
+            cpu_until_ns: 0,
+            hidden_until_ns: 0,
+            stall: Stall::default(),
+            flights: Vec::new(),
+            current: None,
+            landed: VecDeque::new(),
+            order: 0,
+            free: frames.to_vec(),
+            limbo: vec![0; frames.len()],
+            passed: usize::MAX,
+            moved: Moved::default(),
+        }
+    }
+
+    /// Something is computed for `ns`, while the wire goes on.
+    pub fn work(&mut self, ns: u64) {
+        self.now += ns;
+        self.run();
+    }
+
+    /// Is anything on its way?
+    pub fn is_busy(&self) -> bool {
+        self.current.is_some()
+    }
+
+    /// The CPU wants `id` in memory; when it is there.
+    pub fn in_ram_ns(&mut self, id: ExpertId) -> u64 {
+        let bytes = self.bytes_of(id);
+        match &mut self.below {
+            Some(below) if !below.ram.contains(id.layer(), id.expert as u16) => {
+                below.read(self.now, bytes)
+            }
+            _ => self.now,
+        }
+    }
+
+    fn class(&self, id: ExpertId) -> usize {
+        self.shape.layer(id.layer()).map_or(0, |layer| layer.class)
+    }
+
+    /// Everything that the wire does up to now.
+    fn run(&mut self) {
+        while let Some(ends_ns) = self.next_end() {
+            if ends_ns > self.now {
+                break;
+            }
+            self.end_chunk();
+        }
+    }
+
+    /// When the chunk ends that moves; begins one if none does.
+    fn next_end(&mut self) -> Option<u64> {
+        if self.current.is_none() {
+            self.start_chunk(self.now, true);
+        }
+        self.current.as_ref().map(|chunk| chunk.ends_ns)
+    }
+
+    /// `at`: when the wire became free.
+    fn start_chunk(&mut self, at: u64, was_idle: bool) {
+        let soonest = self.flights.iter().map(|flight| flight.ready_ns).min();
+        let Some(soonest) = soonest else { return };
+        let at = at.max(soonest);
+        let is_ready = |flight: &&mut Flight| flight.ready_ns <= at;
+        let first = self.flights.iter_mut().filter(is_ready);
+        let Some(flight) = first.min_by_key(|flight| (flight.urgency, flight.order)) else {
+            return;
+        };
+        let bytes = flight.left_bytes.min(CHUNK_BYTES);
+        flight.left_bytes -= bytes;
+        let start_ns = if was_idle { self.wire.start_ns } else { 0 };
+        let each = match at < self.cpu_until_ns {
+            true => self.wire.ns_per_byte_beside,
+            false => self.wire.ns_per_byte,
+        };
+        let ns = start_ns + ((bytes as f64 * each) as u64).max(1);
+        self.moved.busy_ns += ns;
+        self.current = Some(Chunk { id: flight.id, bytes, ends_ns: at + ns });
+    }
+
+    fn end_chunk(&mut self) {
+        let Some(Chunk { id, bytes, ends_ns }) = self.current.take() else { return };
+        self.moved.bytes += bytes;
+        let index = self.flights.iter().position(|flight| flight.id == id);
+        let index = index.expect("a chunk belongs to a fill");
+        self.flights[index].read_bytes += bytes;
+        let flight = &self.flights[index];
+        if flight.left_bytes == 0 || flight.discarded {
+            self.land(index, ends_ns);
+        }
+        self.start_chunk(ends_ns, false);
+    }
+
+    fn land(&mut self, index: usize, ended_ns: u64) {
+        let flight = self.flights.remove(index);
+        let landing = match flight.left_bytes {
+            0 => Landing::Ready,
+            _ => Landing::Discarded,
+        };
+        if landing == Landing::Discarded {
+            let class = self.class(flight.id);
+            self.free[class] += 1;
+        }
+        let (id, bytes) = (flight.id, flight.read_bytes);
+        self.landed.push_back(Landed { id, landing, bytes, ended_ns, error: None });
+    }
+
+    /// The open event waited from now to `until`: for what?
+    fn stalled(&mut self, until: u64) {
+        let ns = until.saturating_sub(self.now.max(self.hidden_until_ns));
+        let flight = self.current.as_ref().map(|chunk| chunk.id);
+        let flight = flight.and_then(|id| self.flights.iter().find(|flight| flight.id == id));
+        let cause = match flight {
+            Some(flight) if flight.urgency == Urgency::Prefetch || flight.discarded => {
+                &mut self.stall.behind_read_ahead_ns
+            }
+            Some(flight) if flight.was_ahead => &mut self.stall.late_read_ahead_ns,
+            _ => &mut self.stall.demand_ns,
+        };
+        *cause += ns;
+    }
+}
+
+impl Tier for VirtualTier {
+    type Error = Infallible;
+
+    fn free(&self, class: usize) -> usize {
+        self.free[class]
+    }
+
+    fn bytes_of(&self, id: ExpertId) -> u64 {
+        self.shape.layer(id.layer()).map_or(0, |layer| layer.expert_bytes)
+    }
+
+    fn submit(&mut self, id: ExpertId, urgency: Urgency) {
+        self.order += 1;
+        let (class, bytes) = (self.class(id), self.bytes_of(id));
+        self.free[class] -= 1;
+        let mut ready_ns = self.now;
+        if let Some(below) = &mut self.below
+            && !below.ram.contains(id.layer(), id.expert as u16)
+        {
+            ready_ns = below.read(self.now, bytes);
+        }
+        self.flights.push(Flight {
+            id,
+            urgency,
+            was_ahead: urgency == Urgency::Prefetch,
+            discarded: false,
+            order: self.order,
+            ready_ns,
+            left_bytes: bytes,
+            read_bytes: 0,
+        });
+        // A wire that is idle begins with the first that it is given.
+        self.run();
+    }
+
+    fn promote(&mut self, id: ExpertId) {
+        self.order += 1;
+        let order = self.order;
+        if let Some(flight) = self.flights.iter_mut().find(|flight| flight.id == id) {
+            (flight.urgency, flight.order) = (Urgency::Demand, order);
+        }
+    }
+
+    fn discard(&mut self, id: ExpertId) {
+        let Some(index) = self.flights.iter().position(|flight| flight.id == id) else { return };
+        let moves = self.current.as_ref().is_some_and(|chunk| chunk.id == id);
+        match moves {
+            // Its last chunk brings it all the same.
+            true => self.flights[index].discarded = true,
+            false => self.land(index, self.now),
+        }
+    }
+
+    fn vacate(&mut self, id: ExpertId) {
+        let class = self.class(id);
+        match id.layer() < self.passed {
+            true => self.free[class] += 1,
+            false => self.limbo[class] += 1,
+        }
+    }
+
+    fn next(&mut self, wait_ns: u64) -> Option<Landed<Infallible>> {
+        self.run();
+        let deadline = self.now.saturating_add(wait_ns);
+        while self.landed.is_empty() {
+            let ends_ns = self.next_end()?;
+            if self.now >= deadline {
+                return None;
+            }
+            let until = ends_ns.min(deadline);
+            self.stalled(until);
+            self.now = until;
+            self.run();
+        }
+        self.landed.pop_front()
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.now
+    }
+
+    fn moved(&self) -> Moved {
+        self.moved
+    }
+
+    fn begin_pass(&mut self, _keeps_ahead: bool) {
+        self.passed = usize::MAX;
+        for (free, limbo) in self.free.iter_mut().zip(&mut self.limbo) {
+            *free += std::mem::take(limbo);
+        }
+    }
+
+    fn passed(&mut self, layer: usize) {
+        self.passed = layer;
+    }
+}
