@@ -37,11 +37,13 @@ pub enum Isa {
     Scalar,
     Avx2,
     Avx512Vnni,
+    /// With byte permutes across a register.
+    Avx512Vbmi,
     Neon,
 }
 
 impl Isa {
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512Vnni, Isa::Neon];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512Vnni, Isa::Avx512Vbmi, Isa::Neon];
 
     /// Whether this machine has it and this build has kernels for it.
     pub fn is_available(self) -> bool {
@@ -55,6 +57,10 @@ impl Isa {
             Isa::Avx512Vnni => avx512::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx512Vnni => false,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vbmi => avx512::has_byte_permutes(),
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx512Vbmi => false,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => super::neon::Neon::detect().is_some(),
             #[cfg(not(target_arch = "aarch64"))]
@@ -77,6 +83,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "AVX2 + FMA",
             Isa::Avx512Vnni => "AVX-512 VNNI",
+            Isa::Avx512Vbmi => "AVX-512 VNNI and VBMI",
             Isa::Neon => "NEON",
         }
     }
@@ -89,7 +96,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => super::avx2::Avx2::detect().expect("available"),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Vnni => &avx512::Avx512,
+            Isa::Avx512Vnni => &avx512::Avx512 { has_byte_permutes: false },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vbmi => &avx512::Avx512 { has_byte_permutes: true },
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => super::neon::Neon::detect().expect("available"),
             _ => &scalar::Scalar,

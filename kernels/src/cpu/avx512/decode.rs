@@ -17,17 +17,23 @@ pub const AHEAD: usize = 6 * 1024;
 /// The activations of a group of up to eight blocks: `G` times 256 of them
 /// (blocks of 256: one for each block; blocks of 32: one for the group).
 #[derive(Clone, Copy)]
-struct Input<'a, const G: usize> {
-    q: &'a [[Q64; 4]; G],
-    scales: &'a [f32],
-    sums16: &'a [i16],
-    sums32: &'a [i16],
+pub(super) struct Input<'a, const G: usize> {
+    pub q: &'a [[Q64; 4]; G],
+    pub scales: &'a [f32],
+    pub sums16: &'a [i16],
+    pub sums32: &'a [i16],
 }
 
 impl<'a, const G: usize> Input<'a, G> {
     /// Blocks `at .. at + count` of `len` elements.
     #[inline(always)]
-    fn new(x: &Activation<'a>, q: &'a [[Q64; 4]], len: usize, at: usize, count: usize) -> Self {
+    pub(super) fn new(
+        x: &Activation<'a>,
+        q: &'a [[Q64; 4]],
+        len: usize,
+        at: usize,
+        count: usize,
+    ) -> Self {
         let sums16: &[i16] = if len == 256 { &x.sums16[at * 16..(at + count) * 16] } else { &[] };
         Self {
             q: q[at * len / 256..].first_chunk().expect("activations of every block"),
@@ -41,8 +47,11 @@ impl<'a, const G: usize> Input<'a, G> {
 /// Declares `fn rows`: walks the rows of a format group by group.
 macro_rules! walk {
     ($name:ident, $bytes:literal, $len:literal, $order:ident, $group:ident) => {
-        simd! {
-            fn $name(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
+        walk!(simd, $name, $bytes, $len, $order, $group);
+    };
+    ($features:ident, $name:ident, $bytes:literal, $len:literal, $order:ident, $group:ident) => {
+        $features! {
+            pub(super) fn $name(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
                 let q = x.$order.as_chunks::<64>().0.as_chunks::<4>().0;
                 for (r, out) in out.iter_mut().enumerate() {
                     let (blocks, _) = rows.row(r).as_chunks::<$bytes>();
@@ -82,10 +91,11 @@ macro_rules! walk {
         }
     };
 }
+pub(super) use walk;
 
 simd! {
     /// `lanes = fma(d * scale, float(s), lanes)` for the first `N` lanes.
-    fn add_scaled<const N: usize>(lanes: __m256, d: __m256, scales: &[f32], s: __m256i) -> __m256 {
+    pub(super) fn add_scaled<const N: usize>(lanes: __m256, d: __m256, scales: &[f32], s: __m256i) -> __m256 {
         let factor = _mm256_mul_ps(d, load_f32x8(scales));
         _mm256_mask3_fmadd_ps(factor, _mm256_cvtepi32_ps(s), lanes, low_bits16(N) as u8)
     }
@@ -139,8 +149,8 @@ pub const MXFP4_UNSIGNED: [u8; 16] = unsigned(block::MXFP4_TABLE, 16);
 
 simd! {
     /// Sums of eight groups of 32 activations, times `2^shift`.
-    fn offsets(sums32: &[i16], shift: u32) -> __m256i {
-        let sums = _mm512_castsi512_si128(load_i16(sums32));
+    pub(super) fn offsets(sums32: &[i16], shift: u32) -> __m256i {
+        let sums = load_i16x8(sums32);
         _mm256_sll_epi32(_mm256_cvtepi16_epi32(sums), _mm_cvtsi32_si128(shift as i32))
     }
 
@@ -159,7 +169,7 @@ simd! {
     }
 
     /// Low and high nibbles as bytes.
-    fn nibbles(packed: __m512i) -> (__m512i, __m512i) {
+    pub(super) fn nibbles(packed: __m512i) -> (__m512i, __m512i) {
         let mask = _mm512_set1_epi8(15);
         (_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(packed), mask))
     }
@@ -212,7 +222,7 @@ simd! {
         nibble_sums(low, high, q, N > 4)
     }
 
-    fn q4_0<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+    pub(super) fn q4_0<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
         let s = plain_sums(blocks, block::q4_0::QS, &x.q[0]);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 3));
         add_scaled::<N>(lanes, factors(blocks, block::q4_0::D), x.scales, s)
@@ -236,28 +246,28 @@ simd! {
         add_scaled::<N>(lanes, factors(blocks, block::q5_1::M), x.scales, offsets(x.sums32, 0))
     }
 
-    fn iq4_nl<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+    pub(super) fn iq4_nl<const N: usize>(blocks: &[[u8; 18]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
         let s = table_sums(blocks, block::iq4_nl::QS, &IQ4_UNSIGNED, &x.q[0]);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 7));
         add_scaled::<N>(lanes, factors(blocks, block::iq4_nl::D), x.scales, s)
     }
 
-    /// `2^(e - 128)` of eight exponents.
-    fn mxfp4_factors(e: u64) -> __m256 {
-        let e = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(e as i64));
+    /// `2^(e - 128)` of eight exponents of 32 bits.
+    pub(super) fn mxfp4_factors(e: __m256i) -> __m256 {
         let normal = _mm256_slli_epi32::<23>(_mm256_sub_epi32(e, _mm256_set1_epi32(1)));
         let tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x0020_0000), e);
         let is_tiny = _mm256_cmplt_epu32_mask(e, _mm256_set1_epi32(2));
         _mm256_castsi256_ps(_mm256_mask_mov_epi32(normal, is_tiny, tiny))
     }
 
-    fn mxfp4<const N: usize>(blocks: &[[u8; 17]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
+    pub(super) fn mxfp4<const N: usize>(blocks: &[[u8; 17]; N], x: Input<'_, 1>, lanes: __m256) -> __m256 {
         let s = table_sums(blocks, block::mxfp4::QS, &MXFP4_UNSIGNED, &x.q[0]);
         let s = _mm256_sub_epi32(s, offsets(x.sums32, 4));
         let mut e = 0;
         for (i, block) in blocks.iter().enumerate() {
             e |= (block[block::mxfp4::E] as u64) << (8 * i);
         }
+        let e = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(e as i64));
         add_scaled::<N>(lanes, mxfp4_factors(e), x.scales, s)
     }
 
@@ -592,7 +602,6 @@ walk!(iq4_xs_rows, 136, 256, own, iq4_xs);
 
 simd! {
     pub fn rows(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
-        assert_eq!(out.len(), rows.rows);
         match rows.format {
             Format::F32 | Format::F16 | Format::Bf16 => super::float::rows(rows, x.x, out),
             Format::Q8_0 => q8_0_rows(rows, x, out),

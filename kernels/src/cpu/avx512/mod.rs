@@ -1,5 +1,5 @@
 //! AVX-512 with VNNI (Intel since Ice Lake, AMD since Zen 4): decode in
-//! [`decode`], prefill in [`batch`] over panels of sixteen rows.
+//! [`decode`] and [`permute`], prefill in [`batch`] over panels of sixteen rows.
 
 // Register arrays are indexed in step, several at a time.
 #![allow(clippy::needless_range_loop)]
@@ -9,6 +9,7 @@ mod batch;
 mod decode;
 mod elementwise;
 mod float;
+mod permute;
 mod simd;
 mod unpack;
 
@@ -34,14 +35,22 @@ pub(crate) fn is_available() -> bool {
         && is_x86_feature_detected!("avx512vnni")
 }
 
-/// Handed out by [`Isa::kernels`] only where [`is_available`].
-pub(crate) struct Avx512;
+/// The same, and byte permutes across a register.
+pub(crate) fn has_byte_permutes() -> bool {
+    is_available() && is_x86_feature_detected!("avx512vbmi")
+}
+
+/// Handed out by [`Isa::kernels`] only where [`is_available`], with byte
+/// permutes only where [`has_byte_permutes`].
+pub(crate) struct Avx512 {
+    pub(crate) has_byte_permutes: bool,
+}
 
 // SAFETY of every call below: `Isa::kernels` asserts that the machine has the
 // features that the callee names, and nothing else makes the trait object.
 impl Kernels for Avx512 {
     fn isa(&self) -> Isa {
-        Isa::Avx512Vnni
+        if self.has_byte_permutes { Isa::Avx512Vbmi } else { Isa::Avx512Vnni }
     }
 
     fn order(&self, format: Format) -> Order {
@@ -65,8 +74,14 @@ impl Kernels for Avx512 {
     }
 
     fn rows(&self, rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
-        // SAFETY: see above.
-        unsafe { decode::rows(rows, x, out) }
+        assert_eq!(out.len(), rows.rows);
+        // SAFETY: see above; `permute` only with the feature that it names.
+        unsafe {
+            match self.has_byte_permutes {
+                true => permute::rows(rows, x, out),
+                false => decode::rows(rows, x, out),
+            }
+        }
     }
 
     fn batch_from(&self, _format: Format) -> usize {

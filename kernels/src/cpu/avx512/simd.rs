@@ -8,17 +8,28 @@ pub type Q64 = [i8; 64];
 
 /// Declares functions for machines that [`super::is_available`] approves.
 macro_rules! simd {
-    ($($(#[$meta:meta])* $vis:vis fn $name:ident $(<$(const $param:ident: $kind:ty),*>)?
+    ($($all:tt)*) => { with_features! { "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni", $($all)* } };
+}
+pub(super) use simd;
+
+/// The same for machines that [`super::has_byte_permutes`] approves.
+macro_rules! simd_vbmi {
+    ($($all:tt)*) => { with_features! { "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi", $($all)* } };
+}
+pub(super) use simd_vbmi;
+
+macro_rules! with_features {
+    ($features:literal, $($(#[$meta:meta])* $vis:vis fn $name:ident $(<$(const $param:ident: $kind:ty),*>)?
         ($($args:tt)*) $(-> $ret:ty)? $body:block)*) => {
         $(
             $(#[$meta])*
             #[inline]
-            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+            #[target_feature(enable = $features)]
             $vis fn $name $(<$(const $param: $kind),*>)? ($($args)*) $(-> $ret)? $body
         )*
     };
 }
-pub(super) use simd;
+pub(super) use with_features;
 
 simd! {
     pub fn load64(bytes: &[u8; 64]) -> __m512i {
@@ -53,6 +64,12 @@ simd! {
         let mask = low_bits32(values.len());
         // SAFETY: the mask covers at most the slice; masked lanes are not read.
         unsafe { _mm512_maskz_loadu_epi16(mask, values.as_ptr()) }
+    }
+
+    /// Up to 8 int16 values, the rest zero.
+    pub fn load_i16x8(values: &[i16]) -> __m128i {
+        // SAFETY: the mask covers at most the slice; masked lanes are not read.
+        unsafe { _mm_maskz_loadu_epi16(low_bits16(values.len()) as u8, values.as_ptr()) }
     }
 
     /// Up to 16 floats, the rest `+0`.
