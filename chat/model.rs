@@ -11,7 +11,7 @@ use crate::{
 use pregate_kernels::cuda::CudaError;
 use pregate_runtime::{
     Error, LoadOptions, Model, ModelDescription, OpenedModel, Session, SessionOptions,
-    store::ExpertStore,
+    gpu::GpuModel, store::ExpertStore,
 };
 use std::path::{Path, PathBuf};
 
@@ -84,7 +84,8 @@ pub fn place(
     if let Some(why) = session.warning() {
         eprintln!("warning: {why}");
     }
-    if let Some(disk) = model.store().and_then(ExpertStore::disk) {
+    let below = model.gpu().and_then(GpuModel::disk);
+    if let Some(disk) = model.store().and_then(ExpertStore::disk).or(below) {
         eprintln!("disk: {}", plan::disk_line(disk));
     }
     Ok(Loaded { model, session, planned })

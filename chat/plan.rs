@@ -14,7 +14,7 @@ use pregate_runtime::{
     Error, OpenedModel, Residency, SessionOptions,
     budget::{self, Chunk, Parts, Placement, Plan, Request, Sizes},
     forward::cache::cache_bytes,
-    gpu::{GpuParts, GpuRoom, GpuShare, host_scratch_bytes},
+    gpu::{DiskShare, GpuParts, GpuRoom, GpuShare, HostTooSmall, NoShare, host_scratch_bytes},
     store::disk::DiskReport,
 };
 use serde::Serialize;
@@ -63,8 +63,11 @@ pub struct GpuPlan {
     pub slots: Vec<usize>,
     /// Further frames of each size, which experts come to first.
     pub ring: usize,
-    /// Of the experts that do not stay there; the host has all of them.
+    /// Of the experts that do not stay there, on the host: all, or those that
+    /// are not read from disk, and frames for these.
     pub host_bytes: u64,
+    /// What is read from disk; `null` where the host has all.
+    pub disk: Option<DiskShare>,
     #[serde(skip)]
     pub budget: GpuBudget,
     #[serde(skip)]
@@ -190,10 +193,19 @@ fn on_gpu(
     let (description, weights) = (model.description(), model.weights());
     let session = (context, &needs.session);
     let share = GpuShare::of(model.files(), description, weights, session, room);
-    let share = share.map_err(|smallest| budget.too_small(&smallest))?;
+    let share = share.map_err(|none| match none {
+        NoShare::Device(smallest) => budget.too_small(&smallest),
+        NoShare::Host(HostTooSmall { needed_bytes, room_bytes }) => Failure::Resources(format!(
+            "--device cuda: neither the GPU nor this machine's memory has room for all \
+                 experts; those that come from disk need frames of {} in memory, {} more than is \
+                 left for them (--ram, --context)",
+            bytes(needed_bytes),
+            bytes(needed_bytes - room_bytes),
+        )),
+    })?;
     let all = description.moe_layers().map(|(_, moe)| moe.experts).sum();
     let there = share.fixed.iter().chain(&share.slots).sum();
-    let GpuShare { parts, ref fixed, ref slots, ring, host_bytes } = share;
+    let GpuShare { parts, ref fixed, ref slots, ring, host_bytes, ref disk } = share;
     Ok(GpuPlan {
         parts,
         budget_bytes: budget.bytes(),
@@ -201,6 +213,7 @@ fn on_gpu(
         slots: slots.clone(),
         ring,
         host_bytes,
+        disk: disk.clone(),
         budget,
         share,
         experts: (there, all),
@@ -238,6 +251,17 @@ pub fn reserve(free_bytes: u64) -> u64 {
     (free_bytes / 10).clamp(256 << 20, 2 << 30).min(free_bytes / 2)
 }
 
+/// "900 experts on disk behind 40 + 12 frames, 1.1 GB".
+pub fn disk_words(disk: &DiskShare) -> String {
+    let frames: Vec<String> = disk.frames.iter().map(usize::to_string).collect();
+    format!(
+        "{} experts on disk behind {} frames, {}",
+        disk.on_disk,
+        frames.join(" + "),
+        bytes(disk.frames_bytes)
+    )
+}
+
 /// How experts are read, and how fast, as measured.
 pub fn disk_line(disk: &DiskReport) -> String {
     let speed = disk.measured.map_or_else(
@@ -262,7 +286,7 @@ impl Planned {
     pub fn notes(&self) {
         let note = match &self.plan.placement {
             Placement::Whole if self.gpu.as_ref().is_some_and(|gpu| gpu.share.moves()) => {
-                let given = self.streaming.disk.is_some();
+                let given = self.streaming.disk.is_some() && self.on_disk().is_none();
                 given.then(|| "experts come from memory: --disk has no effect".to_string())
             }
             Placement::Whole if self.is_split() => {
@@ -308,12 +332,16 @@ impl Planned {
             known => format!("{} ({})", bytes(known), self.source),
         };
         match &self.plan.placement {
-            Placement::Whole if self.gpu.is_some() => format!(
-                "memory: {budget}: experts {}, scratch {}, program {}",
-                bytes(weights_bytes),
-                bytes(scratch_bytes),
-                bytes(process_bytes)
-            ),
+            Placement::Whole if self.gpu.is_some() => {
+                let disk = self.on_disk().map(disk_words);
+                format!(
+                    "memory: {budget}: experts {}, scratch {}, program {}{}",
+                    bytes(weights_bytes),
+                    bytes(scratch_bytes),
+                    bytes(process_bytes),
+                    disk.map_or(String::new(), |disk| format!("; {disk}")),
+                )
+            }
             Placement::Whole => {
                 format!("memory: {budget}: all weights {}, {rest}", bytes(weights_bytes))
             }
@@ -326,6 +354,11 @@ impl Planned {
                 bytes(ring_bytes),
             ),
         }
+    }
+
+    /// Experts that neither a GPU nor the host keeps, if there are some.
+    pub fn on_disk(&self) -> Option<&DiskShare> {
+        self.gpu.as_ref()?.disk.as_ref()
     }
 
     /// Whether a GPU and the processor share the experts: then no one memory

@@ -45,6 +45,45 @@ impl PageLocked {
     }
 }
 
+/// Experts for which neither a GPU nor the host's memory has room, since the
+/// model was loaded.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct FromDisk {
+    /// Of those that were wanted, by copies or by the processor: in a frame
+    /// already, or read.
+    pub hits: u64,
+    pub experts_read: u64,
+    pub bytes_read: u64,
+    /// With at least one read under way.
+    pub busy_ms: f64,
+    /// That the processor waited before it computed.
+    pub waited_ms: f64,
+}
+
+impl FromDisk {
+    /// `None` where there are no such experts.
+    pub fn of(model: &Model) -> Option<Self> {
+        let stats = model.gpu()?.host_frames()?.stats();
+        Some(Self {
+            hits: stats.hits,
+            experts_read: stats.misses,
+            bytes_read: stats.reads.bytes,
+            busy_ms: stats.reads.busy_ns as f64 / 1e6,
+            waited_ms: stats.waited_ns as f64 / 1e6,
+        })
+    }
+
+    pub fn line(&self) -> String {
+        let Self { hits, experts_read, bytes_read, busy_ms, waited_ms } = self;
+        let share = *hits as f64 / (hits + experts_read).max(1) as f64 * 100.0;
+        format!(
+            "from disk since loading: {experts_read} experts, {}, in {busy_ms:.1} ms; {share:.1} % \
+             were in memory; the processor waited {waited_ms:.1} ms",
+            bytes(*bytes_read)
+        )
+    }
+}
+
 /// What experts come over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {

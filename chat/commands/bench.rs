@@ -14,7 +14,7 @@ use crate::{
     progress::Progress,
     signals,
     split_speed::{self, Facts, SplitSpeed},
-    statistics::{self, PageLocked, Way},
+    statistics::{self, FromDisk, PageLocked, Way},
 };
 use pregate_predictor::{NoObserver, Observer, roofline::Hits};
 use pregate_runtime::{
@@ -53,6 +53,8 @@ struct Report {
     gpu: Option<GpuPlan>,
     /// `null` where no experts are copied to a GPU.
     host_memory: Option<PageLocked>,
+    /// `null` where none come from disk below that.
+    from_disk: Option<FromDisk>,
     parts: Parts,
     /// Memory of the process's own, without the page cache: the most that it
     /// held behind a repetition.
@@ -130,7 +132,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         (true, Some(_)) => {}
         (false, _) => notices::tell_of_forecasts(&model),
     }
-    let host_memory = PageLocked::of(&model);
+    let (host_memory, from_disk) = (PageLocked::of(&model), FromDisk::of(&model));
     drop((bench, model));
     let read_bandwidth_gb_s = before.max(bandwidth::of(&device, &planned)?);
     let split = split(&device, &planned, bytes_per_token, stats.as_ref(), facts.as_ref());
@@ -154,6 +156,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         placement: planned.placement(),
         gpu: planned.gpu.clone(),
         host_memory,
+        from_disk,
         parts: planned.plan.parts,
         held_bytes,
         stats,
@@ -193,6 +196,9 @@ fn split(
     facts: Option<&Facts>,
 ) -> Option<SplitSpeed> {
     let (gpu, plan) = device.gpu.as_ref().zip(planned.gpu.as_ref())?;
+    if planned.on_disk().is_some() {
+        return None;
+    }
     let total = stats.map(|stats| stats.decode.total());
     let hits = match total.filter(|total| total.requests() > 0) {
         Some(total) => Hits::Ratio(total.hits as f64 / total.requests() as f64),
@@ -335,6 +341,7 @@ fn print(report: &Report, experts: &str) -> Result<(), Failure> {
     let ledger = report.ledger.iter().flat_map(ledger::Report::lines);
     let way = if report.gpu.is_some() { Way::Link } else { Way::Disk };
     let lines = report.stats.iter().flat_map(|stats| statistics::lines(stats, way)).chain(ledger);
+    let lines = lines.chain(report.from_disk.as_ref().map(FromDisk::line));
     lines.into_iter().try_for_each(|line| output::line(&line))
 }
 

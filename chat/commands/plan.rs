@@ -97,7 +97,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let planned = plan::make(&model, &device, &needs)?;
     planned.notes();
     let gb_s = bandwidth::of(&device, &planned)?;
-    let disk = if planned.plan.is_whole() {
+    let disk = if planned.plan.is_whole() && planned.on_disk().is_none() {
         None
     } else {
         Some(probe(&model, &planned.streaming.disk())?)
@@ -157,6 +157,10 @@ fn split(
 ) -> Result<(Option<SplitSpeed>, Option<String>), Failure> {
     let parts = device.gpu.as_ref().zip(planned.gpu.as_ref());
     let Some((gpu, plan)) = parts.filter(|_| planned.is_split()) else { return Ok((None, None)) };
+    if planned.on_disk().is_some() {
+        let why = "experts come from disk as well, whose hits depend on the text";
+        return Ok((None, Some(why.to_string())));
+    }
     let facts = match Facts::measure(gpu, gpu_read_gb_s, &*device.backend, model) {
         Ok(facts) => facts,
         Err(Failure::Resources(why)) => return Ok((None, Some(why))),
@@ -258,6 +262,9 @@ fn text(report: &Report, planned: &Planned, model: &OpenedModel) -> String {
     for (letter, name, size) in &parts {
         let share = *size as f64 / total * 100.0;
         add(&format!("  {letter} {:>10}", bytes(*size)), format!("{share:5.1} %  {name}"));
+    }
+    if let Some(disk) = planned.on_disk() {
+        add("experts from disk", plan::disk_words(disk));
     }
     let of = if report.gpu.is_some() { "GPU memory" } else { "memory" };
     add("read bandwidth", format!("{:.1} GB/s from {of}", report.read_bandwidth_gb_s));

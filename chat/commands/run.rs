@@ -16,7 +16,7 @@ use crate::{
     progress::Progress,
     signals,
     splits::{self, LayerReport},
-    statistics::{self, PageLocked, Way},
+    statistics::{self, FromDisk, PageLocked, Way},
     tui,
 };
 use pregate_runtime::{Cancel, Event, Finish, Generated, Model, StreamStats, store::ExpertStore};
@@ -107,6 +107,8 @@ struct Stats {
     stream: Option<StreamStats>,
     /// `null` where no experts are copied to a GPU.
     host_memory: Option<PageLocked>,
+    /// `null` where none come from disk below that.
+    from_disk: Option<FromDisk>,
     /// Who brought what the GPU missed; `null` where nothing did.
     splits: Option<Vec<LayerReport>>,
     #[serde(skip)]
@@ -128,6 +130,7 @@ impl Stats {
             held_bytes: memory::held_bytes(),
             stream: model.store().map(ExpertStore::stats),
             host_memory: PageLocked::of(model),
+            from_disk: FromDisk::of(model),
             splits: splits::report(model),
             way: Way::of(model),
             ledger,
@@ -146,7 +149,8 @@ impl Stats {
              seed {}{held}",
             self.prompt_tokens, self.prompt_tok_s, self.ttft_ms, self.tokens, self.seed,
         );
-        for line in self.stream.iter().flat_map(|stats| statistics::lines(stats, self.way)) {
+        let lines = self.stream.iter().flat_map(|stats| statistics::lines(stats, self.way));
+        for line in lines.chain(self.from_disk.as_ref().map(FromDisk::line)) {
             text.push_str("\nstats: ");
             text.push_str(&line);
         }

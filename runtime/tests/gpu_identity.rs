@@ -18,7 +18,9 @@ use golden::argmax;
 use pregate_kernels::cuda::Device;
 use pregate_kernels::{Backend, Cpu, CpuOptions};
 use pregate_predictor::{Ahead, forecast, policy};
-use pregate_runtime::model::Source;
+use pregate_runtime::gpu::HostFrames;
+use pregate_runtime::model::{BelowHost, Source};
+use pregate_runtime::store::disk::{DiskChoice, DiskOptions};
 use pregate_runtime::{
     GpuExperts, LoadOptions, Misses, Model, OpenedModel, Residency, Session, SessionOptions,
     StreamStats, Streaming,
@@ -58,6 +60,16 @@ impl Random {
     }
 }
 
+/// The host has no room for all experts.
+#[derive(Clone, Copy, Debug)]
+struct Below {
+    /// Per layer that it keeps.
+    kept: usize,
+    /// Per class of sizes, that others are read into.
+    frames: usize,
+    disk: DiskChoice,
+}
+
 #[derive(Clone, Debug)]
 struct Config {
     /// `None`: all experts stay on the device.
@@ -65,6 +77,7 @@ struct Config {
     /// `None`: the other experts stay on the host.
     slots: Option<usize>,
     ring: usize,
+    below: Option<Below>,
     misses: Misses,
     forecast: &'static str,
     horizon: usize,
@@ -91,6 +104,11 @@ impl Config {
             fixed,
             slots: (fixed.is_some() && random.below(8) > 0).then_some(slots),
             ring: random.pick(&[1, 2, 3, 8]),
+            below: (random.below(3) == 0).then(|| Below {
+                kept: random.pick(&[0, 0, 1, moving / 2]).min(moving),
+                frames: random.pick(&[2, TOP_K + 1, 2 * TOP_K, EXPERTS]),
+                disk: random.pick(&[DiskChoice::Auto, DiskChoice::Buffered]),
+            }),
             misses: random.pick(&[Misses::Auto, Misses::Host, Misses::Copied]),
             forecast: random.pick(&forecasts),
             horizon: random.pick(&[1, 2]),
@@ -103,6 +121,13 @@ impl Config {
         }
     }
 
+    fn source(&self, layers: usize) -> Source {
+        let Some(Below { kept, frames, disk }) = self.below else { return Source::Host };
+        let options = DiskOptions { choice: disk, measure_ns: 0, ..DiskOptions::default() };
+        let source = Box::new(Source::Disk(options));
+        Source::HostAndDisk(BelowHost { kept: vec![kept; layers], frames: vec![frames; 2], source })
+    }
+
     fn residency(&self, device: Device, layers: usize) -> Residency {
         let per_layer = |count| vec![count; layers];
         let streaming = |slots| Streaming {
@@ -113,7 +138,7 @@ impl Config {
             horizon: self.horizon,
             // A low bar, so that guesses are acted upon.
             ahead: Ahead { threshold: 0.1, ..Ahead::default() },
-            source: Source::Host,
+            source: self.source(layers),
         };
         let experts = match (self.fixed, self.slots) {
             (None, _) => GpuExperts::All,
@@ -241,6 +266,9 @@ fn check(place: &Place, path: &Path, expected: &[Vec<u32>], config: &Config) {
         check_statistics(config, &store.stats());
         let (pinned, pageable) = model.gpu().unwrap().host_bytes();
         assert_eq!(pageable.is_some(), config.pinned == 0, "{config:?}: {pinned} pinned");
+        let read = model.gpu().unwrap().host_frames().map(HostFrames::stats);
+        assert_eq!(read.is_some(), config.below.is_some());
+        assert!(read.is_none_or(|read| read.misses > 0 && read.reads.bytes > 0), "{read:?}");
     }
     drop(model);
     let violations = place.violations();

@@ -300,6 +300,13 @@ unsafe impl HostMemory for Arc<[u8]> {
     }
 }
 
+// SAFETY: that of its contents, which do not move with the box.
+unsafe impl<M: HostMemory + ?Sized> HostMemory for Box<M> {
+    fn bytes(&self) -> &[u8] {
+        (**self).bytes()
+    }
+}
+
 /// Host memory that a copy from the device may write after the call that
 /// submitted it has returned.
 ///

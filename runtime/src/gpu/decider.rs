@@ -32,7 +32,9 @@ pub struct HostWork {
     pub experts: usize,
     /// Of all these experts together.
     pub tokens: usize,
-    /// From the decision to the last row.
+    /// From the decision to the last row, less what it waited for reads from
+    /// disk. Prices are what comes behind a read: copies wait for it as well
+    /// ([`Event::copied`] counts from its end), so it weighs on neither side.
     pub ns: u64,
 }
 

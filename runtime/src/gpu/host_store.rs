@@ -188,13 +188,16 @@ fn piece(experts: &[Wanted<'_>], most_bytes: usize) -> (usize, usize) {
     (count, bytes)
 }
 
-/// Writes the rows of an expert's matrices to their places in a block, and
-/// zeros between them.
 fn write(block: &mut [u8], shape: &BlockShape, weights: &ExpertWeights<'_>) {
+    write_matrices(block, shape, [&weights.gate, &weights.up, &weights.down]);
+}
+
+/// Writes the rows of gate, up and down to their places in a block, and zeros
+/// between them.
+pub fn write_matrices(block: &mut [u8], shape: &BlockShape, matrices: [&Matrix<'_>; 3]) {
     block.fill(0);
-    let parts = [(&weights.gate, shape.gate), (&weights.up, shape.up), (&weights.down, shape.down)];
     let mut scratch = Vec::new();
-    for (matrix, place) in parts {
+    for (matrix, place) in matrices.into_iter().zip([shape.gate, shape.up, shape.down]) {
         let mut at = place.offset;
         for row in 0..matrix.rows() {
             let row = matrix.row(row, &mut scratch);

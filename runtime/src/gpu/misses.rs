@@ -4,15 +4,16 @@
 
 use super::decider::HostWork;
 use super::exchange::Chosen;
+use super::host_rows::HostRows;
 use super::moving::Moving;
 use super::pass::{Companions, Pass, words};
 use super::weights::DeviceMoe;
 use crate::error::Result;
 use crate::forward::Work;
-use crate::model::weights::{FeedForwardWeights, GatedBlock};
+use crate::session::Cancel;
 use crate::store::{Arrived, Event, Missing};
 use pregate_kernels::cuda::{self, CudaError, HostPart, Span};
-use pregate_kernels::{Choice, ExpertGroup, ExpertRows, Grouping, Routes};
+use pregate_kernels::{Choice, Grouping, Routes};
 
 /// A layer's choices, once they are made.
 pub struct Visit<'a> {
@@ -71,9 +72,11 @@ impl<'a> Visit<'a> {
             launch(&self.table(companions, true, &first)?)?;
         }
         drop(first);
-        let mut work = self.compute(&routes, &left, answers)?;
+        let cancel = companions.cancel;
+        let (mut work, waited_ns) =
+            self.compute(&routes, &left, answers, (event.as_mut(), cancel))?;
         if let Some(event) = &event {
-            work.ns = event.now_ns() - event.began_ns();
+            work.ns = (event.now_ns() - event.began_ns()).saturating_sub(waited_ns);
         }
         companions.meter.lap(Work::Experts);
         if let Some((event, moving)) = event.zip(moving) {
@@ -159,10 +162,17 @@ impl<'a> Visit<'a> {
     }
 
     /// The host computes the experts `left`. Work of the device that was
-    /// launched before runs meanwhile.
-    fn compute(&self, routes: &Routes, left: &[u32], answers: &Span) -> Result<HostWork> {
+    /// launched before runs meanwhile. What it did, and the time that it waited
+    /// for reads.
+    fn compute(
+        &self,
+        routes: &Routes,
+        left: &[u32],
+        answers: &Span,
+        (event, cancel): (Option<&mut Event<'_>>, &Cancel),
+    ) -> Result<(HostWork, u64)> {
         if left.is_empty() {
-            return Ok(HostWork::default());
+            return Ok((HostWork::default(), 0));
         }
         let Self { pass, moe, .. } = self;
         let (k, hidden) = (moe.top_k, pass.description.hidden);
@@ -180,37 +190,12 @@ impl<'a> Visit<'a> {
         let mut grouping = Grouping::default();
         grouping.gather(&choices);
         let mut found = vec![0.0; grouping.rows() * hidden];
-        expert_rows(pass, self.layer, moe, (&x, pass.tokens), &grouping, &mut found);
-        send(pass, &rows, &grouping, &found, answers)?;
-        Ok(HostWork { experts: left.len(), tokens: rows.len(), ns: 0 })
+        let (layer, tokens, grouping) = (self.layer, pass.tokens, &grouping);
+        let host = HostRows { pass, layer, moe, x: &x, tokens, grouping, cancel };
+        let waited_ns = host.compute(&mut found, event)?;
+        send(pass, &rows, grouping, &found, answers)?;
+        Ok((HostWork { experts: left.len(), tokens: rows.len(), ns: 0 }, waited_ns))
     }
-}
-
-/// What experts answer to `x`, `[tokens, hidden]`, in the order of `grouping`.
-pub fn expert_rows(
-    pass: &Pass<'_>,
-    layer: usize,
-    moe: &DeviceMoe,
-    (x, tokens): (&[f32], usize),
-    grouping: &Grouping,
-    answers: &mut [f32],
-) {
-    let engine = pass.engine;
-    let FeedForwardWeights::Moe(weights) = &engine.weights.layers[layer].feed_forward else {
-        unreachable!("the device's layers are the model's")
-    };
-    let weights = |expert: u32| {
-        let block: &GatedBlock = &weights.experts[expert as usize];
-        match pass.model.moving() {
-            Some(moving) => moving.view(engine.files, (layer, expert as usize), block),
-            None => block.view(engine.files),
-        }
-    };
-    let groups: Vec<ExpertGroup<'_>> = (grouping.experts().enumerate())
-        .map(|(index, expert)| grouping.group(index, weights(expert)))
-        .collect();
-    let (groups, activation) = (&groups[..], moe.activation);
-    engine.backend.expert_rows(ExpertRows { x, tokens, groups, activation, answers });
 }
 
 /// Copies the rows of the missing choices, whose places are `rows`, to the

@@ -14,6 +14,9 @@ mod delta_net;
 mod exchange;
 mod experts;
 mod feed_forward;
+mod host_frames;
+mod host_rows;
+mod host_share;
 mod host_store;
 mod latent;
 mod misses;
@@ -31,7 +34,9 @@ mod upload;
 mod vram;
 mod weights;
 
-pub use needs::{GpuParts, GpuRoom, GpuShare, host_scratch_bytes};
+pub use host_frames::{Asker, HostFrames, HostFramesStats};
+pub use host_share::{DiskShare, HostTooSmall};
+pub use needs::{GpuParts, GpuRoom, GpuShare, NoShare, host_scratch_bytes};
 pub use session::{GpuPass, GpuSession};
 
 use crate::error::Result;
@@ -40,6 +45,8 @@ use crate::model::GpuExperts;
 use crate::model::description::ModelDescription;
 use crate::model::weights::ModelWeights;
 use crate::store::ExpertStore;
+use crate::store::disk::DiskReport;
+use crate::store::layout::ModelLayout;
 use moving::Moving;
 use needs::{dense_bytes, experts_bytes};
 use pregate_kernels::cuda::Device;
@@ -65,9 +72,8 @@ impl GpuModel {
     /// fit the model.
     pub fn upload(
         device: Device,
-        files: &ModelFiles,
-        description: &ModelDescription,
-        weights: &ModelWeights,
+        (files, description, weights): (&ModelFiles, &ModelDescription, &ModelWeights),
+        layout: ModelLayout,
         experts: GpuExperts,
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
@@ -78,7 +84,8 @@ impl GpuModel {
         };
         let plan = streaming
             .map(|(streaming, misses)| {
-                moving::Plan::new(files, description, weights, &fixed, streaming, misses)
+                let of = (files, description, weights);
+                moving::Plan::new(of, &layout, &fixed, streaming, misses)
             })
             .transpose()?;
         let dense = dense_bytes(files, weights);
@@ -98,7 +105,8 @@ impl GpuModel {
         let frames = (uploader.rest(), &weights_there.slots);
         let moving = plan
             .map(|plan| {
-                plan.start(&device, files, weights, &fixed, frames, &mut |done| {
+                let of = (files, weights, layout);
+                plan.start(&device, of, &fixed, frames, &mut |done| {
                     tell(dense + fixed_bytes + done, total);
                 })
             })
@@ -134,6 +142,17 @@ impl GpuModel {
     /// comes and goes, or the user chose.
     pub fn splits(&self) -> Option<Vec<LayerSplit>> {
         self.moving.as_ref()?.decider().report()
+    }
+
+    /// What experts that neither the device nor the host keeps are read into;
+    /// `None`: there are no such.
+    pub fn host_frames(&self) -> Option<&HostFrames> {
+        self.moving.as_ref()?.frames()
+    }
+
+    /// What the probe of the disk found; `None`: nothing is read from it.
+    pub fn disk(&self) -> Option<&DiskReport> {
+        self.moving.as_ref()?.disk()
     }
 
     /// Bytes of experts in page-locked memory of the host, and in other memory

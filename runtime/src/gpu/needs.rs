@@ -2,6 +2,7 @@
 
 use super::buffers::{FEW_TOKENS, pass_tokens};
 use super::experts::BlockShape;
+use super::host_share::{DiskShare, HostTooSmall};
 use super::session::GpuSession;
 use super::slots::SlotTable;
 use super::upload::padded;
@@ -13,7 +14,7 @@ use crate::model::weights::{
     FeedForwardWeights, GatedBlock, KeyUp, LatentQuery, MixerWeights, ModelWeights, Norm,
     Projection, Weight,
 };
-use crate::model::{GpuExperts, Misses, Source, Streaming};
+use crate::model::{BelowHost, GpuExperts, Misses, Source, Streaming};
 use crate::session::SessionOptions;
 use pregate_kernels::cuda::router::RouterTable;
 use serde::Serialize;
@@ -65,25 +66,39 @@ pub struct GpuShare {
     pub slots: Vec<usize>,
     /// Further frames of each size.
     pub ring: usize,
-    /// Of the experts that are not fixed, all of which are on the host.
+    /// Of the experts that are not fixed: all of them, or blocks and frames
+    /// where some are on disk.
     pub host_bytes: u64,
+    /// Experts that neither the device nor the host keeps.
+    pub disk: Option<DiskShare>,
+}
+
+/// Why there is no share of a device.
+#[derive(Clone, Debug)]
+pub enum NoShare {
+    /// The smallest parts, which are larger than the room on the device.
+    Device(GpuParts),
+    /// There is less than the least host memory for experts from disk.
+    Host(HostTooSmall),
 }
 
 impl GpuShare {
     /// Everything but routed experts, then all of these if they fit. Else
     /// slots that experts come to and leave, because which ones are needed
     /// changes with the text; where the host has no room for all of them, so
-    /// many are fixed on the device. With less than the smallest number of
-    /// slots, the experts that fit are fixed.
+    /// many are fixed on the device, or if that is not enough either, experts
+    /// come from disk. With less than the smallest number of slots, the experts
+    /// that fit are fixed.
     ///
-    /// Error: the smallest parts, which are larger than the room.
+    /// # Errors
+    /// Less room than the least, which is named.
     pub fn of(
         files: &ModelFiles,
         description: &ModelDescription,
         weights: &ModelWeights,
         (context, options): (usize, &SessionOptions),
         room: GpuRoom,
-    ) -> Result<Self, GpuParts> {
+    ) -> Result<Self, NoShare> {
         let tokens = pass_tokens(options.prefill_chunk, context);
         let parts = GpuParts {
             weights_bytes: dense_bytes(files, weights),
@@ -91,13 +106,21 @@ impl GpuShare {
             scratch_bytes: GpuSession::scratch_bytes(description, context, tokens) as u64,
             ..GpuParts::default()
         };
-        let Some(left) = room.vram_bytes.checked_sub(parts.total()) else { return Err(parts) };
+        let Some(left) = room.vram_bytes.checked_sub(parts.total()) else {
+            return Err(NoShare::Device(parts));
+        };
         let experts = Experts::of(files, weights);
         if experts.bytes(&all(weights)) <= left {
             return Ok(experts.fixed(parts, all(weights)));
         }
         let too_many = experts.bytes(&all(weights)).saturating_sub(room.host_bytes);
-        let fixed = experts.fill(|before, bytes| before < too_many && bytes <= left);
+        let mut fixed = experts.fill(|before, bytes| before < too_many && bytes <= left);
+        let mut on_disk = None;
+        if experts.bytes(&fixed) < too_many {
+            fixed = vec![0; fixed.len()];
+            let share = DiskShare::of(files, description, weights, &experts, room.host_bytes);
+            on_disk = Some(share.map_err(NoShare::Host)?);
+        }
         let moving: Vec<Option<MovingLayer>> = (fixed.iter().zip(&experts.layers).enumerate())
             .map(|(index, (&fixed, layer))| {
                 let (experts, shape) = (*layer)?;
@@ -118,8 +141,11 @@ impl GpuShare {
         let [slots_bytes, ring_bytes] = [(&slotted, 0), (&moving, ring)]
             .map(|(layers, ring)| Classes::new(layers, ring).bytes());
         let parts = GpuParts { experts_bytes: fixed_bytes + slots_bytes, ring_bytes, ..parts };
-        let host_bytes = experts.bytes(&all(weights)) - fixed_bytes;
-        Ok(Self { parts, fixed, slots, ring, host_bytes })
+        let (disk, host_bytes) = match on_disk {
+            Some((disk, bytes)) => (Some(disk), bytes),
+            None => (None, experts.bytes(&all(weights)) - fixed_bytes),
+        };
+        Ok(Self { parts, fixed, slots, ring, host_bytes, disk })
     }
 
     /// Whether all experts stay on the device.
@@ -134,14 +160,21 @@ impl GpuShare {
 
     /// What to load the model with; `streaming` for all but the numbers.
     pub fn experts(&self, streaming: Streaming, misses: Misses) -> GpuExperts {
-        let Self { fixed, slots, ring, .. } = self.clone();
+        let Self { fixed, slots, ring, disk, .. } = self.clone();
         if self.is_whole() {
             return GpuExperts::All;
         }
         if !self.moves() {
             return GpuExperts::Some { fixed };
         }
-        let streaming = Streaming { slots, ring, source: Source::Host, ..streaming };
+        let source = match disk {
+            None => Source::Host,
+            Some(DiskShare { kept, frames, .. }) => {
+                let source = Box::new(streaming.source);
+                Source::HostAndDisk(BelowHost { kept, frames, source })
+            }
+        };
+        let streaming = Streaming { slots, ring, source, ..streaming };
         GpuExperts::Moving { fixed, streaming, misses }
     }
 }
@@ -167,7 +200,7 @@ fn slots(
 }
 
 /// The routed experts of a model.
-struct Experts {
+pub(super) struct Experts {
     /// How many, and where their matrices are in a block.
     layers: Vec<Option<(usize, BlockShape)>>,
 }
@@ -183,7 +216,7 @@ impl Experts {
     }
 
     /// Of so many experts per layer.
-    fn bytes(&self, counts: &[usize]) -> u64 {
+    pub(super) fn bytes(&self, counts: &[usize]) -> u64 {
         let layers = self.layers.iter().zip(counts);
         layers
             .filter_map(|(layer, &count)| Some(block_bytes(&layer.as_ref()?.1) * count as u64))
@@ -193,7 +226,7 @@ impl Experts {
     /// Experts one by one to the layer with the smallest share of its experts,
     /// as long as `more` says so, which hears the bytes without and with the
     /// next one.
-    fn fill(&self, more: impl Fn(u64, u64) -> bool) -> Vec<usize> {
+    pub(super) fn fill(&self, more: impl Fn(u64, u64) -> bool) -> Vec<usize> {
         let mut counts = vec![0; self.layers.len()];
         let mut bytes = 0;
         let open = |counts: &[usize]| {
@@ -225,6 +258,7 @@ impl Experts {
             ring: 0,
             host_bytes: self.bytes(&all) - experts_bytes,
             fixed,
+            disk: None,
         }
     }
 }

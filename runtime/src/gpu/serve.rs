@@ -6,7 +6,7 @@
 //! heard: until then the device may read what arrived for it.
 
 use super::decider::HostWork;
-use super::misses::expert_rows;
+use super::host_rows::HostRows;
 use super::pass::{Companions, Pass};
 use super::token::{LayerMail, TokenPath};
 use super::weights::{DeviceFeedForward, DeviceMoe};
@@ -177,12 +177,12 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         }
         there.iter().for_each(|arrived| self.tell_arrived(mail, arrived));
         self.companions.meter.lap(Work::Overhead);
-        self.compute(layer, moe, mail, &left);
+        let waited_ns = self.compute((layer, moe), mail, &left, event.as_mut())?;
         self.companions.meter.lap(Work::Experts);
         let Some(mut event) = event else { return Ok(()) };
         // Dropped before the event, whatever fails: it pins the event's frames.
         let mut there = there;
-        let ns = event.now_ns() - event.began_ns();
+        let ns = (event.now_ns() - event.began_ns()).saturating_sub(waited_ns);
         let work = HostWork { experts: left.len(), tokens: left.len(), ns };
         self.foresee(mail, &mut event);
         self.companions.meter.lap(Work::Overhead);
@@ -245,10 +245,17 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         Decision::Resident(entry).tell(decisions, mail.decisions + choice, self.step);
     }
 
-    /// Computes the experts `left`, and tells the device.
-    fn compute(&mut self, layer: usize, moe: &DeviceMoe, mail: &LayerMail, left: &[u32]) {
+    /// Computes the experts `left`, and tells the device. The time that it
+    /// waited for reads.
+    fn compute(
+        &mut self,
+        (layer, moe): (usize, &DeviceMoe),
+        mail: &LayerMail,
+        left: &[u32],
+        event: Option<&mut Event<'_>>,
+    ) -> Result<u64> {
         if left.is_empty() {
-            return;
+            return Ok(0);
         }
         let hidden = self.pass.description.hidden;
         // One that left before its removal was told: the device has it still.
@@ -262,13 +269,17 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         routes.push(choices);
         grouping.gather(routes);
         rows.resize(grouping.rows() * hidden, 0.0);
-        expert_rows(self.pass, layer, moe, (&posted.x, 1), grouping, rows);
+        let (pass, x, grouping) = (self.pass, &posted.x[..], &*grouping);
+        let cancel = self.companions.cancel;
+        let host = HostRows { pass, layer, moe, x, tokens: 1, grouping, cancel };
+        let waited_ns = host.compute(rows, event)?;
         let mailed = self.path.mail();
         for (index, choice) in missing.into_iter().enumerate() {
             let row = &rows[grouping.row_of(index) * hidden..][..hidden];
             mailed.rows.write_floats(mail.rows + 4 * hidden * choice, row);
             Decision::Host.tell(&mailed.decisions, mail.decisions + choice, self.step);
         }
+        Ok(waited_ns)
     }
 
     /// Ends the open event: the device has passed its layer. `next` is the

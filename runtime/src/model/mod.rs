@@ -17,8 +17,8 @@ use crate::error::{Error, Result};
 use crate::files::{Container, ModelFiles};
 use crate::forward::Engine;
 use crate::gpu::GpuModel;
-use crate::store::disk::{self, DiskOptions};
-use crate::store::frames::Frames;
+use crate::store::disk::{self, DiskOptions, DiskReport};
+use crate::store::frames::{ClassSpec, Frames};
 use crate::store::layout::ModelLayout;
 use crate::store::mover::Mover;
 use crate::store::{Clock, ExpertStore};
@@ -117,8 +117,36 @@ pub enum Source {
     Disk(DiskOptions),
     /// Host memory; only of [`GpuExperts::Moving`].
     Host,
+    /// Host memory that has no room for all of them; likewise.
+    HostAndDisk(BelowHost),
     /// Something else that reads them: the simulated disk of the tests.
     Custom(Box<MakeMover>),
+}
+
+/// Experts that neither a GPU nor the host keeps: they are read when they are
+/// needed.
+pub struct BelowHost {
+    /// Experts that the host keeps, per layer of the model: the last ones.
+    pub kept: Vec<usize>,
+    /// Frames that the others are read into, per class of the model's layout.
+    pub frames: Vec<usize>,
+    /// [`Source::Disk`], or [`Source::Custom`].
+    pub source: Box<Source>,
+}
+
+impl BelowHost {
+    /// The frames of each class; none has fewer than two.
+    pub fn specs(&self, layout: &ModelLayout) -> Vec<ClassSpec> {
+        let all = layout.class_bytes.iter().enumerate();
+        let frames = |class| self.frames.get(class).copied().unwrap_or(0).max(2);
+        all.map(|(class, &frame_bytes)| ClassSpec { frame_bytes, frames: frames(class) }).collect()
+    }
+
+    /// Of all frames.
+    pub fn frames_bytes(&self, layout: &ModelLayout) -> u64 {
+        let specs = self.specs(layout).into_iter();
+        specs.map(|spec| spec.frame_bytes as u64 * spec.frames as u64).sum()
+    }
 }
 
 /// Makes a mover for the model's files, and the clock of its machine.
@@ -201,9 +229,13 @@ impl OpenedModel {
         let store = match options.residency {
             Residency::Lazy => None,
             Residency::Gpu { device, experts } => {
-                let Self { files, description, weights, .. } = &self;
-                let model =
-                    GpuModel::upload(device, files, description, weights, experts, &mut tell)?;
+                let of = (&self.files, &self.description, &self.weights);
+                let model = GpuModel::upload(device, of, self.layout, experts, &mut tell)?;
+                if model.host_frames().is_some() {
+                    // A file that changes is an error value here as well: what
+                    // the host needs beside experts is read by position.
+                    self.files.hold(&[], &mut |_, _| {})?;
+                }
                 gpu = Some(model);
                 None
             }
@@ -252,24 +284,36 @@ fn open_store(
 ) -> Result<ExpertStore> {
     let planner = planner(&layout.shape, &streaming)?;
     let frames = Frames::new(&ExpertStore::specs(&layout, &streaming.slots, streaming.ring))?;
-    let mut disk = None;
-    let (mover, clock) = match streaming.source {
+    let (mover, clock, disk) = reader(streaming.source, files, &layout, &frames)?;
+    Ok(ExpertStore::new(layout, frames, mover, planner, clock, disk))
+}
+
+/// What reads experts into `frames`, the clock of its machine, and what the
+/// probe of the disk found.
+pub(crate) fn reader(
+    source: Source,
+    files: &ModelFiles,
+    layout: &ModelLayout,
+    frames: &Arc<Frames>,
+) -> Result<(Box<dyn Mover>, Clock, Option<DiskReport>)> {
+    match source {
         Source::Disk(options) => {
             let started = std::time::Instant::now();
             let clock: Clock = Arc::new(move || started.elapsed().as_nanos() as u64);
             let names = files.paths().iter().cloned();
             let files: Vec<_> = names.zip(files.identities()).collect();
-            let (mover, report) = disk::probe(&files, &frames, &options)?;
-            disk = Some(report);
-            (mover, clock)
+            let (mover, report) = disk::probe(&files, frames, &options)?;
+            Ok((mover, clock, Some(report)))
         }
-        Source::Host => {
+        Source::Custom(make) => {
+            let (mover, clock) = make(files, layout, frames)?;
+            Ok((mover, clock, None))
+        }
+        Source::Host | Source::HostAndDisk(_) => {
             let message = "experts that come from host memory need a GPU that they go to";
-            return Err(Error::Request(message.to_string()));
+            Err(Error::Request(message.to_string()))
         }
-        Source::Custom(make) => make(files, &layout, &frames)?,
-    };
-    Ok(ExpertStore::new(layout, frames, mover, planner, clock, disk))
+    }
 }
 
 /// Who decides what comes and who leaves, for experts of `shape`.

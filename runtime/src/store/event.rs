@@ -66,7 +66,9 @@ pub struct Event<'s> {
     awaited: usize,
     began_ns: u64,
     waited_ns: u64,
-    /// When the last fill that the event asked for landed.
+    /// Time with the link of the fills that the event asked for, and when the
+    /// last of them landed.
+    link_ns: u64,
     landed_ns: u64,
     bytes: u64,
     ended: bool,
@@ -141,6 +143,7 @@ impl<'s> Event<'s> {
             awaited,
             began_ns,
             waited_ns: 0,
+            link_ns: 0,
             landed_ns: began_ns,
             bytes: 0,
             ended: false,
@@ -272,6 +275,13 @@ impl<'s> Event<'s> {
         }
     }
 
+    /// Takes what the mover has brought, so that it goes on; hands nothing out.
+    pub fn go_on(&mut self) -> Result<()> {
+        self.receive(0)?;
+        self.ask();
+        Ok(())
+    }
+
     /// Settles what was handed out; the answer is what became of those of the
     /// event that were in no slot.
     pub fn settled(&mut self) -> &[(ExpertId, Admission)] {
@@ -279,10 +289,10 @@ impl<'s> Event<'s> {
         &self.lists.admitted
     }
 
-    /// Fills that the event asked for and that landed, and the time from its
-    /// beginning to the last of them.
+    /// Fills that the event asked for and that landed, and how long the link
+    /// had at least one of them: not while they waited for a tier below.
     pub fn copied(&self) -> (usize, u64) {
-        (self.lists.copied, self.landed_ns.saturating_sub(self.began_ns))
+        (self.lists.copied, self.link_ns)
     }
 
     /// When the event began, as [`Event::now_ns`] counts.
@@ -311,12 +321,14 @@ impl<'s> Event<'s> {
         }
         while let Some(done) = next {
             self.bytes += done.bytes;
-            let ended_ns = done.ended_ns;
+            let (submitted_ns, ended_ns) = (done.submitted_ns, done.ended_ns);
             let (id, arrival, result) = self.inner.land(self.store, done);
             match arrival {
                 Arrival::Use => {
                     self.awaited -= 1;
                     if self.lists.request.missing.contains(&id) {
+                        let from = submitted_ns.max(self.landed_ns);
+                        self.link_ns += ended_ns.saturating_sub(from);
                         self.landed_ns = self.landed_ns.max(ended_ns);
                         self.lists.copied += 1;
                     }

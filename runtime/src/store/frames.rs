@@ -3,8 +3,11 @@
 
 use super::slot::{Claim, Generation, Guarded, Hold, Part, Slots, Status};
 use crate::error::{Error, Result};
-use memmap2::{MmapOptions, MmapRaw};
+use memory::Memory;
+use pregate_kernels::cuda::{CudaError, Device, HostMemory};
 use std::{ops::Deref, ops::Range, ptr::NonNull, sync::Arc};
+
+mod memory;
 
 /// What frames, and the pieces of files that are read into them, start at
 /// multiples of: the page size and the largest logical block size of common
@@ -14,6 +17,8 @@ pub const ALIGN_BYTES: usize = 4096;
 pub const REGION_BYTES: usize = 1 << 30;
 /// A class starts at a multiple of this, so that its pages can be huge ones.
 const CLASS_ALIGN_BYTES: usize = 2 << 20;
+/// Page-locked memory that is asked for at once.
+const PINNED_PIECE_BYTES: usize = 256 << 20;
 
 /// One frame of one class.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -38,59 +43,24 @@ pub struct Frames {
 
 struct Class {
     spec: ClassSpec,
-    memory: Memory,
+    /// So many frames in each piece of memory, but the last.
+    per_piece: usize,
+    pieces: Vec<Memory>,
+    /// The same of what is registered as one; no more than in a piece.
+    per_region: usize,
     /// Slot of its first frame, and io_uring region of its first frame.
     first_slot: usize,
     first_region: usize,
 }
 
-/// An anonymous mapping that nothing but the guards below dereferences.
-struct Memory {
-    /// Owns the mapping that `start` points into; `None`: there are no bytes.
-    _mapping: Option<MmapRaw>,
-    start: NonNull<u8>,
-}
-
-// SAFETY: `start` is plain memory, without ties to a thread; who may touch
-// which part of it when is the business of the guards.
-unsafe impl Send for Memory {}
-// SAFETY: as above: a `&Memory` gives out addresses, never references.
-unsafe impl Sync for Memory {}
-
-impl Memory {
-    fn new(bytes: usize) -> Result<Self> {
-        let failed = |source| Error::Memory { what: "frames of experts", bytes, source };
-        let too_large = || failed(std::io::ErrorKind::OutOfMemory.into());
-        let mapped = bytes.checked_add(CLASS_ALIGN_BYTES).ok_or_else(too_large)?;
-        let mapping = MmapRaw::from(MmapOptions::new().len(mapped).map_anon().map_err(failed)?);
-        let skip = mapping.as_mut_ptr().align_offset(CLASS_ALIGN_BYTES);
-        // Refused where the kernel has no huge pages: small ones serve.
-        #[cfg(target_os = "linux")]
-        let _ = mapping.advise_range(memmap2::Advice::HugePage, skip, bytes);
-        // SAFETY: `skip` is less than the alignment, by which the mapping is
-        // longer than `bytes`.
-        let start = unsafe { mapping.as_mut_ptr().add(skip) };
-        let start = NonNull::new(start).expect("a mapping does not start at address zero");
-        Ok(Self { _mapping: Some(mapping), start })
-    }
-
-    /// No bytes.
-    fn none() -> Self {
-        Self { _mapping: None, start: NonNull::dangling() }
-    }
-}
-
 impl Class {
-    fn frames_per_region(&self) -> usize {
-        REGION_BYTES.checked_div(self.spec.frame_bytes).unwrap_or(usize::MAX)
-    }
-
     /// Where frame `index` starts.
     fn frame(&self, index: usize) -> NonNull<u8> {
         assert!(index < self.spec.frames);
-        // SAFETY: the mapping has `frames * frame_bytes` bytes from `start`, or
+        let (piece, at) = (index / self.per_piece, index % self.per_piece);
+        // SAFETY: a piece has the bytes of its frames from `start` on, or
         // frames have no bytes.
-        unsafe { self.memory.start.add(index * self.spec.frame_bytes) }
+        unsafe { self.pieces[piece].start.add(at * self.spec.frame_bytes) }
     }
 }
 
@@ -98,6 +68,29 @@ impl Guarded for Frames {
     fn slots(&self) -> &Slots {
         &self.slots
     }
+}
+
+/// How much of the memory of frames is page-locked.
+#[derive(Clone, Debug, Default)]
+pub struct PageLocked {
+    pub pinned_bytes: u64,
+    pub pageable_bytes: u64,
+    /// Why some is not.
+    pub refused: Option<CudaError>,
+}
+
+/// Panics, and errors, of [`Frames::new`].
+fn check(specs: &[ClassSpec]) -> Result<()> {
+    for &ClassSpec { frame_bytes, .. } in specs {
+        assert!(frame_bytes > 0 && frame_bytes.is_multiple_of(ALIGN_BYTES));
+        if frame_bytes > REGION_BYTES {
+            return Err(Error::Request(format!(
+                "an expert of {frame_bytes} bytes is too large for a slot (at most \
+                 {REGION_BYTES} bytes)"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Memory to register with io_uring as one buffer.
@@ -116,17 +109,35 @@ impl Frames {
     /// Errors: the memory cannot be had, named in bytes; a frame larger than
     /// [`REGION_BYTES`].
     pub fn new(specs: &[ClassSpec]) -> Result<Arc<Self>> {
-        Self::build(specs, |spec| {
-            let ClassSpec { frame_bytes, frames } = spec;
-            assert!(frame_bytes > 0 && frame_bytes.is_multiple_of(ALIGN_BYTES));
-            if frame_bytes > REGION_BYTES {
-                return Err(Error::Request(format!(
-                    "an expert of {frame_bytes} bytes is too large for a slot (at most \
-                     {REGION_BYTES} bytes)"
-                )));
+        check(specs)?;
+        Self::build(specs, usize::MAX, Memory::mapped)
+    }
+
+    /// As [`Frames::new`], in memory that copies to `device` run from at full
+    /// speed, as far as the system gives such; from its first refusal on, or
+    /// with `refused` from the first byte on, in other memory.
+    pub fn page_locked(
+        specs: &[ClassSpec],
+        device: &Device,
+        refused: Option<CudaError>,
+    ) -> Result<(Arc<Self>, PageLocked)> {
+        check(specs)?;
+        let mut found = PageLocked { refused, ..PageLocked::default() };
+        let frames = Self::build(specs, PINNED_PIECE_BYTES, |bytes| {
+            if found.refused.is_none() {
+                match device.pinned(bytes + ALIGN_BYTES) {
+                    Ok(block) => {
+                        found.pinned_bytes += bytes as u64;
+                        return Ok(Memory::page_locked(block, ALIGN_BYTES));
+                    }
+                    Err(error) if error.is_sticky() => return Err(error.into()),
+                    Err(error) => found.refused = Some(error),
+                }
             }
-            Memory::new(frame_bytes.saturating_mul(frames))
-        })
+            found.pageable_bytes += bytes as u64;
+            Memory::mapped(bytes)
+        })?;
+        Ok((frames, found))
     }
 
     /// So many frames per class whose memory is elsewhere, on a device: they
@@ -134,23 +145,31 @@ impl Frames {
     pub fn without_memory(frames: &[usize]) -> Arc<Self> {
         let spec = |&frames: &usize| ClassSpec { frame_bytes: 0, frames };
         let specs: Vec<ClassSpec> = frames.iter().map(spec).collect();
-        Self::build(&specs, |_| Ok(Memory::none())).expect("nothing is allocated")
+        Self::build(&specs, usize::MAX, |_| Ok(Memory::none())).expect("nothing is allocated")
     }
 
+    /// `memory` answers for pieces of at most `piece_bytes`, or of one frame.
     fn build(
         specs: &[ClassSpec],
-        mut memory: impl FnMut(ClassSpec) -> Result<Memory>,
+        piece_bytes: usize,
+        mut memory: impl FnMut(usize) -> Result<Memory>,
     ) -> Result<Arc<Self>> {
         assert!(specs.len() <= usize::from(u16::MAX), "{} classes of frames", specs.len());
         let mut classes: Vec<Class> = Vec::with_capacity(specs.len());
         let (mut slots, mut regions) = (0, 0);
         for &spec in specs {
-            let frames = spec.frames;
+            let ClassSpec { frame_bytes, frames } = spec;
             assert!(u32::try_from(frames).is_ok(), "{frames} frames in a class");
-            let memory = memory(spec)?;
-            let class = Class { spec, memory, first_slot: slots, first_region: regions };
+            let most = |bytes: usize| bytes.checked_div(frame_bytes).unwrap_or(usize::MAX).max(1);
+            let (per_piece, per_region) = (most(piece_bytes), most(piece_bytes.min(REGION_BYTES)));
+            let pieces = (0..frames)
+                .step_by(per_piece)
+                .map(|first| memory(per_piece.min(frames - first).saturating_mul(frame_bytes)));
+            let pieces = pieces.collect::<Result<Vec<_>>>()?;
+            let (first_slot, first_region) = (slots, regions);
             slots += frames;
-            regions += frames.div_ceil(class.frames_per_region());
+            regions += frames.div_ceil(per_region);
+            let class = Class { spec, per_piece, pieces, per_region, first_slot, first_region };
             classes.push(class);
         }
         Ok(Arc::new(Self { classes, slots: Slots::new(slots) }))
@@ -191,7 +210,7 @@ impl Frames {
     /// as these frames live; [`Frames::region_of`] tells which is whose.
     pub fn regions(&self) -> Vec<Region> {
         let of_class = |class: &Class| -> Vec<Region> {
-            let (frames, per_region) = (class.spec.frames, class.frames_per_region());
+            let (frames, per_region) = (class.spec.frames, class.per_region);
             (0..frames)
                 .step_by(per_region)
                 .map(|first| Region {
@@ -206,7 +225,7 @@ impl Frames {
     /// Position in [`Frames::regions`] of the region with `frame` in it.
     pub fn region_of(&self, frame: FrameId) -> usize {
         let class = &self.classes[usize::from(frame.class)];
-        class.first_region + frame.index as usize / class.frames_per_region()
+        class.first_region + frame.index as usize / class.per_region
     }
 
     fn slot(&self, frame: FrameId) -> usize {
@@ -385,6 +404,14 @@ impl Deref for Pin {
         // slot is `Ready` and cannot be claimed while it is held, so nobody
         // writes; all of it is initialised (zeros at first).
         unsafe { std::slice::from_raw_parts(start.as_ptr(), len) }
+    }
+}
+
+// SAFETY: the frame's memory stays where it is as long as the hold's `Arc`
+// lives, and nobody writes to it while it is held.
+unsafe impl HostMemory for Pin {
+    fn bytes(&self) -> &[u8] {
+        self
     }
 }
 

@@ -81,15 +81,21 @@ impl ExpertLayout {
     /// If the frame is shorter than [`ExpertLayout::frame_bytes`], or `block`
     /// is not the one that this was made for.
     pub fn view<'a>(&self, block: &'a GatedBlock, frame: &'a [u8]) -> ExpertWeights<'a> {
-        block.view_of(&|tensor, start| {
-            let part = self
-                .parts
-                .iter()
-                // Parts may interleave, so `contains` would find a neighbour.
-                .find(|part| part.tensor == tensor && part.range.start == start)
-                .expect("the layout covers its expert");
-            &frame[part.at..part.at + part.range.len()]
-        })
+        block.view_of(&|tensor, start| self.part(tensor, start, frame))
+    }
+
+    /// The bytes in a frame of what starts at byte `start` of a tensor.
+    ///
+    /// # Panics
+    /// As [`ExpertLayout::view`].
+    pub(crate) fn part<'a>(&self, tensor: usize, start: usize, frame: &'a [u8]) -> &'a [u8] {
+        let part = self
+            .parts
+            .iter()
+            // Parts may interleave, so `contains` would find a neighbour.
+            .find(|part| part.tensor == tensor && part.range.start == start)
+            .expect("the layout covers its expert");
+        &frame[part.at..part.at + part.range.len()]
     }
 }
 

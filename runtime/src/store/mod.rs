@@ -105,7 +105,7 @@ struct Flight {
 }
 
 /// What a fill of `id` is called.
-fn key_of(id: ExpertId) -> u64 {
+pub fn key_of(id: ExpertId) -> u64 {
     u64::from(id.layer) << 32 | u64::from(id.expert)
 }
 

@@ -164,7 +164,9 @@ fn the_last_generation_is_never_followed_by_the_first() {
     let slots = Slots::from_generation(1, Generation::LAST);
     let class = Class {
         spec: SMALL,
-        memory: Memory::new(3 * 8192).unwrap(),
+        per_piece: 3,
+        pieces: vec![Memory::mapped(3 * 8192).unwrap()],
+        per_region: 3,
         first_slot: 0,
         first_region: 0,
     };
@@ -268,6 +270,32 @@ fn regions_hold_whole_frames_and_all_of_them() {
     }
     let chunk = frames.claim(FrameId { class: 1, index: 4 }).unwrap().chunks(&[0..1]).pop();
     assert_eq!(chunk.unwrap().region(), 3);
+}
+
+/// Page-locked memory comes in pieces.
+#[test]
+fn frames_of_several_pieces_are_apart_and_in_regions_of_their_own() {
+    let mut asked = Vec::new();
+    let frames = Frames::build(&[SMALL, LARGE], 2 * 8192 + 4096, |bytes| {
+        asked.push(bytes);
+        Memory::mapped(bytes)
+    });
+    let frames = frames.unwrap();
+    assert_eq!(asked, [2 * 8192, 8192, 12288, 12288]);
+    assert_eq!(frames.regions().len(), 4);
+    let all: Vec<_> = [(0, 0, 0), (0, 1, 0), (0, 2, 1), (1, 0, 2), (1, 1, 3)]
+        .map(|(class, index, region)| (FrameId { class, index }, region))
+        .into_iter()
+        .zip(1..)
+        .map(|((frame, region), value)| {
+            assert_eq!(frames.region_of(frame), region, "{frame:?}");
+            (frame, value, fill(&frames, frame, value))
+        })
+        .collect();
+    for (frame, value, generation) in all {
+        let pin = frames.pin(frame, generation).unwrap();
+        assert!(pin.iter().all(|&byte| byte == value), "{frame:?} was overwritten");
+    }
 }
 
 #[test]
