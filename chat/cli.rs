@@ -1,6 +1,10 @@
 //! The command line: what can be asked, and the text of `--help`.
 
-use crate::{size::Size, streaming::MemoryArgs};
+use crate::{
+    commands::replay::args::{self as replay, ReplayArgs},
+    size::Size,
+    streaming::MemoryArgs,
+};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pregate_runtime::Misses;
 use std::path::PathBuf;
@@ -23,11 +27,12 @@ const MAX_THREADS: usize = 1024;
   pregate inspect model.gguf                     what a model file holds
   pregate plan --model model.gguf --ram 8G       how it would use the memory
   pregate doctor                                 what this machine has, and lacks
+  pregate replay trace.json --machine rtx4070    how fast a model would be elsewhere
 
 A model is a .gguf file (any shard of a split one) or a Hugging Face folder with
 config.json, tokenizer.json and *.safetensors.
 
-Exit codes: 0 done, 2 wrong usage, 3 bad model file, tokenizer or template,
+Exit codes: 0 done, 2 wrong usage, 3 bad model file, tokenizer, template or trace,
 4 not enough memory or no such device, 75 the GPU failed, 130 interrupted, 1 anything else.",
     disable_help_subcommand = true
 )]
@@ -118,6 +123,9 @@ processor are left out, as far as the system tells.")]
 One line for each finding, and what to do next. The exit code is 0 if models can run on the
 processor, else 4. A machine without a GPU is well.")]
     Doctor(DoctorArgs),
+    /// Predict speed and hits on other machines, from a trace of routing
+    #[command(after_help = replay::HELP)]
+    Replay(ReplayArgs),
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,6 +1,7 @@
 //! How the program ends: one message, one code.
 
 use pregate_runtime::Error;
+use pregate_traces::TraceError;
 use std::{fmt, io};
 
 pub const USAGE: u8 = 2;
@@ -18,6 +19,8 @@ pub enum Failure {
     Usage(String),
     /// The machine lacks memory or a device.
     Resources(String),
+    /// A file that is not what it should be.
+    File(String),
     /// The engine refused.
     Runtime(Error),
     /// A file or stream of the user's.
@@ -49,6 +52,7 @@ impl Failure {
         match self {
             Failure::OutputClosed => 0,
             Failure::Usage(_) => USAGE,
+            Failure::File(_) => MODEL,
             Failure::Resources(_) => RESOURCES,
             Failure::Interrupted | Failure::Runtime(Error::Cancelled) => INTERRUPTED,
             Failure::Runtime(Error::Request(_) | Error::ContextFull { .. }) => USAGE,
@@ -77,12 +81,23 @@ fn out_of_memory(error: &io::Error) -> bool {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Usage(text) | Failure::Resources(text) => f.write_str(text),
+            Failure::Usage(text) | Failure::Resources(text) | Failure::File(text) => {
+                f.write_str(text)
+            }
             Failure::Runtime(error) => error.fmt(f),
             Failure::Io { what, source } => write!(f, "{what}: {source}"),
             Failure::OutputClosed => f.write_str("standard output was closed"),
             Failure::Interrupted => f.write_str("interrupted"),
             Failure::Internal(text) => write!(f, "internal error: {text}"),
+        }
+    }
+}
+
+impl From<TraceError> for Failure {
+    fn from(error: TraceError) -> Self {
+        match error {
+            TraceError::Io { path, source } => Failure::io(path.display().to_string(), source),
+            TraceError::Format { .. } => Failure::File(error.to_string()),
         }
     }
 }

@@ -17,6 +17,7 @@ mod model;
 mod notices;
 mod output;
 mod plan;
+mod plot;
 mod progress;
 mod roofline;
 mod save;
@@ -66,6 +67,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Eval(EvalCommand::Perplexity(args)) => commands::perplexity::run(args)?,
         Command::Chat(args) => return commands::chat::run(args),
         Command::Doctor(args) => return commands::doctor::run(args),
+        Command::Replay(args) => commands::replay::run(args)?,
         Command::Run(args) => commands::run::run(args)?,
     }
     Ok(0)

@@ -17,8 +17,18 @@ pub struct Progress {
 impl Progress {
     /// `unit` is what is counted: "tokens".
     pub fn new(doing: &'static str, unit: &str, total: usize) -> Self {
+        Self::with(doing, total, &format!("{{pos}}/{{len}} {unit}, {{eta}} left"))
+    }
+
+    /// The same, with how many a second.
+    pub fn with_rate(doing: &'static str, unit: &str, total: usize) -> Self {
+        let counts = format!("{{human_pos}}/{{human_len}} {unit}, {{per_sec}}, {{eta}} left");
+        Self::with(doing, total, &counts)
+    }
+
+    fn with(doing: &'static str, total: usize, counts: &str) -> Self {
         let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::hidden());
-        let template = format!("{{msg}} {{bar:30}} {{pos}}/{{len}} {unit}, {{eta}} left");
+        let template = format!("{{msg}} {{bar:30}} {counts}");
         // The template is ours; a wrong one would show in the first test.
         if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style.progress_chars("=> "));

@@ -8,6 +8,7 @@ pub mod eval;
 pub mod inspect;
 pub mod perplexity;
 pub mod plan;
+pub mod replay;
 pub mod run;
 pub mod tensor_kinds;
 pub mod tokenize;

@@ -160,9 +160,13 @@ pub struct Bracket {
     pub no_cache_hits: u64,
     pub lru_hits: u64,
     pub this_hits: u64,
-    /// Of the best that any policy could do that knows the future, in the
-    /// scope of this one's (layers that share their slots, or each its own).
+    /// Of Belady's rule, each layer with its own slots, into which every
+    /// missing expert comes: what the golden counts are of.
     pub belady_hits: u64,
+    /// Of the best that any policy could do that knows the future, in the
+    /// scope of this one's (layers that share their slots, or each its own),
+    /// and without room for experts that are used later than all others.
+    pub best_hits: u64,
 }
 
 impl Bracket {
@@ -260,6 +264,7 @@ mod tests {
             lru_hits,
             this_hits,
             belady_hits,
+            best_hits: belady_hits,
         };
         assert_eq!(bracket(10, 10, 10).closed(), None);
         assert_eq!(bracket(10, 15, 20).closed(), Some(0.5));

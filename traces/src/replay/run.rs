@@ -179,15 +179,14 @@ fn bracket(
 ) -> Result<Bracket, ReplayError> {
     let mut source = Twice { source, is_again: warm != Warm::Whole };
     let count = Count { slots, warm_up };
-    let lru_hits = match warm {
-        Warm::Whole => count.lru(&mut source)?.hits,
-        _ => count.lru(source.source)?.hits,
+    let source: &mut dyn Source = match warm {
+        Warm::Whole => &mut source,
+        _ => source.source,
     };
-    let belady_hits = match warm {
-        Warm::Whole => count.belady(&mut source, scope, true)?.hits,
-        _ => count.belady(source.source, scope, true)?.hits,
-    };
-    Ok(Bracket { no_cache_hits: 0, lru_hits, this_hits, belady_hits })
+    let lru_hits = count.lru(source)?.hits;
+    let belady_hits = count.belady(source, Scope::Layer, false)?.hits;
+    let best_hits = count.belady(source, scope, true)?.hits;
+    Ok(Bracket { no_cache_hits: 0, lru_hits, this_hits, belady_hits, best_hits })
 }
 
 fn report(engine: &mut Engine, header: &Header, machine: &Machine, options: &Options) -> Report {

@@ -1,0 +1,108 @@
+//! `pregate replay`: what a trace would have cost on a machine that need not
+//! be here.
+
+pub mod args;
+mod compare;
+mod line;
+mod pictures;
+mod room;
+mod runs;
+mod subject;
+mod table;
+
+use crate::{
+    exit::Failure,
+    output,
+    plot::{Chart, heat, svg, terminal},
+};
+use args::ReplayArgs;
+use compare::Between;
+use line::Line;
+use runs::{Asked, Run};
+use std::{
+    env,
+    io::{IsTerminal, stdout},
+    path::Path,
+};
+use subject::{Model, Subject};
+
+pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
+    if args.list {
+        return output::line(&args::list());
+    }
+    let machines = room::machines(args)?;
+    let model = args.model.as_deref().map(Model::find).transpose()?;
+    let subjects = args.traces.iter().map(|path| Subject::new(path, model.as_ref()));
+    let asked = Asked::new(args, subjects.collect::<Result<_, _>>()?, machines);
+    let between = args.compare.then(|| Between::of(&asked)).transpose()?;
+    for subject in asked.subjects.iter().filter_map(Subject::synthetic) {
+        eprintln!("note: this trace is synthetic, {}", table::printable(&subject));
+    }
+    let runs = runs::all(&asked)?;
+    let all: Vec<&Run> = runs.iter().collect();
+    // Pictures first: a reader of the table may close the pipe.
+    if let Some(path) = &args.plot {
+        write(path, &svg::draw(&[pictures::hits(&asked, &all), pictures::speed(&asked, &all)]))?;
+    }
+    if let Some(path) = &args.heatmap {
+        write(path, &heat::draw(&pictures::maps(&asked, &all)))?;
+    }
+    if args.json {
+        for run in &runs {
+            let text = serde_json::to_string(&Line::new(&asked, run))
+                .map_err(|error| Failure::Internal(error.to_string()))?;
+            output::line(&text)?;
+        }
+        return Ok(());
+    }
+    output::line(text(&asked, &runs, between).trim_end())
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    std::fs::write(path, text).map_err(|error| Failure::io(path.display().to_string(), error))?;
+    eprintln!("wrote {}", path.display());
+    Ok(())
+}
+
+/// Curves of fewer sizes say less than the table.
+const LEAST_SIZES: usize = 3;
+
+fn text(asked: &Asked, runs: &[Run], between: Option<Between>) -> String {
+    let mut out = String::new();
+    for (trace, subject) in asked.subjects.iter().enumerate() {
+        out += &table::about_trace(asked, subject);
+        let of_trace: Vec<&Run> = runs.iter().filter(|run| run.job.trace == trace).collect();
+        if let Some(between) = between {
+            out += &format!("\n{}\n", between.table(asked, &of_trace));
+        }
+        for (index, machine) in asked.machines.iter().enumerate() {
+            let here: Vec<&Run> =
+                of_trace.iter().copied().filter(|run| run.job.machine == index).collect();
+            if between.is_none() {
+                let rules = table::rules(&here).map(|rules| format!("rules     {rules}\n"));
+                let table = table::of(&here, columns().unwrap_or(usize::MAX));
+                let name = table::printable(&machine.name);
+                out += &format!("machine   {name}\n{}\n{table}\n", rules.unwrap_or_default());
+            }
+        }
+        if asked.sizes.len() >= LEAST_SIZES {
+            out += &curve(&pictures::hits(asked, &of_trace));
+        }
+    }
+    out
+}
+
+/// As wide as the terminal, in its colours; plain where nobody looks.
+fn curve(chart: &Chart) -> String {
+    let width = columns();
+    let colour = width.is_some() && env::var_os("NO_COLOR").is_none();
+    format!("{}\n", terminal::draw(chart, width.unwrap_or(USUAL_WIDTH), colour))
+}
+
+/// Of the terminal; `None`: standard output is none.
+fn columns() -> Option<usize> {
+    let size = ratatui::crossterm::terminal::size().ok();
+    size.filter(|_| stdout().is_terminal()).map(|(columns, _)| usize::from(columns))
+}
+
+const USUAL_WIDTH: usize = 80;

@@ -1,0 +1,239 @@
+//! All settings that were asked for, replayed side by side on the machine's
+//! cores.
+
+use super::{
+    args::{ReplayArgs, SlotsArg, WarmArg},
+    room::Room,
+    subject::Subject,
+};
+use crate::{exit::Failure, progress::Progress};
+use pregate_predictor::{Scope, policy};
+use pregate_traces::replay::{Bracket, Machine, Options, ReplayError, Report, Warm, replay};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+/// One setting, by its places in what was asked for.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub trace: usize,
+    pub machine: usize,
+    pub size: usize,
+    pub policy: usize,
+    pub forecast: usize,
+    /// Per layer of the model.
+    slots: Vec<usize>,
+    options: Options,
+}
+
+/// A setting and what it led to.
+#[derive(Clone, Debug)]
+pub struct Run {
+    pub job: Job,
+    pub report: Report,
+}
+
+/// What was asked for.
+pub struct Asked {
+    pub subjects: Vec<Subject>,
+    pub machines: Vec<Machine>,
+    pub sizes: Vec<SlotsArg>,
+    /// Or else chosen by us.
+    sizes_are_asked: bool,
+    pub policies: Vec<String>,
+    pub forecasts: Vec<String>,
+    pub context: u64,
+    pub warm: Option<WarmArg>,
+}
+
+impl Asked {
+    pub fn new(args: &ReplayArgs, subjects: Vec<Subject>, machines: Vec<Machine>) -> Self {
+        Self {
+            subjects,
+            machines,
+            sizes: args.sizes(),
+            sizes_are_asked: !args.slots.is_empty(),
+            policies: args.policies(),
+            forecasts: args.forecasts(),
+            context: args.context,
+            warm: args.warm,
+        }
+    }
+
+    /// Every combination, in the order in which they are told.
+    fn jobs(&self) -> Result<Vec<Job>, Failure> {
+        let mut jobs: Vec<Job> = Vec::new();
+        let mut counted = HashSet::new();
+        for (trace, subject) in self.subjects.iter().enumerate() {
+            for (machine, on) in self.machines.iter().enumerate() {
+                let mut seen = HashSet::new();
+                for (size, slots) in self.sizes.iter().enumerate() {
+                    let room = Room::of(on, subject, slots, self.context)?;
+                    let slots = room.slots.per_layer(&subject.header.shape);
+                    // Of the sizes that we chose some may be the same.
+                    if !seen.insert(slots.clone()) && !self.sizes_are_asked {
+                        continue;
+                    }
+                    for (policy, policy_name) in self.policies.iter().enumerate() {
+                        for (forecast, forecast_name) in self.forecasts.iter().enumerate() {
+                            let options = Options {
+                                trace: subject.name.clone(),
+                                slots: room.slots.clone(),
+                                policy: policy_name.clone(),
+                                forecast: forecast_name.clone(),
+                                warm: self.warm(subject),
+                                dense_bytes: self.dense_bytes(subject),
+                                ram_share: room.ram_share,
+                                bracket: counted.insert(self.bracket_key(
+                                    trace,
+                                    &slots,
+                                    policy_name,
+                                )),
+                                ..Options::default()
+                            };
+                            let slots = slots.clone();
+                            jobs.push(Job {
+                                trace,
+                                machine,
+                                size,
+                                policy,
+                                forecast,
+                                slots,
+                                options,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+        Ok(jobs)
+    }
+
+    /// Everything but routed experts that a token reads: of the cache, which
+    /// fills, half.
+    fn dense_bytes(&self, subject: &Subject) -> u64 {
+        let weights = &subject.weights;
+        weights.other_bytes.unwrap_or(0) + self.context / 2 * weights.kv_bytes
+    }
+
+    pub fn warm(&self, subject: &Subject) -> Warm {
+        match self.warm {
+            None => Warm::Cold,
+            Some(WarmArg::Tokens(tokens)) => Warm::Tokens(tokens),
+            Some(WarmArg::Tenth) => Warm::Tokens(subject.tokens.unwrap_or(10_000) / 10),
+        }
+    }
+}
+
+/// What LRU's and Belady's hits depend on: the trace, the slots, and whether
+/// layers share them. They are counted for one setting of each.
+type BracketKey = (usize, Vec<usize>, bool);
+
+impl Asked {
+    fn bracket_key(&self, trace: usize, slots: &[usize], policy: &str) -> BracketKey {
+        let shape = &self.subjects[trace].header.shape;
+        let shares = policy::by_name(policy).is_some_and(|mut policy| {
+            policy.prepare(shape, slots);
+            policy.scope() == Scope::Pool
+        });
+        (trace, slots.to_vec(), shares)
+    }
+}
+
+/// How often the bar is drawn.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Replays everything; the order of the answers does not depend on who ends
+/// first. A bar on standard error shows tokens and their rate.
+pub fn all(asked: &Asked) -> Result<Vec<Run>, Failure> {
+    let jobs = asked.jobs()?;
+    let tokens: u64 = jobs.iter().filter_map(|job| asked.subjects[job.trace].tokens).sum();
+    let mut bar = Progress::with_rate("replaying", "tokens", usize::try_from(tokens).unwrap_or(0));
+    let shared = Shared {
+        next: AtomicUsize::new(0),
+        tokens: AtomicU64::new(0),
+        failed: AtomicBool::new(false),
+        answers: jobs.iter().map(|_| Mutex::new(None)).collect(),
+    };
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        let work = || scope.spawn(|| shared.work(asked, &jobs));
+        let workers: Vec<_> = (0..cores.min(jobs.len())).map(|_| work()).collect();
+        while !workers.iter().all(thread::ScopedJoinHandle::is_finished) {
+            thread::park_timeout(LOOK);
+            bar.set(usize::try_from(shared.tokens.load(Ordering::Relaxed)).unwrap_or(0));
+        }
+    });
+    drop(bar);
+    let answers = shared.answers.into_iter().zip(jobs);
+    // Behind a failure others may be missing; the first in order is told.
+    let answers = answers.filter_map(|(answer, job)| {
+        let answer = answer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Some(answer?.map(|report| Run { job, report }))
+    });
+    let mut runs = answers.collect::<Result<Vec<Run>, Failure>>()?;
+    share_brackets(asked, &mut runs);
+    Ok(runs)
+}
+
+/// Gives every run the bracket that one of its kind has.
+fn share_brackets(asked: &Asked, runs: &mut [Run]) {
+    let key = |run: &Run| {
+        asked.bracket_key(run.job.trace, &run.job.slots, &asked.policies[run.job.policy])
+    };
+    let counted: HashMap<BracketKey, Bracket> =
+        runs.iter().filter_map(|run| Some((key(run), run.report.bracket?))).collect();
+    for run in runs {
+        let found = counted.get(&key(run));
+        run.report.bracket = found.map(|found| Bracket { this_hits: run.report.hits, ..*found });
+    }
+}
+
+struct Shared {
+    next: AtomicUsize,
+    tokens: AtomicU64,
+    failed: AtomicBool,
+    answers: Vec<Mutex<Option<Result<Report, Failure>>>>,
+}
+
+impl Shared {
+    /// Takes one setting after the other until none is left or one failed.
+    fn work(&self, asked: &Asked, jobs: &[Job]) {
+        while !self.failed.load(Ordering::Relaxed) {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(job) = jobs.get(index) else { return };
+            let answer = self.one(asked, job);
+            if answer.is_err() {
+                self.failed.store(true, Ordering::Relaxed);
+            }
+            if let Ok(mut place) = self.answers[index].lock() {
+                *place = Some(answer);
+            }
+        }
+    }
+
+    fn one(&self, asked: &Asked, job: &Job) -> Result<Report, Failure> {
+        let subject = &asked.subjects[job.trace];
+        let mut source = subject.open()?;
+        let mut told = 0;
+        let mut progress = |tokens: u64| {
+            self.tokens.fetch_add(tokens - told, Ordering::Relaxed);
+            told = tokens;
+        };
+        let machine = &asked.machines[job.machine];
+        replay(&mut source, machine, &job.options, &mut progress).map_err(|error| match error {
+            ReplayError::Trace(error) => error.into(),
+            ReplayError::Empty => {
+                let words = "there are no tokens to count: fewer for --warm, or another trace";
+                Failure::Usage(format!("{}: {words}", subject.name))
+            }
+            other => Failure::Usage(format!("{}: {other}", subject.name)),
+        })
+    }
+}

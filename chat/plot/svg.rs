@@ -1,0 +1,259 @@
+//! Charts as SVG: one file without anything from outside, readable on light
+//! and on dark ground.
+
+use super::{Chart, Role, Series, scale};
+use std::fmt::Write;
+
+const WIDTH: f64 = 760.0;
+const PLOT_HEIGHT: f64 = 260.0;
+const LEFT: f64 = 62.0;
+/// Room for names at the ends of lines.
+const RIGHT: f64 = 190.0;
+const LINE: f64 = 17.0;
+/// Names at the ends of lines are so far apart at least.
+const NAME_GAP: f64 = 14.0;
+/// Longer text would leave the picture.
+const MOST_CHARS: usize = 108;
+const MOST_NAME_CHARS: usize = 27;
+/// Colours with a name `s0` to `s7` in [`STYLE`].
+const COLOURS: usize = 8;
+
+/// Ground and text follow the reader's theme. The eight colours (after Okabe
+/// and Ito, for all kinds of colour vision) have enough contrast on both.
+const STYLE: &str = "\
+.ground{fill:#ffffff}.text{fill:#1f2328}.quiet{fill:#59636e}.grid{stroke:#d1d9e0}
+.axis{stroke:#59636e}.line{fill:none;stroke-width:2}.reference{stroke-dasharray:5 4}
+.s0{color:#0969b8}.s1{color:#b35900}.s2{color:#00805c}.s3{color:#b0487f}
+.s4{color:#59636e}.s5{color:#8a6d00}.s6{color:#2e8fc4}.s7{color:#c0392b}
+.line{stroke:currentColor}.mark,.name{fill:currentColor}
+@media (prefers-color-scheme:dark){.ground{fill:#0d1117}.text{fill:#e6edf3}.quiet{fill:#9198a1}
+.grid{stroke:#30363d}.axis{stroke:#9198a1}.s0{color:#58a6ff}.s1{color:#f0883e}.s2{color:#3fb98b}
+.s3{color:#e58fc0}.s4{color:#a8b1ba}.s5{color:#d9b93b}.s6{color:#7cc7f0}.s7{color:#ff7b72}}
+text{font:12px system-ui,sans-serif}.title{font-size:15px;font-weight:600}.end{text-anchor:end}
+.middle{text-anchor:middle}.on-dark{fill:#ffffff}.on-bright{fill:#1f2328}";
+
+/// Charts, one below the other.
+pub fn draw(charts: &[Chart]) -> String {
+    let mut body = String::new();
+    let mut y = 0.0;
+    for chart in charts {
+        y = panel(&mut body, chart, y);
+    }
+    let title = charts.first().map_or("", |chart| &chart.title);
+    document(title, WIDTH, y, &body)
+}
+
+/// A file with `body` on the ground.
+pub fn document(title: &str, width: f64, height: f64, body: &str) -> String {
+    let title = escape(title);
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width:.0} {height:.0}\" \
+         width=\"{width:.0}\" height=\"{height:.0}\" role=\"img\">\n<title>{title}</title>\n\
+         <style>{STYLE}</style>\n<rect class=\"ground\" width=\"100%\" height=\"100%\"/>\n\
+         {body}</svg>\n"
+    )
+}
+
+/// Text of others as text: nothing in it is markup, and characters that XML
+/// forbids are left out.
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            '\u{fffe}' | '\u{ffff}' => {}
+            control if control.is_control() => out.push(' '),
+            other => out.push(other),
+        }
+    }
+    out
+}
+
+/// A line of text whose baseline ends at `y`.
+pub fn text(out: &mut String, class: &str, x: f64, y: f64, words: &str, most_chars: usize) {
+    let count = words.chars().count();
+    let words: String = match count > most_chars {
+        true => words.chars().take(most_chars - 1).chain(['…']).collect(),
+        false => words.to_string(),
+    };
+    // Writing to a string cannot fail.
+    let _ = writeln!(
+        out,
+        "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>",
+        escape(&words)
+    );
+}
+
+/// Title and notes; where they end.
+pub fn heading(out: &mut String, title: &str, notes: &[String], y: f64) -> f64 {
+    let mut y = y + 26.0;
+    text(out, "text title", 16.0, y, title, MOST_CHARS * 4 / 5);
+    for note in notes {
+        y += LINE;
+        text(out, "quiet", 16.0, y, note, MOST_CHARS);
+    }
+    y
+}
+
+/// Where values lie on the paper.
+struct Axes {
+    left: f64,
+    top: f64,
+    x: (f64, f64),
+    y_top: f64,
+}
+
+impl Axes {
+    fn x(&self, x: f64) -> f64 {
+        let (low, high) = self.x;
+        let share = if high > low { (x - low) / (high - low) } else { 0.5 };
+        self.left + share * (WIDTH - self.left - RIGHT)
+    }
+
+    fn y(&self, y: f64) -> f64 {
+        self.top + (1.0 - (y / self.y_top).clamp(0.0, 1.0)) * PLOT_HEIGHT
+    }
+}
+
+fn panel(out: &mut String, chart: &Chart, y: f64) -> f64 {
+    let y = heading(out, &chart.title, &chart.notes, y) + 24.0;
+    text(out, "quiet", 16.0, y, &chart.y_label, MOST_CHARS);
+    let top = y + 12.0;
+    let bottom = top + PLOT_HEIGHT;
+    let Some(x) = chart.x_range() else {
+        text(out, "quiet", LEFT, top + LINE, "no data", MOST_CHARS);
+        return bottom;
+    };
+    let axes = Axes { left: LEFT, top, x, y_top: chart.y_top() };
+    let right = WIDTH - RIGHT;
+    for mark in scale::ticks(axes.y_top, 5) {
+        let at = axes.y(mark);
+        let class = if mark == 0.0 { "axis" } else { "grid" };
+        let _ = writeln!(out, "<path class=\"{class}\" d=\"M{LEFT} {at:.1}H{right:.1}\"/>");
+        let label = scale::number(mark, axes.y_top);
+        text(out, "quiet end", LEFT - 8.0, at + 4.0, &label, MOST_CHARS);
+    }
+    for mark in x_marks(chart) {
+        let label = scale::number(mark, x.1);
+        text(out, "quiet middle", axes.x(mark), bottom + LINE, &label, MOST_CHARS);
+    }
+    let middle = (LEFT + right) / 2.0;
+    text(out, "quiet middle", middle, bottom + 2.2 * LINE, &chart.x_label, MOST_CHARS);
+    let mut names = Vec::new();
+    for (index, series) in chart.series.iter().enumerate() {
+        names.extend(line(out, &axes, index, series).map(|end| (end, index)));
+    }
+    end_names(out, chart, names, top, bottom);
+    bottom + 3.2 * LINE
+}
+
+/// The xs of the first line; where they are too dense, some of them.
+fn x_marks(chart: &Chart) -> Vec<f64> {
+    let longest = chart.series.iter().max_by_key(|series| series.points.len());
+    let xs: Vec<f64> =
+        longest.iter().flat_map(|series| &series.points).map(|point| point.0).collect();
+    let every = xs.len().div_ceil(14).max(1);
+    xs.into_iter().filter(|x| x.is_finite()).step_by(every).collect()
+}
+
+/// The height of the line's end; `None` for one without points.
+fn line(out: &mut String, axes: &Axes, index: usize, series: &Series) -> Option<f64> {
+    let finite = |(x, y): &&(f64, f64)| x.is_finite() && y.is_finite();
+    let points: Vec<(f64, f64)> =
+        series.points.iter().filter(finite).map(|&(x, y)| (axes.x(x), axes.y(y))).collect();
+    let &(_, end) = points.last()?;
+    let path: Vec<String> = points.iter().map(|(x, y)| format!("{x:.1} {y:.1}")).collect();
+    let dashes = if series.role == Role::Reference { " reference" } else { "" };
+    let _ = writeln!(
+        out,
+        "<g class=\"s{}\"><path class=\"line{dashes}\" d=\"M{}\"/>",
+        index % COLOURS,
+        path.join("L")
+    );
+    for (x, y) in &points {
+        let _ = writeln!(out, "<circle class=\"mark\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\"/>");
+    }
+    out.push_str("</g>\n");
+    Some(end)
+}
+
+/// Names beside the ends, moved apart where lines end together.
+fn end_names(out: &mut String, chart: &Chart, mut names: Vec<(f64, usize)>, top: f64, bottom: f64) {
+    names.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    let mut least = top;
+    for (y, _) in &mut names {
+        *y = y.max(least);
+        least = *y + NAME_GAP;
+    }
+    // What was pushed out below moves everybody up.
+    let mut most = bottom;
+    for (y, _) in names.iter_mut().rev() {
+        *y = y.min(most);
+        most = *y - NAME_GAP;
+    }
+    for (y, index) in names {
+        let class = format!("name s{}", index % COLOURS);
+        let name = &chart.series[index].name;
+        text(out, &class, WIDTH - RIGHT + 10.0, y + 4.0, name, MOST_NAME_CHARS);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_of_others_is_only_text() {
+        assert_eq!(escape("a<b>&\"'\u{7}\u{ffff}é"), "a&lt;b&gt;&amp;&quot;&#39; é");
+        let chart = Chart {
+            title: "</title><script>".to_string(),
+            notes: vec!["x".repeat(500)],
+            x_label: "]]>".to_string(),
+            y_label: "&nope;".to_string(),
+            series: vec![Series {
+                name: "<b>".to_string(),
+                role: Role::Main,
+                points: vec![(1.0, f64::NAN), (2.0, 3.0)],
+            }],
+            y_most: None,
+        };
+        let file = draw(&[chart]);
+        for wrong in ["<script", "<b>", "&nope", "NaN", "inf", &"x".repeat(200)] {
+            assert!(!file.contains(wrong), "{wrong} in {file}");
+        }
+        assert!(file.contains("&lt;b&gt;") && file.contains("…"));
+    }
+
+    #[test]
+    fn names_of_lines_that_end_together_are_apart_and_inside() {
+        let series = |index: usize| Series {
+            name: format!("line {index}"),
+            role: Role::Main,
+            points: vec![(0.0, 0.0), (1.0, 0.001 * index as f64)],
+        };
+        let chart = Chart {
+            title: String::new(),
+            notes: Vec::new(),
+            x_label: String::new(),
+            y_label: String::new(),
+            series: (0..8).map(series).collect(),
+            y_most: Some(1.0),
+        };
+        let file = draw(&[chart]);
+        let height = |line: &str| -> f64 {
+            line.split(" y=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap()
+        };
+        let ys: Vec<f64> =
+            file.lines().filter(|line| line.contains("\"name ")).map(height).collect();
+        assert_eq!(ys.len(), 8);
+        assert!(ys.windows(2).all(|pair| pair[1] - pair[0] >= NAME_GAP - 0.11), "{ys:?}");
+        let axis = file.lines().find(|line| line.contains("\"axis\"")).unwrap();
+        let axis: f64 =
+            axis.split("M62 ").nth(1).unwrap().split('H').next().unwrap().parse().unwrap();
+        assert!(ys.iter().all(|y| *y <= axis + 4.1), "{ys:?} {axis}");
+    }
+}
