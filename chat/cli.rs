@@ -113,6 +113,22 @@ processor are left out, as far as the system tells.")]
   pregate tokenize --model model.gguf --json < text.txt
   pregate tokenize --model model.gguf --decode 1,2,3")]
     Tokenize(TokenizeArgs),
+    /// Learn from recorded routing which experts come next
+    #[command(after_help = "Examples:
+  pregate train-predictor chat.pgtrace --out chat.pgpredict
+  pregate run --model model.gguf --ram 8G --predictor chat.pgpredict --prompt 'hello'
+  pregate train-predictor trace.json --model model.gguf --out model.pgpredict
+  pregate train-predictor other.pgtrace --evaluate chat.pgpredict
+
+One in eight sequences is held out, and every forecast is judged on these: the share of the used
+experts among its best k, 1.5 k and 2 k, the share of tokens and layers with all of them among the
+best k (whole), the share of their gate weight (mass), how many were said to be likelier than not
+(issued) and how many of these were used (right), and how far probabilities are from what came
+true (ECE); for 1, 2, 4 and 8 layers ahead, and for the next token.
+
+The file has at most 8 MiB and fits one model only: the one of the traces, or of --model where
+they do not say. The same traces and seed give the same file.")]
+    TrainPredictor(TrainArgs),
     /// Look at this machine: processor, memory, disk, GPU
     #[command(after_help = "Examples:
   pregate doctor
@@ -126,6 +142,28 @@ processor, else 4. A machine without a GPU is well.")]
     /// Predict speed and hits on other machines, from a trace of routing
     #[command(after_help = replay::HELP)]
     Replay(ReplayArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Traces of one model: of pregate run --record, or rtrace-1 manifests (.json)
+    #[arg(value_name = "TRACE", required = true)]
+    pub traces: Vec<PathBuf>,
+    /// Where the trained forecasts go
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Judge this file on all of the traces instead of training
+    #[arg(long, value_name = "FILE", conflicts_with = "out")]
+    pub evaluate: Option<PathBuf>,
+    /// Bind the file to this model; for traces of other programs
+    #[arg(short, long, value_name = "FILE|FOLDER")]
+    pub model: Option<PathBuf>,
+    /// Threads that train, which do not change the result [default: 2]
+    #[arg(short, long, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+    /// Another seed gives another file
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
 }
 
 #[derive(Debug, Subcommand)]

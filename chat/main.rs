@@ -68,6 +68,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Chat(args) => return commands::chat::run(args),
         Command::Doctor(args) => return commands::doctor::run(args),
         Command::Replay(args) => commands::replay::run(args)?,
+        Command::TrainPredictor(args) => commands::train::run(args)?,
         Command::Run(args) => commands::run::run(args)?,
     }
     Ok(0)

@@ -6,12 +6,16 @@ use clap::{
     Args, ValueEnum,
     builder::{PossibleValue, PossibleValuesParser},
 };
+use pregate_predictor::forecast::learned::{LIMIT_BYTES, Trained};
 use pregate_predictor::{forecast, policy};
 use pregate_runtime::{
     Streaming,
     model::Source,
     store::disk::{DiskChoice, DiskOptions},
 };
+use std::fs;
+use std::io::Read;
+use std::sync::Arc;
 
 #[derive(Clone, Debug, Default, Args)]
 pub struct MemoryArgs {
@@ -50,6 +54,10 @@ pub struct StreamingArgs {
         )
     )]
     pub forecast: Option<String>,
+    /// Forecasts that were trained for this model (pregate train-predictor); they join the blend,
+    /// and --forecast learned-network takes one of them alone
+    #[arg(long, help_heading = HEADING, value_name = "FILE", value_parser = predictor)]
+    pub predictor: Option<Arc<Trained>>,
     #[arg(
         long,
         help_heading = HEADING,
@@ -93,9 +101,21 @@ impl From<DiskArg> for DiskChoice {
 /// Those that are wrong on purpose are for tests: taken, and not shown.
 fn forecasts() -> Vec<PossibleValue> {
     let (useful, wrong) = forecast::NAMES.split_at(forecast::USEFUL);
-    let shown = ["blend", "none"].iter().chain(useful);
+    let (learned, others) = forecast::LEARNED.split_at(forecast::LEARNED_USEFUL);
+    let shown = ["blend", "none"].iter().chain(useful).chain(learned);
     let shown = shown.map(|&name| PossibleValue::new(name));
-    shown.chain(wrong.iter().map(|&name| PossibleValue::new(name).hide(true))).collect()
+    shown
+        .chain(wrong.iter().chain(others).map(|&name| PossibleValue::new(name).hide(true)))
+        .collect()
+}
+
+/// Reads and checks the file; whether it fits the model is known later.
+fn predictor(path: &str) -> Result<Arc<Trained>, String> {
+    let file = fs::File::open(path).map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    let limit = LIMIT_BYTES as u64 + 1;
+    file.take(limit).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    Trained::parse(&bytes).map(Arc::new).map_err(|error| error.to_string())
 }
 
 fn horizon(text: &str) -> Result<usize, String> {
@@ -129,6 +149,7 @@ impl StreamingArgs {
         Streaming {
             policy: self.policy.clone().unwrap_or(usual.policy),
             forecast: self.forecast.clone().unwrap_or(usual.forecast),
+            trained: self.predictor.clone(),
             horizon: self.horizon.unwrap_or(usual.horizon),
             source: Source::Disk(self.disk()),
             ..usual
@@ -141,6 +162,7 @@ impl StreamingArgs {
         let given = [
             ("--policy", self.policy.is_some()),
             ("--forecast", self.forecast.is_some()),
+            ("--predictor", self.predictor.is_some()),
             ("--horizon", self.horizon.is_some()),
             ("--ring", self.ring.is_some()),
             ("--disk", self.disk.is_some()),

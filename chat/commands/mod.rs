@@ -12,3 +12,4 @@ pub mod replay;
 pub mod run;
 pub mod tensor_kinds;
 pub mod tokenize;
+pub mod train;

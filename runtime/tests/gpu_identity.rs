@@ -135,6 +135,7 @@ impl Config {
             ring: self.ring,
             policy: self.policy.to_string(),
             forecast: self.forecast.to_string(),
+            trained: None,
             horizon: self.horizon,
             // A low bar, so that guesses are acted upon.
             ahead: Ahead { threshold: 0.1, ..Ahead::default() },

@@ -10,6 +10,7 @@ mod open;
 pub mod record;
 pub mod replay;
 mod row;
+pub mod train;
 
 pub use belady::{AccessLog, Hits};
 pub use error::TraceError;

@@ -17,9 +17,9 @@ const PER_SOURCE: usize = 2;
 /// A feature's largest magnitude.
 const CLAMP: f32 = 4.0;
 const WEIGHT_LIMIT: f32 = 16.0;
-/// What all slopes start with together, and how much of it routers get.
+/// What all slopes start with together, and how much of it strong sources get.
 const START: f32 = 1.5;
-const ROUTERS_SHARE: f32 = 0.8;
+const STRONG_SHARE: f32 = 0.8;
 /// Step of AdaGrad, and how slowly its memory of past gradients fades.
 const STEP: f32 = 0.2;
 const FADE: f32 = 0.998;
@@ -105,20 +105,21 @@ struct Weights {
 
 impl Weights {
     /// A router on a state that is a little old names two to three experts in
-    /// four (`papers.md` 5.1), history one in two: the last `routers` sources
-    /// start with most of the weight where they answer.
-    fn new(sources: usize, routers: usize, situation: Situation) -> Self {
-        let is_router = |source: usize| source + routers >= sources;
+    /// four (`papers.md` 5.1), so does a trained network; history one in two:
+    /// the sources of the set `strong` start with most of the weight where
+    /// they answer.
+    fn new(sources: usize, strong: u32, situation: Situation) -> Self {
+        let is_strong = |source: usize| strong >> source & 1 == 1;
         let answers = |source: &usize| situation.sources >> source & 1 == 1;
-        let of_routers = (0..sources).filter(answers).filter(|&s| is_router(s)).count();
-        let of_history = (0..sources).filter(answers).count() - of_routers;
-        let (routers_share, history_share) = match (of_routers, of_history) {
+        let of_strong = (0..sources).filter(answers).filter(|&s| is_strong(s)).count();
+        let of_history = (0..sources).filter(answers).count() - of_strong;
+        let (strong_share, history_share) = match (of_strong, of_history) {
             (0, _) => (0.0, 1.0),
             (_, 0) => (1.0, 0.0),
-            _ => (ROUTERS_SHARE, 1.0 - ROUTERS_SHARE),
+            _ => (STRONG_SHARE, 1.0 - STRONG_SHARE),
         };
-        let start = |source: usize| match is_router(source) {
-            true => START * routers_share / of_routers.max(1) as f32,
+        let start = |source: usize| match is_strong(source) {
+            true => START * strong_share / of_strong.max(1) as f32,
             false => START * history_share / of_history.max(1) as f32,
         };
         Self {
@@ -166,8 +167,8 @@ impl Weights {
 #[derive(Clone, Debug)]
 pub struct Blend {
     sources: usize,
-    /// Of these, the last ones are routers on another state.
-    routers: usize,
+    /// Of these, routers on another state and trained networks, one bit each.
+    strong: u32,
     /// One per situation that occurred; a runtime has few.
     known: Vec<Weights>,
     learns: bool,
@@ -178,8 +179,8 @@ pub struct Blend {
 const MAX_SITUATIONS: usize = 32;
 
 impl Blend {
-    pub fn new(sources: usize, routers: usize, learns: bool) -> Self {
-        Self { sources, routers, known: Vec::new(), learns, errors: Vec::new() }
+    pub fn new(sources: usize, strong: u32, learns: bool) -> Self {
+        Self { sources, strong, known: Vec::new(), learns, errors: Vec::new() }
     }
 
     fn weights(&mut self, situation: Situation) -> usize {
@@ -189,7 +190,7 @@ impl Blend {
         if self.known.len() == MAX_SITUATIONS {
             return 0;
         }
-        self.known.push(Weights::new(self.sources, self.routers, situation));
+        self.known.push(Weights::new(self.sources, self.strong, situation));
         self.known.len() - 1
     }
 

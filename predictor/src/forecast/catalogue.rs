@@ -1,8 +1,10 @@
 //! Forecasts by name.
 
 use super::hostile::{Constant, Garbage, Inverse, Panicking, Random, Silent};
+use super::learned::{LearnedNetwork, LearnedPath, LearnedTables, Trained};
 use super::{Forecast, Frequency, NaiveBayes, PreviousToken, TokenMemory, Transition};
 use crate::Shape;
+use std::sync::Arc;
 
 /// The names that [`by_name`] knows: useful ones first, then those that are
 /// wrong on purpose.
@@ -22,6 +24,29 @@ pub const NAMES: [&str; 11] = [
 
 /// How many of [`NAMES`] are useful.
 pub const USEFUL: usize = 5;
+
+/// The names that [`learned`] knows.
+pub const LEARNED: [&str; 4] =
+    ["learned-tables", "learned-network", "learned-path", "learned-network-fixed"];
+
+/// The one of [`LEARNED`] that a blend starts with believing.
+pub const STRONG: &str = LEARNED[1];
+
+/// How many of [`LEARNED`] a blend takes.
+pub const LEARNED_USEFUL: usize = 3;
+
+/// The trained forecast called `name`; `None`: there is none of this name, or
+/// the file has none of this kind.
+pub fn learned(name: &str, trained: &Arc<Trained>) -> Option<Box<dyn Forecast>> {
+    let trained = Arc::clone(trained);
+    Some(match name {
+        "learned-tables" => Box::new(LearnedTables::new(trained)),
+        "learned-network" => Box::new(LearnedNetwork::new(trained, true)?),
+        "learned-network-fixed" => Box::new(LearnedNetwork::new(trained, false)?),
+        "learned-path" => Box::new(LearnedPath::new(trained)?),
+        _ => return None,
+    })
+}
 
 /// The forecast called `name`, for guesses up to `horizon` layers ahead.
 pub fn by_name(name: &str, shape: &Shape, horizon: usize) -> Option<Box<dyn Forecast>> {

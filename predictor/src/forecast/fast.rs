@@ -18,16 +18,22 @@ pub fn ln(x: f32) -> f32 {
     exponent as f32 * LN_2 + s * (2.0 + tail)
 }
 
-/// `1 / (1 + e^-z)` for any finite `z`, within 1e-4, in 0..=1.
+/// `e^z` for any finite `z`, within a share of 1e-4; beyond `e^-30` and
+/// `e^30` it grows no more.
 #[inline(always)]
-pub fn sigmoid(z: f32) -> f32 {
-    let x = (-z).clamp(-30.0, 30.0) * LOG2_E;
+pub fn exp(z: f32) -> f32 {
+    let x = z.clamp(-30.0, 30.0) * LOG2_E;
     // Rounds to nearest by adding and taking away 1.5 * 2^23.
     let whole = (x + 12_582_912.0) - 12_582_912.0;
     let r = (x - whole) * LN_2;
     let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0)))));
-    let power = f32::from_bits(((whole as i32 + 127) << 23) as u32);
-    1.0 / (1.0 + p * power)
+    p * f32::from_bits(((whole as i32 + 127) << 23) as u32)
+}
+
+/// `1 / (1 + e^-z)` for any finite `z`, within 1e-4, in 0..=1.
+#[inline(always)]
+pub fn sigmoid(z: f32) -> f32 {
+    1.0 / (1.0 + exp(-z))
 }
 
 #[cfg(test)]

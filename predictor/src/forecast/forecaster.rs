@@ -2,9 +2,11 @@
 
 use super::blend::{Blend, Features, MAX_SOURCES, Spread};
 use super::guard::{Fault, Guarded};
+use super::learned::Trained;
 use super::{External, Forecast, Known, Source, catalogue, select};
 use crate::ledger::{Answer, Ledger};
 use crate::{ExpertId, LayerShape, Outlook, Shape};
+use std::sync::Arc;
 
 /// Layers that can be looked ahead.
 pub const MAX_HORIZON: usize = 16;
@@ -95,6 +97,30 @@ impl Forecaster {
         Some(Self::with(shape, options, vec![forecast]))
     }
 
+    /// The same with what was trained: its forecasts join the blend, and have
+    /// names of their own. `None`: there is no such forecast, or `trained` has
+    /// none of this name.
+    pub fn by_name_with(
+        name: &str,
+        shape: &Shape,
+        horizon: usize,
+        trained: &Arc<Trained>,
+    ) -> Option<Self> {
+        if name == "blend" {
+            let names = catalogue::NAMES[..catalogue::USEFUL].iter();
+            let online = names.filter_map(|name| catalogue::by_name(name, shape, horizon));
+            let learned = catalogue::LEARNED[..catalogue::LEARNED_USEFUL].iter();
+            let learned = learned.filter_map(|name| catalogue::learned(name, trained));
+            let options = Options { horizon, ..Options::default() };
+            return Some(Self::with(shape, options, online.chain(learned).collect()));
+        }
+        let Some(forecast) = catalogue::learned(name, trained) else {
+            return Self::by_name(name, shape, horizon);
+        };
+        let options = Options { horizon, learns: false, ..Options::default() };
+        Some(Self::with(shape, options, vec![forecast]))
+    }
+
     /// With these forecasts; what the runtime computes ([`External`]) joins
     /// them by itself. Names should differ. At most 28 are taken.
     pub fn with(
@@ -107,6 +133,10 @@ impl Forecaster {
         forecasts.truncate(MAX_SOURCES - Source::KINDS);
         let sources: Vec<_> = forecasts.into_iter().map(Guarded::new).collect();
         let columns = sources.len() + Source::KINDS;
+        let is_strong = |column: &usize| {
+            sources.get(*column).is_none_or(|source| source.name() == catalogue::STRONG)
+        };
+        let strong = (0..columns).filter(is_strong).fold(0, |set, column| set | 1 << column);
         let moe: Vec<usize> = shape.moe().map(|(layer, _)| layer).collect();
         let after = |layer: Option<usize>| -> Vec<usize> {
             let later = moe.iter().filter(|&&l| layer.is_none_or(|layer| l > layer));
@@ -121,7 +151,7 @@ impl Forecaster {
         let groups = shape.layers.len().div_ceil(options.group);
         Self {
             layers: layers.collect(),
-            blends: vec![Blend::new(columns, Source::KINDS, options.learns); groups],
+            blends: vec![Blend::new(columns, strong, options.learns); groups],
             first: after(None),
             token: None,
             path: shape.layers.iter().map(|_| Vec::new()).collect(),

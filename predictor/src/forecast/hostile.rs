@@ -1,8 +1,10 @@
 //! Forecasts that are wrong on purpose. Whatever they say, tokens must not
 //! change and nothing may break; the identity tests run with each of them.
 
+use super::learned::matrix::Matrix;
+use super::learned::{Binding, Dimensions, Trained};
 use super::{Forecast, Known, PreviousToken};
-use crate::Shape;
+use crate::{LayerShape, Shape};
 
 macro_rules! deaf {
     () => {
@@ -19,6 +21,17 @@ impl Random {
     pub fn new(seed: u64) -> Self {
         Self(seed | 1)
     }
+
+    /// In 0..1.
+    fn fill(&mut self, scores: &mut [f32]) {
+        for score in scores {
+            // xorshift64
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            *score = (self.0 >> 40) as f32 / (1u64 << 24) as f32;
+        }
+    }
 }
 
 impl Forecast for Random {
@@ -27,13 +40,7 @@ impl Forecast for Random {
     }
 
     fn scores(&mut self, _: usize, _: &Known<'_>, scores: &mut [f32]) -> bool {
-        for score in scores {
-            // xorshift64
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            *score = (self.0 >> 40) as f32 / (1u64 << 24) as f32;
-        }
+        self.fill(scores);
         true
     }
 
@@ -161,4 +168,35 @@ impl Forecast for Silent {
     }
 
     deaf!();
+}
+
+/// A file of trained forecasts for `shape` whose weights mean nothing.
+pub fn untrained(shape: &Shape, binding: Binding, sizes: [usize; Dimensions::NUMBERS]) -> Trained {
+    let dimensions = Dimensions::new(shape, sizes);
+    let mut random = Random::new(5);
+    let mut matrix = |(rows, columns): (usize, usize)| {
+        let mut weights = vec![0.0; rows * columns];
+        random.fill(&mut weights);
+        weights.iter_mut().for_each(|weight| *weight -= 0.5);
+        Matrix::nearest(columns, &weights)
+    };
+    let plain = |layer: &LayerShape| LayerShape { expert_bytes: 0, class: 0, ..*layer };
+    let layers = shape.layers.iter().map(|layer| layer.as_ref().map(plain));
+    let [odds, priors, pairs] = dimensions.tables().map(&mut matrix);
+    let networks = 0..dimensions.networks();
+    let networks = networks.map(|_| dimensions.network().matrices().map(&mut matrix)).collect();
+    let [embeddings, path_in, path_out] = dimensions.path().map(&mut matrix);
+    Trained {
+        binding,
+        shape: Shape { layers: layers.collect() },
+        dimensions,
+        ids: (0..dimensions.ids as u32).map(|id| 3 * id).collect(),
+        odds,
+        priors,
+        pairs,
+        networks,
+        embeddings,
+        path_in,
+        path_out,
+    }
 }

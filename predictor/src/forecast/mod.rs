@@ -7,6 +7,7 @@ mod fast;
 mod forecaster;
 mod guard;
 pub mod hostile;
+pub mod learned;
 mod marginal;
 mod pairs;
 mod recency;
@@ -14,7 +15,7 @@ mod select;
 mod token;
 mod transition;
 
-pub use catalogue::{NAMES, USEFUL, by_name};
+pub use catalogue::{LEARNED, LEARNED_USEFUL, NAMES, USEFUL, by_name, learned as learned_by_name};
 pub use forecaster::{Forecaster, MAX_HORIZON, Options};
 pub use guard::Fault;
 pub use recency::{Frequency, PreviousToken};

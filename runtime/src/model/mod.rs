@@ -26,6 +26,7 @@ use crate::text::{ChatTemplate, Limits, Tokenizer};
 use description::ModelDescription;
 use pregate_kernels::Backend;
 use pregate_kernels::cuda::Device;
+use pregate_predictor::forecast::learned::Trained;
 use pregate_predictor::forecast::{self, Forecaster};
 use pregate_predictor::{Ahead, Cache, Planner, Shape, policy};
 use std::collections::HashSet;
@@ -90,6 +91,10 @@ pub struct Streaming {
     pub policy: String,
     /// One of [`pregate_predictor::forecast::NAMES`], "blend" or "none".
     pub forecast: String,
+    /// What was trained from traces of this model; joins the blend, and adds
+    /// [`pregate_predictor::forecast::LEARNED`] to the names. Where a GPU keeps
+    /// a part of each layer's experts for good, it is not used.
+    pub trained: Option<Arc<Trained>>,
     /// MoE layers that forecasts look ahead.
     pub horizon: usize,
     /// When a forecast becomes a read.
@@ -104,6 +109,7 @@ impl Default for Streaming {
             ring: 8,
             policy: policy::DEFAULT.to_string(),
             forecast: "blend".to_string(),
+            trained: None,
             horizon: 2,
             ahead: Ahead::default(),
             source: Source::Disk(DiskOptions::default()),
@@ -205,6 +211,14 @@ impl OpenedModel {
         &self.layout
     }
 
+    /// As [`Model::fingerprint`].
+    ///
+    /// # Errors
+    /// Files that cannot be read any more.
+    pub fn fingerprint(&self) -> Result<[u8; 32]> {
+        fingerprint::fingerprint(&self.files, &self.description, &self.weights)
+    }
+
     /// As [`Model::tokenizer`], which is this one: who plans memory reads it
     /// first.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
@@ -225,6 +239,7 @@ impl OpenedModel {
         let layers = self.description.layers.len();
         let done = LoadProgress { layers, layers_done: layers, ..Default::default() };
         let mut tell = |bytes_done, bytes| progress(LoadProgress { bytes_done, bytes, ..done });
+        self.fits(&options.residency)?;
         let mut gpu = None;
         let store = match options.residency {
             Residency::Lazy => None,
@@ -261,6 +276,19 @@ impl OpenedModel {
             template: OnceLock::new(),
         };
         Ok(Model { shared: Arc::new(shared) })
+    }
+
+    /// Were forecasts that come with `residency` trained for this model?
+    fn fits(&self, residency: &Residency) -> Result<()> {
+        let streaming = match residency {
+            Residency::Streamed(streaming) => streaming,
+            Residency::Gpu { experts: GpuExperts::Moving { streaming, .. }, .. } => streaming,
+            _ => return Ok(()),
+        };
+        let Some(trained) = &streaming.trained else { return Ok(()) };
+        let here = self.fingerprint()?;
+        let wrong = |error| Error::Request(format!("trained forecasts of another model: {error}"));
+        trained.check(&self.layout.shape, Some(&here)).map_err(wrong)
     }
 
     /// All tensors but those of routed experts and, unless it is the head as
@@ -318,7 +346,7 @@ pub(crate) fn reader(
 
 /// Who decides what comes and who leaves, for experts of `shape`.
 pub(crate) fn planner(shape: &Shape, streaming: &Streaming) -> Result<Planner> {
-    let Streaming { slots, ring, policy, forecast, horizon, ahead, .. } = streaming;
+    let Streaming { slots, ring, policy, forecast, trained, horizon, ahead, .. } = streaming;
     let unknown = |what: &str, name: &str, allowed: String| {
         Error::Request(format!("{what} {name:?}; allowed: {allowed}"))
     };
@@ -327,8 +355,15 @@ pub(crate) fn planner(shape: &Shape, streaming: &Streaming) -> Result<Planner> {
     };
     let cache =
         Cache::new(shape, slots, rule).map_err(|error| Error::Request(error.to_string()))?;
-    let forecaster = Forecaster::by_name(forecast, shape, *horizon);
+    let forecaster = match trained.as_ref().filter(|trained| trained.check(shape, None).is_ok()) {
+        Some(trained) => Forecaster::by_name_with(forecast, shape, *horizon, trained),
+        None => Forecaster::by_name(forecast, shape, *horizon),
+    };
     if forecaster.is_none() && forecast != "none" {
+        if forecast::LEARNED.contains(&forecast.as_str()) {
+            let problem = format!("{forecast} needs a file of trained forecasts that has it");
+            return Err(Error::Request(format!("{problem} (--predictor, for all experts)")));
+        }
         let names = forecast::NAMES.join(", ");
         return Err(unknown("forecast", forecast, format!("none, blend, {names}")));
     }

@@ -129,6 +129,7 @@ impl World {
             ring: config.ring,
             policy: config.policy.to_string(),
             forecast: config.forecast.to_string(),
+            trained: None,
             horizon: config.horizon,
             ahead: Ahead { threshold: config.threshold, ..Ahead::default() },
             source: Source::Custom(Box::new(move |files, _, frames| {
