@@ -10,6 +10,12 @@ use pregate_runtime::Misses;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+mod trace;
+
+pub use trace::{
+    ExportArgs, HeadArgs, ImportArgs, ImportForm, StatsArgs, TraceCommand, TraceHints,
+};
+
 const MAX_CONTEXT: usize = 1 << 24;
 const MAX_THREADS: usize = 1024;
 
@@ -129,6 +135,16 @@ true (ECE); for 1, 2, 4 and 8 layers ahead, and for the next token.
 The file has at most 8 MiB and fits one model only: the one of the traces, or of --model where
 they do not say. The same traces and seed give the same file.")]
     TrainPredictor(TrainArgs),
+    /// Look into traces of routing, and bring them from and to other formats
+    #[command(
+        subcommand,
+        after_help = "A trace says which experts every token chose. Where one comes from:
+  pregate run --record chat.pgtrace --prompt 'list files by size'
+  pregate trace import dev.json --out dev.pgtrace             rtrace-1, with files beside it
+  pregate trace import answers.jsonl --out vllm.pgtrace       routed_experts of vLLM or SGLang
+  pregate trace import routes.csv --out routes.pgtrace        a table of layer and expert"
+    )]
+    Trace(TraceCommand),
     /// Look at this machine: processor, memory, disk, GPU
     #[command(after_help = "Examples:
   pregate doctor
@@ -347,6 +363,10 @@ pub struct ChatArgs {
     /// Instruction that stands before the conversation
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
+    /// Write every router choice, and what each expert cost, to this trace file (`pregate trace`
+    /// reads it); never slows or changes the answer
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     #[command(flatten)]
     pub session: SessionArgs,
     #[command(flatten)]
@@ -377,6 +397,10 @@ pub struct RunArgs {
     /// reading ahead saved and cost; in the JSON of --stats json
     #[arg(long)]
     pub ledger: bool,
+    /// Write every router choice, and what each expert cost, to this trace file (`pregate trace`
+    /// reads it); never slows or changes the answer
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     #[command(flatten)]
     pub session: SessionArgs,
     #[command(flatten)]

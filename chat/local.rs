@@ -6,8 +6,8 @@ use crate::{
     engine::{About, Answer, Engine, Message},
     exit::Failure,
     model, notices,
+    record::Record,
 };
-use pregate_predictor::NoObserver;
 use pregate_runtime::{
     Cancel, Dry, Event, GenerateOptions, Generated, SamplerOptions, Session,
     text::{self, ChatTemplate, Moment, RenderOptions, TextKind, Tokenizer, encode_chat},
@@ -28,6 +28,7 @@ pub struct Local {
     options: GenerateOptions,
     /// The session's warning that was told.
     warned: Option<String>,
+    record: Option<Record>,
 }
 
 impl Local {
@@ -39,7 +40,12 @@ impl Local {
         let options_of_answers = generate_options(sampling, is_demo, tokenizer);
         options_of_answers.sampler.check()?;
         let warned = session.warning();
-        Ok(Self { session, template, options: options_of_answers, warned })
+        Ok(Self { session, template, options: options_of_answers, warned, record: None })
+    }
+
+    /// From here on, routing is recorded.
+    pub fn record(&mut self, record: Option<Record>) {
+        self.record = record;
     }
 
     /// What to say before the first answer.
@@ -112,8 +118,10 @@ impl Local {
         cancel: &Cancel,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Generated, Failure> {
-        let answer =
-            self.session.generate(prompt, &self.options, cancel, &mut NoObserver, on_event)?;
+        let Self { session, options, record, .. } = self;
+        let answer = Record::during(record.as_ref(), |observer| {
+            session.generate(prompt, options, cancel, observer, on_event)
+        })?;
         // Another answer draws other numbers, the same ones in every run with
         // this seed.
         self.options.sampler.seed = self.options.sampler.seed.wrapping_add(1);

@@ -19,6 +19,7 @@ mod output;
 mod plan;
 mod plot;
 mod progress;
+mod record;
 mod roofline;
 mod save;
 mod signals;
@@ -62,6 +63,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Inspect(args) => commands::inspect::run(args)?,
         Command::Plan(args) => commands::plan::run(args)?,
         Command::Bench(args) => commands::bench::run(args)?,
+        Command::Trace(command) => commands::trace::run(command)?,
         Command::Tokenize(args) => commands::tokenize::run(args)?,
         Command::Eval(EvalCommand::Logits(args)) => commands::eval::logits(args)?,
         Command::Eval(EvalCommand::Perplexity(args)) => commands::perplexity::run(args)?,

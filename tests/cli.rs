@@ -496,3 +496,49 @@ fn a_model_file_that_changes_while_it_is_used_is_an_error_and_no_signal() {
     assert_eq!(code, Some(0), "replaced: {text}");
     assert_eq!(text.matches("another file has this name now").count(), 1, "{text}");
 }
+
+#[test]
+fn a_run_is_recorded_and_its_trace_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (trace, table) = (at("run.pgtrace"), at("run.csv"));
+    let question = ["run", "--temperature", "0", "--max-tokens", "8", "--prompt", "list files"];
+    let plain = run(&question);
+    let streamed = ["--ram", "40M", "--model"];
+    let recorded = run(&[&question[..], &streamed, &[&demo(), "--record", &trace]].concat());
+    assert!(recorded.status.success(), "{recorded:?}");
+    assert_eq!(recorded.stdout, plain.stdout, "recording changes nothing");
+    let notes = String::from_utf8_lossy(&recorded.stderr).into_owned();
+    assert!(notes.contains("recorded ") && notes.contains("run.pgtrace"), "{notes}");
+
+    let json = |arguments: &[&str]| -> serde_json::Value {
+        let output = run(arguments);
+        serde_json::from_str(&stdout(&output)).unwrap_or_else(|_| panic!("{output:?}"))
+    };
+    let stats = json(&["trace", "stats", "--json", &trace]);
+    assert_eq!(stats["fingerprint"].as_str().unwrap().len(), 64, "{stats}");
+    assert_eq!(stats["sequences"], 1);
+    let first = json(&["trace", "head", "--json", "-n", "1", &trace]);
+    assert_eq!((&first["position"], &first["is_prompt"]), (&0.into(), &true.into()));
+    assert_eq!(first["pass_tokens"], stats["tokens"].as_u64().unwrap() - 7, "the prompt's tokens");
+    let served = first["served"].as_array().unwrap();
+    assert_eq!(served.len(), stats["layers"].as_array().unwrap().len());
+    let bytes: u64 = served.iter().map(|layer| layer["bytes"].as_u64().unwrap()).sum();
+    assert!(bytes > 0, "experts came from disk");
+
+    assert!(run(&["trace", "export", &trace, "--out", &table]).status.success());
+    let back = at("back.pgtrace");
+    assert!(run(&["trace", "import", &table, "--out", &back]).status.success());
+    let again = json(&["trace", "stats", "--json", &back]);
+    assert_eq!(again["reuse"], stats["reuse"]);
+    let text = stdout(&run(&["trace", "stats", &back]));
+    assert!(text.contains("imported from csv"), "{text}");
+
+    let (code, text) = failure(&["trace", "stats", &demo()]);
+    assert_eq!(code, 3, "{text}");
+    let (code, text) = failure(&["trace", "export", &trace, "--out", &trace]);
+    assert!(code == 2 && text.contains("that is read"), "{text}");
+    let (code, text) = failure(&["trace", "export", &trace, "--out", &at("x.doc")]);
+    assert!(code == 2 && text.contains(".pgtrace"), "{text}");
+    assert_eq!(failure(&["run", "--prompt", "x", "--record", "/nowhere/x"]).0, 2);
+}

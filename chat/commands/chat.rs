@@ -2,7 +2,7 @@
 
 use crate::{
     cli::ChatArgs, demo, device::Device, exit::Failure, line_chat, local::Local, model,
-    plan::Needs, tui,
+    plan::Needs, record::Record, tui,
 };
 use std::io::{IsTerminal, stdin, stdout};
 
@@ -12,15 +12,19 @@ pub fn run(args: &ChatArgs) -> Result<u8, Failure> {
     let device = Device::open(&args.model.device)?;
     device.announce();
     let needs = Needs::new(&args.memory, args.session.options());
-    let session = model::load(&path, &device, &needs)?.session;
-    let engine = Local::new(session, &args.sampling, is_demo)?;
+    let model::Loaded { model, session, .. } = model::load(&path, &device, &needs)?;
+    let mut engine = Local::new(session, &args.sampling, is_demo)?;
+    let record = Record::start(args.record.as_deref(), &model, &path)?;
+    engine.record(record.clone());
     let examples = if is_demo { demo::EXAMPLES.map(str::to_string).to_vec() } else { Vec::new() };
     let about = engine.about(&device, &path, examples);
     let system = args.system.clone();
-    match why_line_by_line() {
+    let code = match why_line_by_line() {
         None => tui::chat(Box::new(engine), about, system),
         Some(why) => line_chat::chat(Box::new(engine), &about, system, why),
-    }
+    };
+    record.iter().for_each(Record::finish);
+    code
 }
 
 /// Why the full-screen chat cannot be used here.

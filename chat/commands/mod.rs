@@ -13,3 +13,4 @@ pub mod run;
 pub mod tensor_kinds;
 pub mod tokenize;
 pub mod train;
+pub mod trace;

@@ -14,6 +14,7 @@ use crate::{
     output::bytes,
     plan::Needs,
     progress::Progress,
+    record::Record,
     signals,
     splits::{self, LayerReport},
     statistics::{self, FromDisk, PageLocked, Way},
@@ -37,6 +38,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let needs = Needs::new(&args.memory, args.session.options());
     let Loaded { model, session, .. } = model::load(&path, &device, &needs)?;
     let mut engine = Local::new(session, &args.sampling, args.model.model.is_none())?;
+    let record = Record::start(args.record.as_deref(), &model, &path)?;
+    engine.record(record.clone());
     if !args.raw {
         engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
     }
@@ -65,6 +68,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         engine.chat(&messages, &cancel, &mut on_event)
     };
     drop(bar);
+    record.iter().for_each(Record::finish);
     printer.end()?;
     notices::tell_of_disk(&model);
     engine.warn();

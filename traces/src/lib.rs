@@ -4,6 +4,7 @@
 
 mod belady;
 mod error;
+pub mod export;
 pub mod format;
 pub mod import;
 mod open;
@@ -11,6 +12,7 @@ pub mod record;
 pub mod replay;
 mod row;
 pub mod train;
+pub mod stats;
 
 pub use belady::{AccessLog, Hits};
 pub use error::TraceError;

@@ -1,0 +1,109 @@
+//! `pregate trace`.
+
+use clap::{Args, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+#[derive(Debug, Subcommand)]
+pub enum TraceCommand {
+    /// Read a trace of another program and write one of ours
+    #[command(after_help = "Examples:
+  pregate trace import shared/traces/gptoss20b/dev.json --out gptoss.pgtrace
+  pregate trace import --top-k 8 moe_trace.csv --out qwen.pgtrace
+  pregate trace import --form responses --layers 48 --top-k 8 answers.jsonl --out sglang.pgtrace
+
+Tables are read by the names of their columns: layer and expert are enough; token (or step),
+rank (or slot), weight, phase, sequence (or turn) and token_id are used where they are. Experts
+may also be a list in one cell. Answers are those of servers started with
+--enable-return-routed-experts: base64 of an .npy file or of 32-bit numbers, or lists.")]
+    Import(ImportArgs),
+    /// Write a trace in another format: .pgtrace, .json (rtrace-1), .jsonl, .csv
+    #[command(after_help = "Examples:
+  pregate trace export chat.pgtrace --out chat.csv
+  pregate trace export chat.pgtrace --out - | jq .experts[0]
+
+rtrace-1 (.json) has room for 255 experts, and none for passes and what they cost.")]
+    Export(ExportArgs),
+    /// Print how even, repetitive and predictable the routing of a trace is
+    #[command(after_help = "Examples:
+  pregate trace stats chat.pgtrace
+  pregate trace stats --json dev.json | jq .reuse
+
+Reuse is the share of a token's experts that an earlier token of its sequence chose too. Static
+hits keep the experts that the first half of the trace used most, and are counted on the second.
+The last figures guess a layer's experts from those of the layer before, by frequencies of the
+first half, on the second. Layers weigh the same.")]
+    Stats(StatsArgs),
+    /// Print the first tokens of a trace
+    Head(HeadArgs),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImportForm {
+    /// By what the file begins with
+    Auto,
+    /// A table
+    Csv,
+    /// JSON answers of vLLM, SGLang or Dynamo
+    Responses,
+}
+
+/// What a file of another program may not say.
+#[derive(Debug, Default, Args)]
+pub struct TraceHints {
+    /// Name of the model
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// MoE layers, where the file does not say
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// Experts of a layer [default: what the file says, else one more than the largest chosen]
+    #[arg(long, value_name = "N")]
+    pub experts: Option<usize>,
+    /// Experts of a token, where the file does not say
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The trace
+    pub file: PathBuf,
+    /// The file to write; .pgtrace
+    #[arg(short, long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// What the file is
+    #[arg(long, value_enum, default_value = "auto")]
+    pub form: ImportForm,
+    #[command(flatten)]
+    pub hints: TraceHints,
+}
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The trace
+    pub file: PathBuf,
+    /// The file to write; `-`: JSON lines to standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// The trace
+    pub file: PathBuf,
+    /// One line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct HeadArgs {
+    /// The trace
+    pub file: PathBuf,
+    /// How many
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 3)]
+    pub tokens: usize,
+    /// A line of JSON for each
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,266 @@
+//! `pregate trace`: what trace files hold, and from and to other formats.
+
+use crate::{
+    cli::{ExportArgs, HeadArgs, ImportArgs, ImportForm, StatsArgs, TraceCommand, TraceHints},
+    exit::Failure,
+    output,
+    progress::Progress,
+    record::failure,
+};
+use pregate_traces::{
+    Header, Provenance, Row, Source, TraceError, export,
+    import::{self, Hints},
+    stats::{LAGS, SHARES, Stats},
+};
+use serde_json::json;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, BufWriter};
+use std::path::Path;
+
+pub fn run(command: &TraceCommand) -> Result<(), Failure> {
+    match command {
+        TraceCommand::Import(args) => import(args),
+        TraceCommand::Export(args) => export(args),
+        TraceCommand::Stats(args) => stats(args),
+        TraceCommand::Head(args) => head(args),
+    }
+}
+
+/// Opens any trace: ours, rtrace-1, a table, or answers of a server.
+fn open(path: &Path, form: ImportForm, hints: &TraceHints) -> Result<Box<dyn Source>, Failure> {
+    let hints = Hints {
+        model: hints.model.clone(),
+        layers: hints.layers,
+        experts: hints.experts,
+        top_k: hints.top_k,
+    };
+    let has = |name: &str| path.extension() == Some(OsStr::new(name));
+    let form = match form {
+        ImportForm::Auto if has("csv") || has("tsv") => ImportForm::Csv,
+        form => form,
+    };
+    let opened: Result<Box<dyn Source>, TraceError> = match form {
+        ImportForm::Csv => import::csv::open(path, &hints).map(|table| Box::new(table) as _),
+        ImportForm::Responses => {
+            import::responses::open(path, &hints).map(|answers| Box::new(answers) as _)
+        }
+        ImportForm::Auto => match pregate_traces::open(path) {
+            // Both are JSON; what the first reader misses the second may find.
+            Err(error @ TraceError::Format { .. }) => import::responses::open(path, &hints)
+                .map(|answers| Box::new(answers) as _)
+                .map_err(|_| error),
+            opened => opened,
+        },
+    };
+    opened.map_err(failure)
+}
+
+/// A bar over the tokens, where their number is known.
+fn with_bar<T>(
+    doing: &'static str,
+    tokens: Option<u64>,
+    work: impl FnOnce(&mut dyn FnMut(u64)) -> T,
+) -> T {
+    let mut bar = tokens.map(|tokens| Progress::new(doing, "tokens", tokens as usize));
+    work(&mut |done| {
+        // A token takes less time than looking at the clock.
+        if let Some(bar) = bar.as_mut().filter(|_| done % 1024 == 0) {
+            bar.set(done as usize);
+        }
+    })
+}
+
+fn import(args: &ImportArgs) -> Result<(), Failure> {
+    let mut source = open(&args.file, args.form, &args.hints)?;
+    write(source.as_mut(), &args.file, &args.out)
+}
+
+fn export(args: &ExportArgs) -> Result<(), Failure> {
+    let mut source = open(&args.file, ImportForm::Auto, &TraceHints::default())?;
+    if args.out == Path::new("-") {
+        let (path, out) = (Path::new("standard output"), io::stdout().lock());
+        let written = export::jsonl(source.as_mut(), path, out, &mut |_| {});
+        return match written {
+            Err(TraceError::Io { source, .. }) => Err(Failure::output(source)),
+            written => written.map(|_| ()).map_err(failure),
+        };
+    }
+    write(source.as_mut(), &args.file, &args.out)
+}
+
+/// Writes what the name of `out` says.
+fn write(source: &mut dyn Source, from: &Path, out: &Path) -> Result<(), Failure> {
+    let same = |path: &Path| path.canonicalize().ok();
+    if same(from).is_some() && same(from) == same(out) {
+        return Err(Failure::Usage(format!("{} is the trace that is read", out.display())));
+    }
+    let create = || {
+        let file = File::create(out);
+        file.map(BufWriter::new).map_err(|error| Failure::io(out.display().to_string(), error))
+    };
+    let tokens = with_bar("writing", source.tokens(), |tell| {
+        match out.extension().and_then(OsStr::to_str) {
+            Some("pgtrace") => export::own(source, out, tell).map_err(failure),
+            Some("json") => export::rtrace(source, out, tell).map_err(failure),
+            Some("jsonl") => export::jsonl(source, out, create()?, tell).map_err(failure),
+            Some("csv") => export::csv(source, out, create()?, tell).map_err(failure),
+            _ => Err(Failure::Usage(format!(
+                "{}: a name that ends with .pgtrace, .json (rtrace-1), .jsonl or .csv is needed",
+                out.display()
+            ))),
+        }
+    })?;
+    notice(source);
+    output::line(&format!("{tokens} tokens to {}", out.display()))
+}
+
+/// What is missing from the trace, on standard error.
+fn notice(source: &dyn Source) {
+    source.notice().iter().for_each(|notice| eprintln!("warning: {notice}"));
+}
+
+/// "24 MoE layers of 24, top-4 of 32".
+fn shape(header: &Header) -> String {
+    let mut kinds: Vec<String> = header
+        .shape
+        .moe()
+        .map(|(_, layer)| format!("top-{} of {}", layer.top_k, layer.experts))
+        .collect();
+    let count = kinds.len();
+    kinds.dedup();
+    format!("{count} MoE layers of {}, {}", header.shape.layers.len(), kinds.join(", "))
+}
+
+/// Where it comes from; a made-up trace is called that everywhere.
+fn provenance(header: &Header) -> String {
+    match &header.source {
+        Provenance::Recorded => "recorded by pregate".into(),
+        Provenance::Imported { format } => format!("imported from {format}"),
+        Provenance::Synthetic { from, seed } => {
+            format!("SYNTHETIC, made up after {from} with seed {seed}")
+        }
+    }
+}
+
+fn stats(args: &StatsArgs) -> Result<(), Failure> {
+    let mut source = open(&args.file, ImportForm::Auto, &TraceHints::default())?;
+    let twice = source.tokens().map(|tokens| tokens * 2);
+    let found = with_bar("reading", twice, |tell| Stats::of(source.as_mut(), tell));
+    let found = found.map_err(failure)?;
+    notice(source.as_ref());
+    let header = source.header();
+    if args.json {
+        let by = |names: &[String], values: &[Option<f64>]| -> serde_json::Value {
+            names.iter().cloned().zip(values.iter().map(|value| json!(value))).collect()
+        };
+        let report = json!({
+            "model": header.model,
+            "provenance": provenance(header),
+            "fingerprint": header.fingerprint.map(|digest| hex(&digest)),
+            "tokens": found.tokens,
+            "sequences": found.sequences,
+            "accesses": found.accesses,
+            "entropy_norm_mean": found.entropy(),
+            "reuse": by(&LAGS.map(|lag| lag.to_string()), &found.reuse),
+            "static_hit_2nd_half": by(&SHARES.map(|share| share.to_string()), &found.static_hits),
+            "transition_recall": found.transition,
+            "transition_recall_2k": found.transition_2k,
+            "layers": found.layers.iter().map(|layer| json!({
+                "layer": layer.layer, "entropy_norm": layer.entropy, "tokens": layer.tokens,
+            })).collect::<Vec<_>>(),
+        });
+        return output::line(&report.to_string());
+    }
+    report(header, &found).iter().try_for_each(|line| output::line(line))
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn report(header: &Header, found: &Stats) -> Vec<String> {
+    let share = |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.3}"));
+    let shares = |values: &[Option<f64>]| {
+        values.iter().map(|value| share(*value)).collect::<Vec<_>>().join("  ")
+    };
+    let model = if header.model.is_empty() { "a model without a name" } else { &header.model };
+    let mut lines = vec![
+        format!("{model}, {}", provenance(header)),
+        format!("{}; {} tokens in {} sequences", shape(header), found.tokens, found.sequences),
+        format!("entropy of the experts' shares (1: all alike): {}", share(found.entropy())),
+        format!("reuse of the token 1, 2, 4, 8, 16, 32, 64 before: {}", shares(&found.reuse)),
+        format!(
+            "hits of the most used 10, 25, 50 % (of the first half, on the second): {}",
+            shares(&found.static_hits)
+        ),
+        format!(
+            "experts foreseen from the layer before, among top-k and twice as many: {}  {}",
+            share(found.transition),
+            share(found.transition_2k)
+        ),
+    ];
+    let chance = found.layers.first().map_or(1, |layer| layer.tokens.len());
+    let flat = |layer: &pregate_traces::stats::LayerStats| {
+        let sum = layer.tokens.iter().sum::<u64>().max(1) as f64;
+        let most = layer.tokens.iter().copied().max().unwrap_or(0) as f64 / sum;
+        format!(
+            "  layer {:>3}  entropy {:.3}  the most used expert has {:.1} % ({:.1} % if all were alike)",
+            layer.layer,
+            layer.entropy,
+            most * 100.0,
+            100.0 / chance as f64
+        )
+    };
+    lines.extend(found.layers.iter().map(flat));
+    lines
+}
+
+fn head(args: &HeadArgs) -> Result<(), Failure> {
+    let mut source = open(&args.file, ImportForm::Auto, &TraceHints::default())?;
+    let header = source.header().clone();
+    if !args.json {
+        output::line(&format!("{}, {}", header.model, provenance(&header)))?;
+        output::line(&shape(&header))?;
+    }
+    let mut row = Row::default();
+    for _ in 0..args.tokens {
+        if !source.next(&mut row).map_err(failure)? {
+            break;
+        }
+        if args.json {
+            output::line(&export::line(&row).to_string())?;
+            continue;
+        }
+        let start = if row.starts_sequence { "sequence starts; " } else { "" };
+        let pass = match row.pass_tokens {
+            0 | 1 => String::new(),
+            tokens => format!("pass of {tokens}; "),
+        };
+        let token = row.token.map_or(String::new(), |token| format!(", token {token}"));
+        output::line(&format!("{start}{pass}position {}{token}", row.position))?;
+        for (layer, _) in header.shape.moe() {
+            let experts: Vec<String> = row.experts(layer).iter().map(u16::to_string).collect();
+            output::line(&format!("  layer {layer}: {}", experts.join(" ")))?;
+        }
+        for served in &row.served {
+            let count =
+                |origin| served.origins.iter().filter(|(_, found)| *found == origin).count();
+            use pregate_predictor::Origin::{Early, Hit, InFlight, Miss};
+            output::line(&format!(
+                "  layer {} had {} in slots, {} ahead, {} on their way, {} missing; {} left a slot, \
+                 {} bytes came, {:.3} ms stalled",
+                served.layer,
+                count(Hit),
+                count(Early),
+                count(InFlight),
+                count(Miss),
+                served.evictions,
+                served.bytes,
+                served.stall_ns as f64 / 1e6
+            ))?;
+        }
+    }
+    notice(source.as_ref());
+    Ok(())
+}

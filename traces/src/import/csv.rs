@@ -1,0 +1,373 @@
+//! Tables of choices: one line for each expert of a token and layer, or one
+//! with a list of them.
+//!
+//! Columns are found by name, in any order and spelling of [`NAMES`]; a layer
+//! and an expert are enough. Lines that start with `#` are comments, from
+//! which `n_expert=128` and the like are read. What such files look like:
+//! - BigMoeOnEdge `--route-trace` (github.com/Helldez/BigMoeOnEdge, pull
+//!   request 21): `turn,phase,step,layer,slot,expert,weight,residency,...`; a
+//!   prompt layer by layer.
+//! - llama.cpp `moe-trace` (github.com/ggml-org/llama.cpp, pull request
+//!   28544): `layer,expert`; the order alone tells tokens apart, so
+//!   [`super::Hints::top_k`] is needed.
+//! - moe-cache-eval, `shared/traces/conformance_toy`:
+//!   `event_index,scheduler_step,layer,requested_experts,...`.
+
+use super::Hints;
+use super::passes::{Choice, Pass};
+use crate::{Header, Provenance, Row, Source, TraceError};
+use pregate_predictor::{LayerShape, Shape};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek};
+use std::path::{Path, PathBuf};
+
+/// Of a line; lists of all experts are shorter.
+const MAX_LINE: u64 = 1 << 20;
+const MAX_LAYER: u64 = 4095;
+
+/// What a column may be called, in lower case and without anything but
+/// letters and digits.
+const NAMES: [(Field, &[&str]); 8] = [
+    (Field::Sequence, &["sequence", "seq", "seqid", "turn", "request", "requestid", "promptid"]),
+    (
+        Field::Token,
+        &[
+            "token",
+            "tokenidx",
+            "tokenindex",
+            "step",
+            "pos",
+            "position",
+            "tokenpos",
+            "schedulerstep",
+            "t",
+        ],
+    ),
+    (Field::TokenId, &["tokenid", "tokid"]),
+    (Field::Phase, &["phase", "stage"]),
+    (Field::Layer, &["layer", "layerid", "layeridx", "layerindex", "il", "l"]),
+    (Field::Rank, &["rank", "slot", "k", "topkidx", "kidx"]),
+    (
+        Field::Expert,
+        &[
+            "expert",
+            "expertid",
+            "expertidx",
+            "experts",
+            "expertids",
+            "requestedexperts",
+            "topkids",
+            "e",
+        ],
+    ),
+    (Field::Weight, &["weight", "weights", "gate", "gateweight", "prob", "score", "w"]),
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Field {
+    Sequence,
+    Token,
+    TokenId,
+    Phase,
+    Layer,
+    Rank,
+    Expert,
+    Weight,
+}
+
+/// A table, read twice: once for its shape, then row by row.
+pub struct Table {
+    path: PathBuf,
+    file: BufReader<File>,
+    header: Header,
+    columns: Vec<Option<Field>>,
+    /// Where the lines behind the header begin, and their number.
+    start: (u64, u64),
+    top_k: usize,
+    has_one_layer: bool,
+    line: String,
+    number: u64,
+    /// Of the line that was read and belongs to the next pass.
+    ahead: Vec<Choice>,
+    ahead_of: Facts,
+    pass: Pass,
+    pass_of: Facts,
+    /// Tokens of the pass, and those given out.
+    tokens: (usize, usize),
+    position: u32,
+    sequence: Option<String>,
+}
+
+/// What a line says beside its choices.
+#[derive(Clone, Default)]
+struct Facts {
+    sequence: String,
+    is_prompt: bool,
+    token_id: Option<u32>,
+}
+
+/// # Errors
+/// A file that cannot be read, has no such columns, or a line of which a
+/// number is none.
+pub fn open(path: &Path, hints: &Hints) -> Result<Table, TraceError> {
+    let file = File::open(path).map_err(|source| TraceError::io(path, source))?;
+    let mut table = Table {
+        path: path.to_path_buf(),
+        file: BufReader::with_capacity(1 << 16, file),
+        header: Header::default(),
+        columns: Vec::new(),
+        start: (0, 0),
+        top_k: 1,
+        has_one_layer: false,
+        line: String::new(),
+        number: 0,
+        ahead: Vec::new(),
+        ahead_of: Facts::default(),
+        pass: Pass::default(),
+        pass_of: Facts::default(),
+        tokens: (0, 0),
+        position: 0,
+        sequence: None,
+    };
+    let mut said = BTreeMap::new();
+    table.read_header(&mut said)?;
+    table.scan(hints, &said)?;
+    table.rewind()?;
+    Ok(table)
+}
+
+impl Table {
+    fn wrong(&self, what: impl Into<String>) -> TraceError {
+        TraceError::format(&self.path, self.number, what)
+    }
+
+    /// The next line that is no comment; `false` at the end.
+    fn next_line(&mut self, said: &mut BTreeMap<String, String>) -> Result<bool, TraceError> {
+        loop {
+            self.line.clear();
+            let read = self.file.by_ref().take(MAX_LINE).read_line(&mut self.line);
+            let read = read.map_err(|source| TraceError::io(&self.path, source))?;
+            if read == 0 {
+                return Ok(false);
+            }
+            self.number += 1;
+            if read as u64 == MAX_LINE && !self.line.ends_with('\n') {
+                return Err(self.wrong("a line of more than 1 MiB"));
+            }
+            let text = self.line.trim();
+            if let Some(comment) = text.strip_prefix('#') {
+                let pairs = comment.split_whitespace().filter_map(|word| word.split_once('='));
+                // A hundred facts are more than any file has.
+                for (key, value) in pairs.take(100usize.saturating_sub(said.len())) {
+                    said.entry(key.to_string()).or_insert_with(|| value.to_string());
+                }
+            } else if !text.is_empty() {
+                return Ok(true);
+            }
+        }
+    }
+
+    fn read_header(&mut self, said: &mut BTreeMap<String, String>) -> Result<(), TraceError> {
+        if !self.next_line(said)? {
+            return Err(self.wrong("no line with the names of columns"));
+        }
+        let field = |name: &str| {
+            let plain: String =
+                name.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_lowercase();
+            NAMES.iter().find(|(_, names)| names.contains(&&*plain)).map(|(field, _)| *field)
+        };
+        self.columns = self.line.trim().split(separator(&self.line)).map(field).collect();
+        for wanted in [Field::Layer, Field::Expert] {
+            if !self.columns.contains(&Some(wanted)) {
+                let what = format!("no column of the {wanted:?} in {:?}", self.line.trim());
+                return Err(self.wrong(what));
+            }
+        }
+        let at = self.file.stream_position();
+        self.start = (at.map_err(|source| TraceError::io(&self.path, source))?, self.number);
+        Ok(())
+    }
+
+    /// Finds the shape.
+    fn scan(&mut self, hints: &Hints, said: &BTreeMap<String, String>) -> Result<(), TraceError> {
+        let said =
+            |names: [&str; 2]| names.iter().find_map(|name| said.get(*name)?.parse::<usize>().ok());
+        // Of each layer, the largest expert, and the most of one token in a
+        // row of lines.
+        let mut layers: BTreeMap<u32, usize> = BTreeMap::new();
+        let (mut top_k, mut run) = (0, 0);
+        let mut last = None;
+        while self.read_choices()? {
+            for choice in &self.ahead {
+                let largest = layers.entry(choice.layer).or_default();
+                *largest = (*largest).max(choice.expert.into());
+                let key = choice.token.map(|token| (token, choice.layer));
+                run = if last == Some(key) { run + 1 } else { 1 };
+                last = Some(key);
+                if key.is_some() {
+                    top_k = top_k.max(run);
+                }
+            }
+        }
+        let Some((&deepest, _)) = layers.last_key_value() else {
+            return Err(self.wrong("no lines"));
+        };
+        let largest = layers.values().max().map_or(1, |largest| largest + 1);
+        let experts = hints.experts.or(said(["n_expert", "experts"])).unwrap_or(largest);
+        let top_k = hints.top_k.or(said(["n_expert_used", "top_k"])).unwrap_or(top_k);
+        if experts < largest || top_k == 0 || top_k > experts {
+            return Err(self.wrong(format!(
+                "{experts} experts, top-{top_k}, and expert {} was chosen; --experts and --top-k \
+                 say what a file does not",
+                largest - 1
+            )));
+        }
+        let count = hints.layers.or(said(["n_layer", "layers"])).unwrap_or(0);
+        let count = count.clamp(deepest as usize + 1, MAX_LAYER as usize + 1);
+        let layer = LayerShape { experts, top_k, expert_bytes: 0, class: 0 };
+        let mut shape = Shape { layers: vec![None; count] };
+        layers.keys().for_each(|&index| shape.layers[index as usize] = Some(layer));
+        let model = hints.model.clone().unwrap_or_default();
+        let source = Provenance::Imported { format: "csv".into() };
+        self.header = Header { model, fingerprint: None, shape, source };
+        (self.top_k, self.has_one_layer) = (top_k, layers.len() == 1);
+        Ok(())
+    }
+
+    /// Reads a line to `ahead`; `false` at the end.
+    fn read_choices(&mut self) -> Result<bool, TraceError> {
+        self.ahead.clear();
+        if !self.next_line(&mut BTreeMap::new())? {
+            return Ok(false);
+        }
+        let line = std::mem::take(&mut self.line);
+        let read = self.parse(&line);
+        self.line = line;
+        read.map_err(|what| self.wrong(what)).map(|()| true)
+    }
+
+    fn parse(&mut self, line: &str) -> Result<(), String> {
+        let number = |text: &str, most: u64| -> Result<u64, String> {
+            let wrong = || format!("{text:?}; a number to {most} is needed");
+            text.parse().ok().filter(|&number| number <= most).ok_or_else(wrong)
+        };
+        let mut facts = Facts::default();
+        let (mut token, mut layer, mut rank) = (None, None, None);
+        let (mut experts, mut weights) = ("", "");
+        let cells = line.trim().split(separator(line)).map(|cell| cell.trim().trim_matches('"'));
+        for (cell, column) in cells.zip(&self.columns) {
+            match column {
+                Some(Field::Sequence) => facts.sequence = cell.to_string(),
+                Some(Field::Token) => token = Some(number(cell, u64::MAX)?),
+                Some(Field::TokenId) => {
+                    facts.token_id = Some(number(cell, u32::MAX.into())? as u32)
+                }
+                Some(Field::Phase) => {
+                    let phase = cell.to_lowercase();
+                    facts.is_prompt = phase.starts_with("pre") || phase.starts_with("prompt");
+                }
+                Some(Field::Layer) => layer = Some(number(cell, MAX_LAYER)? as u32),
+                Some(Field::Rank) => rank = Some(number(cell, u64::MAX)?),
+                Some(Field::Expert) => experts = cell,
+                Some(Field::Weight) => weights = cell,
+                None => {}
+            }
+        }
+        let layer = layer.ok_or("no layer")?;
+        let split = |text: &str| -> Vec<String> {
+            let ends = |c: char| matches!(c, ' ' | ';' | '|' | '[' | ']' | '{' | '}');
+            text.split(ends).filter(|part| !part.is_empty()).map(str::to_string).collect()
+        };
+        let (experts, weights) = (split(experts), split(weights));
+        if experts.is_empty() {
+            return Err("no expert".into());
+        }
+        for (index, expert) in experts.iter().enumerate() {
+            let weight = match weights.get(index) {
+                Some(text) => {
+                    let weight: Option<f32> = text.parse().ok();
+                    let wrong = || format!("the weight {text:?}");
+                    Some(weight.filter(|weight| weight.is_finite()).ok_or_else(wrong)?)
+                }
+                None => None,
+            };
+            let expert = number(expert, u16::MAX.into())? as u16;
+            let rank = rank.unwrap_or(0) + index as u64;
+            self.ahead.push(Choice { token, layer, rank, expert, weight });
+        }
+        self.ahead_of = facts;
+        Ok(())
+    }
+
+    /// Gathers the next pass; `false` at the end.
+    fn next_pass(&mut self) -> Result<bool, TraceError> {
+        self.pass.clear();
+        loop {
+            if self.ahead.is_empty() && !self.read_choices()? {
+                break;
+            }
+            let starts = self.ahead_of.sequence != self.pass_of.sequence;
+            let ends = self.pass.ends_before(&self.ahead[0], self.has_one_layer) || starts;
+            if !self.pass.is_empty() && ends {
+                break;
+            }
+            if self.pass.is_empty() {
+                self.pass_of = self.ahead_of.clone();
+            }
+            for choice in self.ahead.drain(..) {
+                self.pass
+                    .push(choice)
+                    .map_err(|what| TraceError::format(&self.path, self.number, what))?;
+            }
+        }
+        self.tokens = (self.pass.tokens(self.top_k), 0);
+        Ok(!self.pass.is_empty())
+    }
+}
+
+fn separator(line: &str) -> char {
+    if line.contains('\t') { '\t' } else { ',' }
+}
+
+impl Source for Table {
+    fn header(&self) -> &Header {
+        &self.header
+    }
+
+    fn next(&mut self, row: &mut Row) -> Result<bool, TraceError> {
+        row.clear();
+        let (mut count, mut given) = self.tokens;
+        if given == count {
+            if !self.next_pass()? {
+                return Ok(false);
+            }
+            (count, given) = self.tokens;
+        }
+        if given == 0 {
+            row.pass_tokens = count as u32;
+            if self.sequence.as_ref() != Some(&self.pass_of.sequence) {
+                self.sequence = Some(self.pass_of.sequence.clone());
+                (row.starts_sequence, self.position) = (true, 0);
+            }
+        }
+        row.is_prompt = self.pass_of.is_prompt || count > 1;
+        row.position = self.position;
+        row.token = self.pass_of.token_id.filter(|_| count == 1);
+        self.position = self.position.saturating_add(1);
+        let filled = self.pass.fill(given, self.header.shape.layers.len(), row);
+        filled.map_err(|what| self.wrong(what))?;
+        self.tokens.1 += 1;
+        Ok(true)
+    }
+
+    fn rewind(&mut self) -> Result<(), TraceError> {
+        let seek = self.file.seek(std::io::SeekFrom::Start(self.start.0));
+        seek.map_err(|source| TraceError::io(&self.path, source))?;
+        self.number = self.start.1;
+        self.ahead.clear();
+        self.pass.clear();
+        (self.tokens, self.position, self.sequence) = ((0, 0), 0, None);
+        Ok(())
+    }
+}

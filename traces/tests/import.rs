@@ -1,0 +1,245 @@
+//! Traces of other programs, in and out.
+
+use pregate_traces::import::{Hints, csv, responses};
+use pregate_traces::replay::count::Count;
+use pregate_traces::{Provenance, Row, Source, TraceError, export, open};
+use std::fs;
+use std::path::{Path, PathBuf};
+use tempfile::{NamedTempFile, TempDir};
+
+fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../predictor/tests/data").join(name)
+}
+
+fn file(text: &str) -> NamedTempFile {
+    let file = NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    file
+}
+
+fn rows(source: &mut dyn Source) -> Vec<Row> {
+    let mut all = Vec::new();
+    let mut row = Row::default();
+    source.rewind().unwrap();
+    while source.next(&mut row).unwrap() {
+        all.push(row.clone());
+    }
+    all
+}
+
+fn table(text: &str, hints: &Hints) -> Result<Vec<Row>, TraceError> {
+    let file = file(text);
+    let mut table = csv::open(file.path(), hints)?;
+    let mut all = Vec::new();
+    let mut row = Row::default();
+    while table.next(&mut row)? {
+        all.push(row.clone());
+    }
+    assert_eq!(rows(&mut table), all, "twice the same");
+    Ok(all)
+}
+
+/// The hand-checked example: 30 accesses, 12 hits.
+#[test]
+fn the_toy_is_read_and_counted() {
+    let mut toy = csv::open(&data("conformance_toy/events.csv"), &Hints::default()).unwrap();
+    let shape = &toy.header().shape;
+    assert_eq!((shape.layers.len(), shape.layer(0).unwrap().experts), (3, 4));
+    let all = rows(&mut toy);
+    assert_eq!((all.len(), all[3].experts(1)), (5, &[0, 3][..]));
+    assert!(all[0].starts_sequence && !all[1].starts_sequence);
+    assert!(all.iter().all(|row| row.pass_tokens == 1 && !row.is_prompt));
+    let hits = Count { slots: &[2; 3], warm_up: 0 }.lru(&mut toy).unwrap();
+    assert_eq!((hits.requests, hits.hits), (30, 12));
+}
+
+/// As BigMoeOnEdge writes it: a prompt of two tokens layer by layer, a decoded
+/// token, another turn.
+#[test]
+fn a_prompt_layer_by_layer() {
+    let text = "# route_trace v1
+# model=x arch=qwen3moe n_layer=4 n_expert=8 n_expert_used=2
+turn,phase,step,layer,slot,expert,weight,residency,expert_bytes
+0,prefill,0,1,0,3,0.75,miss,10
+0,prefill,0,1,1,2,0.25,hit,10
+0,prefill,1,1,0,5,0.5,miss,10
+0,prefill,1,1,1,4,0.5,miss,10
+0,prefill,0,2,0,1,0.5,miss,10
+0,prefill,0,2,1,0,0.5,miss,10
+0,prefill,1,2,1,6,0.25,miss,10
+0,prefill,1,2,0,7,0.75,miss,10
+0,decode,2,1,0,1,0.5,miss,10
+0,decode,2,1,1,2,0.5,miss,10
+0,decode,2,2,0,3,0.5,miss,10
+0,decode,2,2,1,4,0.5,miss,10
+1,decode,3,1,0,1,0.5,miss,10
+1,decode,3,1,1,2,0.5,miss,10
+1,decode,3,2,0,3,0.5,miss,10
+1,decode,3,2,1,4,0.5,miss,10
+";
+    let all = table(text, &Hints::default()).unwrap();
+    let said = |row: &Row| (row.starts_sequence, row.pass_tokens, row.is_prompt, row.position);
+    let wanted =
+        [(true, 2, true, 0), (false, 0, true, 1), (false, 1, false, 2), (true, 1, false, 0)];
+    assert_eq!(all.iter().map(said).collect::<Vec<_>>(), wanted);
+    assert_eq!((all[0].layers(), all[0].experts(0)), (4, &[][..]));
+    assert_eq!((all[0].experts(1), all[0].weights(1)), (&[3, 2][..], &[0.75, 0.25][..]));
+    assert_eq!((all[1].experts(2), all[1].weights(2)), (&[7, 6][..], &[0.75, 0.25][..]));
+    assert_eq!(all[2].experts(2), [3, 4]);
+}
+
+#[test]
+fn order_alone_tells_tokens_apart() {
+    // llama.cpp's moe-trace: three tokens of a prompt, then one.
+    let text = "layer,expert\n0,1\n0,2\n0,3\n0,4\n0,5\n0,6\n1,6\n1,5\n1,4\n1,3\n1,2\n1,1\n0,7\n0,0\n1,1\n1,2\n";
+    let all = table(text, &Hints { top_k: Some(2), ..Hints::default() }).unwrap();
+    assert_eq!(all.iter().map(|row| row.pass_tokens).collect::<Vec<_>>(), [3, 0, 0, 1]);
+    assert_eq!((all[1].experts(0), all[1].experts(1)), (&[3, 4][..], &[4, 3][..]));
+    assert_eq!(all[3].experts(0), [7, 0]);
+    assert!(table(text, &Hints::default()).is_err(), "nobody says the top-k");
+}
+
+#[test]
+fn tables_that_are_wrong_name_their_line() {
+    let error = |text: &str| table(text, &Hints::default()).unwrap_err().to_string();
+    for (text, message) in [
+        ("", "no line with the names"),
+        ("a,b\n1,2\n", "no column of the Layer"),
+        ("token,layer\n1,2\n", "no column of the Expert"),
+        ("token,layer,expert\n", "no lines"),
+        ("token,layer,expert\n0,0,1\n0,x,1\n", "at 3: \"x\""),
+        ("token,layer,expert\n0,0,65536\n", "at 2: \"65536\""),
+        ("token,layer,expert\n0,4096,1\n", "at 2: \"4096\""),
+        ("token,layer,expert\n0,0,-1\n", "at 2: \"-1\""),
+        ("token,layer,expert\n0,0\n", "at 2: no expert"),
+        ("token,layer,expert,weight\n0,0,1,inf\n", "the weight \"inf\""),
+        ("token,layer,expert\n0,0,1\n0,0,1\n", "expert 1 twice"),
+        ("# n_expert=4\ntoken,layer,expert\n0,0,4\n", "4 experts, top-1, and expert 4"),
+    ] {
+        let found = error(text);
+        assert!(found.contains(message), "{text:?}: {found}");
+    }
+}
+
+/// Arrays as numpy saved them: layer 0 all zero, then [t, 9 - t] and
+/// [(t + 3) % 10, (t + 7) % 10] for five tokens.
+const NPY: &str = "k05VTVBZAQB2AHsnZGVzY3InOiAnfHUxJywgJ2ZvcnRyYW5fb3JkZXInOiBGYWxzZSwgJ3NoYXBlJzogKDUsIDMsIDIpLCB9ICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgIAoAAAAJAwcAAAEIBAgAAAIHBQkAAAMGBgAAAAQFBwE=";
+const FLAT: &str = "AAAAAAkAAAADAAAABwAAAAEAAAAIAAAABAAAAAgAAAACAAAABwAAAAUAAAAJAAAAAwAAAAYAAAAGAAAAAAAAAAQAAAAFAAAABwAAAAEAAAA=";
+const WIDE: &str =
+    "AAAAAAAACQADAAcAAAAAAAEACAAEAAgAAAAAAAIABwAFAAkAAAAAAAMABgAGAAAAAAAAAAQABQAHAAEA";
+
+fn answers(text: &str, hints: &Hints) -> Result<Vec<Row>, TraceError> {
+    let file = file(text);
+    Ok(rows(&mut responses::open(file.path(), hints)?))
+}
+
+fn check(all: &[Row], dense: usize) {
+    assert_eq!(all.len(), 5);
+    for (token, row) in (0u16..).zip(all) {
+        assert_eq!(row.layers(), dense + 2);
+        assert!((0..dense).all(|layer| row.experts(layer).is_empty()));
+        assert_eq!(row.experts(dense), [token, 9 - token]);
+        assert_eq!(row.experts(dense + 1), [(token + 3) % 10, (token + 7) % 10]);
+    }
+}
+
+#[test]
+fn vllm_answers() {
+    let text = format!(
+        r#"{{"id":"cmpl-1","choices":[{{"index":0,"text":"x","token_ids":[4,5,6],"routed_experts":"{NPY}"}}],"usage":{{"prompt_tokens":3}},"prompt_token_ids":[1,2,3]}}"#
+    );
+    let all = answers(&format!("{text}\n{text}\n"), &Hints::default()).unwrap();
+    check(&all[..5], 1);
+    check(&all[5..], 1);
+    let said = |row: &Row| (row.starts_sequence, row.pass_tokens, row.is_prompt, row.token);
+    let found: Vec<_> = all[5..].iter().map(said).collect();
+    assert_eq!(found[0], (true, 3, true, Some(1)));
+    assert_eq!(found[2], (false, 0, true, Some(3)));
+    assert_eq!(found[3], (false, 1, false, Some(4)));
+    // The lists of older builds.
+    let lists =
+        r#"[{"prompt_routed_experts":[[[1,2]],[[3,4]]],"choices":[{"routed_experts":[[[5,6]]]}]}]"#;
+    let all = answers(lists, &Hints::default()).unwrap();
+    assert_eq!(all.iter().map(|row| row.pass_tokens).collect::<Vec<_>>(), [2, 0, 1]);
+    assert_eq!(all[2].experts(0), [5, 6]);
+}
+
+#[test]
+fn sglang_and_dynamo_answers() {
+    let hints = Hints { layers: Some(2), top_k: Some(2), ..Hints::default() };
+    let text =
+        format!(r#"{{"text":"x","meta_info":{{"routed_experts":"{FLAT}","prompt_tokens":2}}}}"#);
+    let all = answers(&text, &hints).unwrap();
+    check(&all, 0);
+    assert_eq!(all.iter().map(|row| row.pass_tokens).collect::<Vec<_>>(), [2, 0, 1, 1, 1]);
+    let text = format!(r#"{{"choices":[{{"sgl_ext":{{"routed_experts":"{FLAT}"}}}}]}}"#);
+    check(&answers(&text, &hints).unwrap(), 0);
+    let error = answers(&text, &Hints::default()).unwrap_err().to_string();
+    assert!(error.contains("--layers and --top-k"), "{error}");
+    let text = format!(
+        r#"{{"choices":[{{"routed_experts":{{"data":"{WIDE}","shape":[5,3,2],"dtype":"uint16","start":0}}}}]}}"#
+    );
+    check(&answers(&text, &Hints::default()).unwrap(), 1);
+}
+
+#[test]
+fn answers_that_are_wrong_are_refused() {
+    let cut = &NPY[..40];
+    for (text, message) in [
+        ("".to_string(), "no routed_experts"),
+        ("{".to_string(), "no JSON"),
+        ("{}".to_string(), "no routed_experts"),
+        (format!(r#"{{"routed_experts":"{cut}"}}"#), "within its head"),
+        (r#"{"routed_experts":"!"}"#.to_string(), "base64"),
+        (r#"{"routed_experts":7}"#.to_string(), "neither text nor a list"),
+        (r#"{"routed_experts":[[[1],[2]],[[1]]]}"#.to_string(), "different numbers of layers"),
+        (r#"{"routed_experts":[[[70000]]]}"#.to_string(), "experts"),
+        (r#"{"routed_experts":{"data":"AAAA","shape":[9223372036854775807,3,4]}}"#.to_string(), ""),
+        (
+            r#"{"routed_experts":{"data":"AAAAAA==","shape":[2,1,1]}}"#.to_string(),
+            "1 ids in the shape",
+        ),
+    ] {
+        let found = answers(&text, &Hints::default()).expect_err(&text).to_string();
+        assert!(found.contains(message), "{text}: {found}");
+    }
+    // A hole is not an expert.
+    let all = answers(r#"{"routed_experts":[[[1,-1]]]}"#, &Hints::default()).unwrap();
+    assert_eq!(all[0].experts(0), [1]);
+}
+
+#[test]
+fn what_goes_out_comes_back() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let mut cut = open(&data("gptoss20b/cut.json")).unwrap();
+    let wanted = rows(cut.as_mut());
+    let mut last = 0;
+    let tokens = export::own(cut.as_mut(), &at("a.pgtrace"), &mut |done| last = done).unwrap();
+    assert_eq!((tokens, last), (313, 313));
+    let mut own = open(&at("a.pgtrace")).unwrap();
+    assert_eq!(rows(own.as_mut()), wanted);
+    assert_eq!(own.header().source, Provenance::Imported { format: "rtrace-1".into() });
+    export::rtrace(own.as_mut(), &at("b.json"), &mut |_| {}).unwrap();
+    for extension in ["ids.u8", "tok.u32"] {
+        let found = fs::read(at("b.json").with_extension(extension)).unwrap();
+        let source = fs::read(data("gptoss20b/cut.json").with_extension(extension)).unwrap();
+        assert_eq!(found, source, "{extension}");
+    }
+    pregate_traces::import::rtrace::open(&at("b.json")).unwrap().verify().unwrap();
+    let mut text = Vec::new();
+    export::csv(own.as_mut(), &at("c.csv"), &mut text, &mut |_| {}).unwrap();
+    fs::write(at("c.csv"), text).unwrap();
+    let mut table = csv::open(&at("c.csv"), &Hints::default()).unwrap();
+    assert_eq!(table.header().shape, own.header().shape);
+    assert_eq!(rows(&mut table), wanted);
+    let mut text = Vec::new();
+    export::jsonl(own.as_mut(), &at("d.jsonl"), &mut text, &mut |_| {}).unwrap();
+    let lines: Vec<serde_json::Value> = String::from_utf8(text)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!((lines.len(), &lines[0]["format"]), (314, &"pregate-trace-jsonl-1".into()));
+    assert_eq!(lines[1]["experts"][0], serde_json::json!(wanted[0].experts(0)));
+}
