@@ -13,7 +13,7 @@ use std::str::FromStr;
 mod trace;
 
 pub use trace::{
-    ExportArgs, HeadArgs, ImportArgs, ImportForm, StatsArgs, TraceCommand, TraceHints,
+    ExportArgs, GenerateArgs, HeadArgs, ImportArgs, ImportForm, StatsArgs, TraceCommand, TraceHints,
 };
 
 const MAX_CONTEXT: usize = 1 << 24;

@@ -35,6 +35,16 @@ first half, on the second. Layers weigh the same.")]
     Stats(StatsArgs),
     /// Print the first tokens of a trace
     Head(HeadArgs),
+    /// Make a trace up for a model of another shape, after the statistics of a real one
+    #[command(after_help = "Example:
+  pregate trace generate --from gptoss20b/dev.json --experts 128 --top-k 8 --layers 48 \\
+    --tokens 10000 --seed 1 --out wide.pgtrace
+
+Logits are drawn from a model with five weights, which are searched for until entropy, reuse,
+hits of LRU and of Belady's rule at 25 and 50 %, and the recall of transitions are those of the
+real trace: first in its own shape, then in the wanted one. The table shows how near both came.
+The file says that it is synthetic, and so does every report about it.")]
+    Generate(GenerateArgs),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -106,4 +116,32 @@ pub struct HeadArgs {
     /// A line of JSON for each
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The real trace
+    #[arg(long, value_name = "TRACE")]
+    pub from: PathBuf,
+    /// Experts of a layer
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1024))]
+    pub experts: u32,
+    /// Experts of a token
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=128))]
+    pub top_k: u32,
+    /// MoE layers
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub layers: u32,
+    /// How long the trace becomes
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub tokens: u64,
+    /// Bytes of an expert, as replay counts them
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub expert_bytes: u64,
+    /// Same seed, same trace
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// The file to write; .pgtrace keeps the label
+    #[arg(short, long, value_name = "FILE")]
+    pub out: PathBuf,
 }

@@ -1,5 +1,7 @@
 //! `pregate trace`: what trace files hold, and from and to other formats.
 
+mod generate;
+
 use crate::{
     cli::{ExportArgs, HeadArgs, ImportArgs, ImportForm, StatsArgs, TraceCommand, TraceHints},
     exit::Failure,
@@ -24,6 +26,7 @@ pub fn run(command: &TraceCommand) -> Result<(), Failure> {
         TraceCommand::Export(args) => export(args),
         TraceCommand::Stats(args) => stats(args),
         TraceCommand::Head(args) => head(args),
+        TraceCommand::Generate(args) => generate::run(args),
     }
 }
 

@@ -13,6 +13,7 @@ pub mod replay;
 mod row;
 pub mod train;
 pub mod stats;
+pub mod synthetic;
 
 pub use belady::{AccessLog, Hits};
 pub use error::TraceError;
