@@ -3,7 +3,7 @@
 use crate::{exit::Failure, model};
 use pregate_predictor::{NoObserver, Observer, Shape};
 use pregate_runtime::{Model, store::layout::ModelLayout};
-use pregate_traces::{Header, Provenance, TraceError, record::Recorder};
+use pregate_traces::{Header, Provenance, record::Recorder};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ impl Record {
             shape: shape(model),
             source: Provenance::Recorded,
         };
-        let recorder = Recorder::create(path, &header).map_err(failure)?;
+        let recorder = Recorder::create(path, &header)?;
         let recorder = Arc::new(Mutex::new(Some(recorder)));
         Ok(Some(Self { path: path.to_path_buf(), recorder }))
     }
@@ -82,12 +82,4 @@ fn shape(model: &Model) -> Shape {
     }
     let top_k = |layer| model.description().top_k(layer);
     ModelLayout::new(model.files(), model.weights(), top_k).shape
-}
-
-/// A trace that cannot be read is the user's file, like any other.
-pub fn failure(error: TraceError) -> Failure {
-    match error {
-        TraceError::Io { path, source } => Failure::io(path.display().to_string(), source),
-        error => Failure::File(error.to_string()),
-    }
 }

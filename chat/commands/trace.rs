@@ -7,7 +7,6 @@ use crate::{
     exit::Failure,
     output,
     progress::Progress,
-    record::failure,
 };
 use pregate_traces::{
     Header, Provenance, Row, Source, TraceError, export,
@@ -56,7 +55,7 @@ fn open(path: &Path, form: ImportForm, hints: &TraceHints) -> Result<Box<dyn Sou
             opened => opened,
         },
     };
-    opened.map_err(failure)
+    opened.map_err(Failure::from)
 }
 
 /// A bar over the tokens, where their number is known.
@@ -86,7 +85,7 @@ fn export(args: &ExportArgs) -> Result<(), Failure> {
         let written = export::jsonl(source.as_mut(), path, out, &mut |_| {});
         return match written {
             Err(TraceError::Io { source, .. }) => Err(Failure::output(source)),
-            written => written.map(|_| ()).map_err(failure),
+            written => written.map(|_| ()).map_err(Failure::from),
         };
     }
     write(source.as_mut(), &args.file, &args.out)
@@ -104,10 +103,10 @@ fn write(source: &mut dyn Source, from: &Path, out: &Path) -> Result<(), Failure
     };
     let tokens = with_bar("writing", source.tokens(), |tell| {
         match out.extension().and_then(OsStr::to_str) {
-            Some("pgtrace") => export::own(source, out, tell).map_err(failure),
-            Some("json") => export::rtrace(source, out, tell).map_err(failure),
-            Some("jsonl") => export::jsonl(source, out, create()?, tell).map_err(failure),
-            Some("csv") => export::csv(source, out, create()?, tell).map_err(failure),
+            Some("pgtrace") => export::own(source, out, tell).map_err(Failure::from),
+            Some("json") => export::rtrace(source, out, tell).map_err(Failure::from),
+            Some("jsonl") => export::jsonl(source, out, create()?, tell).map_err(Failure::from),
+            Some("csv") => export::csv(source, out, create()?, tell).map_err(Failure::from),
             _ => Err(Failure::Usage(format!(
                 "{}: a name that ends with .pgtrace, .json (rtrace-1), .jsonl or .csv is needed",
                 out.display()
@@ -150,7 +149,7 @@ fn stats(args: &StatsArgs) -> Result<(), Failure> {
     let mut source = open(&args.file, ImportForm::Auto, &TraceHints::default())?;
     let twice = source.tokens().map(|tokens| tokens * 2);
     let found = with_bar("reading", twice, |tell| Stats::of(source.as_mut(), tell));
-    let found = found.map_err(failure)?;
+    let found = found.map_err(Failure::from)?;
     notice(source.as_ref());
     let header = source.header();
     if args.json {
@@ -228,7 +227,7 @@ fn head(args: &HeadArgs) -> Result<(), Failure> {
     }
     let mut row = Row::default();
     for _ in 0..args.tokens {
-        if !source.next(&mut row).map_err(failure)? {
+        if !source.next(&mut row).map_err(Failure::from)? {
             break;
         }
         if args.json {

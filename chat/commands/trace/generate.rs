@@ -7,7 +7,6 @@ use crate::{
     exit::Failure,
     output,
     progress::Progress,
-    record::failure,
 };
 use pregate_predictor::LayerShape;
 use pregate_traces::{
@@ -31,7 +30,7 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     }
     let mut source = open(&args.from, ImportForm::Auto, &TraceHints::default())?;
     let target = Figures::of_first(source.as_mut(), TRIAL).map_err(counting)?;
-    let lengths = lengths(source.as_mut()).map_err(failure)?;
+    let lengths = lengths(source.as_mut()).map_err(Failure::from)?;
     let shape = source.header().shape.clone();
     let Some((_, &first)) = shape.moe().next() else {
         return Err(Failure::Usage("a trace without MoE layers".into()));
@@ -57,7 +56,7 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let mut generator =
         Generator::new(wanted, here.weights, (args.tokens, &lengths), (&from, args.seed));
     let tokens = with_bar("writing", Some(args.tokens), |tell| {
-        export::own(&mut generator, &args.out, tell).map_err(failure)
+        export::own(&mut generator, &args.out, tell).map_err(Failure::from)
     })?;
     table(&target, &there, &here).iter().try_for_each(|line| output::line(line))?;
     output::line(&format!("{tokens} SYNTHETIC tokens to {}, after {from}", args.out.display()))
@@ -76,7 +75,7 @@ fn table(target: &Figures, there: &Fit, here: &Fit) -> Vec<String> {
 
 fn counting(error: CountError) -> Failure {
     match error {
-        CountError::Trace(error) => failure(error),
+        CountError::Trace(error) => error.into(),
         CountError::Slots(error) => Failure::Usage(error.to_string()),
     }
 }
