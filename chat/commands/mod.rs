@@ -12,5 +12,5 @@ pub mod replay;
 pub mod run;
 pub mod tensor_kinds;
 pub mod tokenize;
-pub mod train;
 pub mod trace;
+pub mod train;

@@ -11,9 +11,9 @@ mod open;
 pub mod record;
 pub mod replay;
 mod row;
-pub mod train;
 pub mod stats;
 pub mod synthetic;
+pub mod train;
 
 pub use belady::{AccessLog, Hits};
 pub use error::TraceError;
