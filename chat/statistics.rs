@@ -67,8 +67,8 @@ impl FromDisk {
         Some(Self {
             hits: stats.hits,
             experts_read: stats.misses,
-            bytes_read: stats.reads.bytes,
-            busy_ms: stats.reads.busy_ns as f64 / 1e6,
+            bytes_read: stats.bytes_read,
+            busy_ms: stats.busy_ns as f64 / 1e6,
             waited_ms: stats.waited_ns as f64 / 1e6,
         })
     }

@@ -43,6 +43,42 @@ fn a_gpu_gives_the_answer_of_the_processor() {
     }
 }
 
+/// Neither the GPU nor the memory that is allowed has room for all experts.
+#[test]
+fn experts_come_from_disk_where_memory_is_short() {
+    let cpu = pregate(&[&ANSWER[..], &["--device", "cpu"]].concat()).output().unwrap();
+    let least = ["--device", "cuda", "--vram", "270M", "--context", "512"];
+    let tiny = [&ANSWER[..], &least[..], &["--ram", "1M"]].concat();
+    let Some(output) = on_gpu("", &tiny) else { return };
+    let (code, message) = code_and_message(&output);
+    assert!(code == 4 && message.contains("need frames of"), "{message}");
+    let plan = |ram: &str| -> Value {
+        let arguments = [&["plan", "--json"], &least[..], &["--ram", ram]].concat();
+        let output = on_gpu("", &arguments).expect("it was there");
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    };
+    let parts = plan("4G")["parts"].clone();
+    let part = |name: &str| parts[name].as_u64().unwrap();
+    // Most of the experts have no room; a process varies by less than that.
+    let ram = part("process_bytes") + part("scratch_bytes") + part("weights_bytes") / 4;
+    let ram = ram.to_string();
+    let below = plan(&ram);
+    assert!(below["gpu"]["disk"]["on_disk"].as_u64().unwrap_or(0) > 50, "{below}");
+    assert!(below["prediction"].is_null() && below["split"].is_null(), "{below}");
+    assert!(below["not_predicted"].as_str().is_some_and(|why| why.contains("disk")), "{below}");
+    for misses in ["auto", "cpu"] {
+        let more = ["--ram", &ram, "--misses", misses, "--stats"];
+        let arguments = [&ANSWER[..], &least[..], &more[..]].concat();
+        let gpu = on_gpu("drain=lazy", &arguments).expect("it was there");
+        let notes = String::from_utf8_lossy(&gpu.stderr);
+        assert!(gpu.status.success(), "{notes}");
+        assert_eq!(gpu.stdout, cpu.stdout, "{notes}");
+        for word in ["experts on disk behind", "disk: ", "from disk since loading: "] {
+            assert!(notes.contains(word), "{word}: {notes}");
+        }
+    }
+}
+
 #[test]
 fn the_plan_tells_what_a_gpu_holds() {
     let arguments = ["plan", "--json", "--device", "cuda:0", "--vram", "400M", "--context", "512"];

@@ -101,9 +101,10 @@ impl World {
     /// Three slots, and one expert of each layer on the host.
     fn load(&self, misses: Misses, seed: u64, source: Source) -> Result<Model, Error> {
         let opened = OpenedModel::open(&self.path, &mut |_| {})?;
-        let layers = opened.layout().shape.layers.len();
-        let below =
-            BelowHost { kept: vec![1; layers], frames: vec![3; 2], source: Box::new(source) };
+        let (layers, classes) =
+            (opened.layout().shape.layers.len(), opened.layout().class_bytes.len());
+        let (kept, frames) = (vec![1; layers], vec![3; classes]);
+        let below = BelowHost { kept, frames, source: Box::new(source) };
         let streaming = Streaming {
             slots: vec![3; layers],
             ring: 2,

@@ -121,14 +121,18 @@ impl Config {
         }
     }
 
-    fn source(&self, layers: usize) -> Source {
+    fn source(&self, layers: usize, classes: usize) -> Source {
         let Some(Below { kept, frames, disk }) = self.below else { return Source::Host };
         let options = DiskOptions { choice: disk, measure_ns: 0, ..DiskOptions::default() };
         let source = Box::new(Source::Disk(options));
-        Source::HostAndDisk(BelowHost { kept: vec![kept; layers], frames: vec![frames; 2], source })
+        Source::HostAndDisk(BelowHost {
+            kept: vec![kept; layers],
+            frames: vec![frames; classes],
+            source,
+        })
     }
 
-    fn residency(&self, device: Device, layers: usize) -> Residency {
+    fn residency(&self, device: Device, [layers, classes]: [usize; 2]) -> Residency {
         let per_layer = |count| vec![count; layers];
         let streaming = |slots| Streaming {
             slots: per_layer(slots),
@@ -139,7 +143,7 @@ impl Config {
             horizon: self.horizon,
             // A low bar, so that guesses are acted upon.
             ahead: Ahead { threshold: 0.1, ..Ahead::default() },
-            source: self.source(layers),
+            source: self.source(layers, classes),
         };
         let experts = match (self.fixed, self.slots) {
             (None, _) => GpuExperts::All,
@@ -251,8 +255,9 @@ impl Place {
 fn check(place: &Place, path: &Path, expected: &[Vec<u32>], config: &Config) {
     let device = place.open(config);
     let opened = OpenedModel::open(path, &mut |_| {}).unwrap();
-    let layers = opened.layout().shape.layers.len();
-    let residency = config.residency(device, layers);
+    let layout = opened.layout();
+    let sizes = [layout.shape.layers.len(), layout.class_bytes.len()];
+    let residency = config.residency(device, sizes);
     // What staging took before does not count.
     place.set_pinned(config.pinned);
     let options = LoadOptions { backend: cpu(), residency };
@@ -269,7 +274,7 @@ fn check(place: &Place, path: &Path, expected: &[Vec<u32>], config: &Config) {
         assert_eq!(pageable.is_some(), config.pinned == 0, "{config:?}: {pinned} pinned");
         let read = model.gpu().unwrap().host_frames().map(HostFrames::stats);
         assert_eq!(read.is_some(), config.below.is_some());
-        assert!(read.is_none_or(|read| read.misses > 0 && read.reads.bytes > 0), "{read:?}");
+        assert!(read.is_none_or(|read| read.misses > 0 && read.bytes_read > 0), "{read:?}");
     }
     drop(model);
     let violations = place.violations();

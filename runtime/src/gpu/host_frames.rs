@@ -39,8 +39,9 @@ pub struct HostFramesStats {
     /// were not.
     pub hits: u64,
     pub misses: u64,
-    /// Of the disk.
-    pub reads: Counters,
+    /// From disk, and the time with at least one read under way.
+    pub bytes_read: u64,
+    pub busy_ns: u64,
     /// That the host waited for reads before it computed, in nanoseconds.
     pub waited_ns: u64,
 }
@@ -59,6 +60,8 @@ struct Inner {
     /// Counts uses.
     uses: u64,
     stats: HostFramesStats,
+    /// What the mover had done before: the disk's probe reads as well.
+    before: Counters,
 }
 
 struct Held {
@@ -108,6 +111,7 @@ impl HostFrames {
             (0..spec.frames as u32).rev().map(frame).collect()
         });
         let inner = Inner {
+            before: mover.counters(),
             mover,
             free: free.collect(),
             held: HashMap::new(),
@@ -245,7 +249,12 @@ impl HostFrames {
 
     pub fn stats(&self) -> HostFramesStats {
         let inner = self.lock();
-        HostFramesStats { reads: inner.mover.counters(), ..inner.stats }
+        let (before, now) = (&inner.before, inner.mover.counters());
+        HostFramesStats {
+            bytes_read: now.bytes - before.bytes,
+            busy_ns: now.busy_ns - before.busy_ns,
+            ..inner.stats
+        }
     }
 
     /// How it reads, in words.

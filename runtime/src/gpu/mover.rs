@@ -336,7 +336,7 @@ impl Mover for LinkMover {
             outstanding,
         } = self.link.counters();
         // What is slower bounds both: the price of a byte is its.
-        let disk = self.host.frames.as_ref().map_or(0, |frames| frames.stats().reads.busy_ns);
+        let disk = self.host.frames.as_ref().map_or(0, |frames| frames.stats().busy_ns);
         Counters {
             fills: transfers,
             demands_landed,

@@ -60,6 +60,13 @@ impl Plan {
             Source::HostAndDisk(below) => Some(below),
             _ => None,
         };
+        let classes = layout.class_bytes.len();
+        if let Some(frames) = below.as_ref().map(|below| below.frames.len())
+            && frames != classes
+        {
+            let problem = format!("{frames} sizes of host frames; the model has {classes}");
+            return Err(Error::Request(problem));
+        }
         let mut layers = vec![None; count];
         let mut first = fixed.to_vec();
         for (index, moe) in weights.moe_layers() {
@@ -72,9 +79,11 @@ impl Plan {
                 slots: streaming.slots[index],
             });
             if let Some(below) = &below {
-                let kept = below.kept.get(index).filter(|&&kept| kept <= experts - fixed);
-                let kept = kept.ok_or_else(|| {
-                    Error::Request(format!("{:?} experts on the host", below.kept.get(index)))
+                let (kept, most) = (below.kept.get(index).copied(), experts - fixed);
+                let kept = kept.filter(|&kept| kept <= most).ok_or_else(|| {
+                    Error::Request(format!(
+                        "{kept:?} experts of layer {index} on the host; {most} can leave the GPU"
+                    ))
                 })?;
                 first[index] = experts - kept;
             }
