@@ -1,6 +1,6 @@
 //! Progress bars on standard error, for what takes longer than a moment.
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use std::time::{Duration, Instant};
 
 /// Work shorter than this shows no bar.
@@ -22,7 +22,7 @@ impl Progress {
 
     /// The same, with how many a second.
     pub fn with_rate(doing: &'static str, unit: &str, total: usize) -> Self {
-        let counts = format!("{{human_pos}}/{{human_len}} {unit}, {{per_sec}}, {{eta}} left");
+        let counts = format!("{{human_pos}}/{{human_len}} {unit}, {{rate}} a second, {{eta}} left");
         Self::with(doing, total, &counts)
     }
 
@@ -31,7 +31,11 @@ impl Progress {
         let template = format!("{{msg}} {{bar:30}} {counts}");
         // The template is ours; a wrong one would show in the first test.
         if let Ok(style) = ProgressStyle::with_template(&template) {
-            bar.set_style(style.progress_chars("=> "));
+            let rate = |state: &ProgressState, to: &mut dyn std::fmt::Write| {
+                // A failed write leaves a gap in the bar.
+                let _ = write!(to, "{}", HumanCount(state.per_sec() as u64));
+            };
+            bar.set_style(style.with_key("rate", rate).progress_chars("=> "));
         }
         bar.set_message(doing);
         Self { bar, started: Instant::now(), shown: false }

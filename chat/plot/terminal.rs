@@ -93,14 +93,15 @@ fn grid(chart: &Chart, range: (f64, f64), top: f64, columns: usize) -> Vec<Vec<C
 }
 
 fn paint(line: &[Cell], colour: bool) -> String {
-    let mut text = String::new();
-    for cell in line {
-        match cell {
-            None => text.push(' '),
-            Some((mark, index)) => text += &coloured(&mark.to_string(), *index, colour),
+    let of_one_series = |a: &Cell, b: &Cell| a.map(|(_, index)| index) == b.map(|(_, index)| index);
+    let runs = line.chunk_by(of_one_series).map(|cells| {
+        let text: String = cells.iter().map(|cell| cell.map_or(' ', |(mark, _)| mark)).collect();
+        match cells[0] {
+            Some((_, index)) => coloured(&text, index, colour),
+            None => text,
         }
-    }
-    text
+    });
+    runs.collect()
 }
 
 fn coloured(text: &str, series: usize, colour: bool) -> String {
