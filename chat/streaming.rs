@@ -110,7 +110,7 @@ fn forecasts() -> Vec<PossibleValue> {
 }
 
 /// Reads and checks the file; whether it fits the model is known later.
-fn predictor(path: &str) -> Result<Arc<Trained>, String> {
+pub fn predictor(path: &str) -> Result<Arc<Trained>, String> {
     let file = fs::File::open(path).map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
     let limit = LIMIT_BYTES as u64 + 1;

@@ -154,6 +154,8 @@ fn mistakes_say_what_to_do_next() {
     assert!(code == 2 && text.contains("rtx4060ti-16gb") && text.contains("doctor"), "{text}");
     let (code, text) = refused(&[TRACE, "--model", "qwen3-30b-a3b"]);
     assert!(code == 2 && text.contains("24 MoE layers") && text.contains("48 MoE"), "{text}");
+    let (code, text) = refused(&[TRACE, "--forecast", "learned-network"]);
+    assert!(code == 2 && text.contains("train-predictor"), "{text}");
     assert_eq!(refused(&["/nowhere/trace.json"]).0, 2);
     let (code, text) = refused(&["README.md"]);
     assert!(code == 3 && text.contains("not a trace"), "{text}");

@@ -34,6 +34,7 @@ pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
     let model = args.model.as_deref().map(Model::find).transpose()?;
     let subjects = args.traces.iter().map(|path| Subject::new(path, model.as_ref()));
     let asked = Asked::new(args, subjects.collect::<Result<_, _>>()?, machines);
+    asked.check_predictor()?;
     let between = args.compare.then(|| Between::of(&asked)).transpose()?;
     for subject in asked.subjects.iter().filter_map(Subject::synthetic) {
         eprintln!("note: this trace is synthetic, {}", table::printable(&subject));

@@ -1,13 +1,16 @@
 //! What `pregate replay` can be asked.
 
-use crate::size::Size;
+use crate::{size::Size, streaming::predictor};
 use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser},
 };
-use pregate_predictor::{forecast, policy};
+use pregate_predictor::{
+    forecast::{self, LEARNED, LEARNED_USEFUL, learned::Trained},
+    policy,
+};
 use pregate_traces::replay::{Slots, models, presets};
-use std::{path::PathBuf, str::FromStr};
+use std::{path::PathBuf, str::FromStr, sync::Arc};
 
 pub const HELP: &str = "Examples:
   pregate replay trace.json --machine rtx3060-12gb,rtx4090
@@ -15,6 +18,7 @@ pub const HELP: &str = "Examples:
   pregate replay trace.json --slots 25% --policy lru --forecast none --json | jq .hits
   pregate replay trace.json --machine rtx3060-12gb,rtx5090 --compare
   pregate replay trace.json --policy lru,forecast-aware --plot hits.svg --heatmap layers.svg
+  pregate replay mine.pgtrace --predictor model.pgpredict --forecast none,blend --compare
   pregate doctor --machine-file here.toml && pregate replay trace.json --machine here.toml
 
 A trace is what a model's routers chose, token by token: a file of --record, or an rtrace-1
@@ -77,6 +81,10 @@ pub struct ReplayArgs {
         value_parser = PossibleValuesParser::new(forecast_values())
     )]
     pub forecast: Vec<String>,
+    /// Forecasts that were trained (pregate train-predictor); they join the blend and have names of
+    /// their own
+    #[arg(long, value_name = "FILE", value_parser = predictor)]
+    pub predictor: Option<Arc<Trained>>,
     /// The first tokens only warm caches and forecasts [default of --warm alone: a tenth of the
     /// trace]
     #[arg(
@@ -146,7 +154,9 @@ impl ReplayArgs {
     }
 
     pub fn forecasts(&self) -> Vec<String> {
-        chosen(&self.forecast, forecasts())
+        let learned = LEARNED.into_iter().take(LEARNED_USEFUL);
+        let learned = learned.filter(|_| self.predictor.is_some());
+        chosen(&self.forecast, forecasts().chain(learned))
     }
 }
 
@@ -169,7 +179,7 @@ fn forecasts() -> impl Iterator<Item = &'static str> {
 /// Those that are wrong on purpose are for tests: taken, and not shown.
 fn forecast_values() -> Vec<PossibleValue> {
     let shown = forecasts().chain(["all"]).map(PossibleValue::new);
-    let wrong = forecast::NAMES.into_iter().skip(forecast::USEFUL);
+    let wrong = forecast::NAMES.into_iter().skip(forecast::USEFUL).chain(LEARNED);
     shown.chain(wrong.map(|name| PossibleValue::new(name).hide(true))).collect()
 }
 
@@ -181,7 +191,7 @@ pub fn list() -> String {
         join(presets::names().collect()),
         join(models::names().collect()),
         join(policy::NAMES.to_vec()),
-        join(forecasts().collect()),
+        join(forecasts().chain(LEARNED.into_iter().take(LEARNED_USEFUL)).collect()),
     )
 }
 

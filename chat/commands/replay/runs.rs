@@ -7,12 +7,16 @@ use super::{
     subject::Subject,
 };
 use crate::{exit::Failure, progress::Progress};
-use pregate_predictor::{Scope, policy};
-use pregate_traces::replay::{Bracket, Machine, Options, ReplayError, Report, Warm, replay};
+use pregate_predictor::{
+    Scope,
+    forecast::{Forecaster, LEARNED, learned::Trained},
+    policy,
+};
+use pregate_traces::replay::{Bracket, Machine, Options, ReplayError, Report, Warm, replay_with};
 use std::{
     collections::{HashMap, HashSet},
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
@@ -48,6 +52,8 @@ pub struct Asked {
     sizes_are_asked: bool,
     pub policies: Vec<String>,
     pub forecasts: Vec<String>,
+    /// What was trained for the model of the traces.
+    predictor: Option<Arc<Trained>>,
     pub context: u64,
     pub warm: Option<WarmArg>,
 }
@@ -61,9 +67,45 @@ impl Asked {
             sizes_are_asked: !args.slots.is_empty(),
             policies: args.policies(),
             forecasts: args.forecasts(),
+            predictor: args.predictor.clone(),
             context: args.context,
             warm: args.warm,
         }
+    }
+
+    /// Whether what was trained is there, and for these traces' models.
+    ///
+    /// # Errors
+    /// Says which forecast or trace does not fit.
+    pub fn check_predictor(&self) -> Result<(), Failure> {
+        let Some(trained) = &self.predictor else {
+            let asked = self.forecasts.iter().find(|name| LEARNED.contains(&name.as_str()));
+            return asked.map_or(Ok(()), |name| {
+                let what = "is in a file that pregate train-predictor writes: name it with";
+                Err(Failure::Usage(format!("--forecast {name}: {what} --predictor FILE")))
+            });
+        };
+        for Subject { name, header, .. } in &self.subjects {
+            trained
+                .check(&header.shape, header.fingerprint.as_ref())
+                .map_err(|error| Failure::Usage(format!("--predictor, for {name}: {error}")))?;
+        }
+        Ok(())
+    }
+
+    /// `None`: nothing is forecast.
+    fn forecaster(&self, job: &Job) -> Result<Option<Forecaster>, Failure> {
+        let (name, horizon) = (&self.forecasts[job.forecast], job.options.horizon);
+        let shape = &self.subjects[job.trace].header.shape;
+        if name == "none" {
+            return Ok(None);
+        }
+        let forecaster = match &self.predictor {
+            Some(trained) => Forecaster::by_name_with(name, shape, horizon, trained),
+            None => Forecaster::by_name(name, shape, horizon),
+        };
+        let unknown = || format!("--forecast {name}: not in the file of --predictor");
+        forecaster.map(Some).ok_or_else(|| Failure::Usage(unknown()))
     }
 
     /// Every combination, in the order in which they are told.
@@ -227,7 +269,12 @@ impl Shared {
             told = tokens;
         };
         let machine = &asked.machines[job.machine];
-        replay(&mut source, machine, &job.options, &mut progress).map_err(|error| match error {
+        let policy = policy::by_name(&asked.policies[job.policy])
+            .ok_or_else(|| Failure::Internal("a policy without a name".to_string()))?;
+        let forecaster = asked.forecaster(job)?;
+        let options = &job.options;
+        let report = replay_with(&mut source, machine, options, policy, forecaster, &mut progress);
+        report.map_err(|error| match error {
             ReplayError::Trace(error) => error.into(),
             ReplayError::Empty => {
                 let words = "there are no tokens to count: fewer for --warm, or another trace";
