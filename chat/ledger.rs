@@ -23,6 +23,10 @@ pub struct Report {
     pub totals: Vec<Recall>,
     pub traffic: Vec<Traffic>,
     pub traffic_total: Traffic,
+    /// Experts that the CPU computed for a GPU and an idle link copied for
+    /// later tokens; `stall_ms` is 0.
+    pub kept: Vec<Traffic>,
+    pub kept_total: Traffic,
     pub link: LinkUse,
     /// What forecasts did that they must not do.
     pub notes: Vec<String>,
@@ -158,13 +162,20 @@ impl Report {
     fn new(ledger: &Ledger) -> Self {
         let prices = ledger.prices();
         let traffic: Vec<Traffic> = prices.iter().map(Traffic::of_layer).collect();
-        let switched_off = prices.iter().map(|price| price.switched_off).sum();
+        let kept = ledger.kept_prices();
+        let off = |prices: &[LayerPrice]| prices.iter().map(|price| price.switched_off).sum();
+        let switched_off = off(&prices);
         Self {
             columns: ledger.columns().to_vec(),
             forecasts: ledger.recalls().iter().map(Recall::new).collect(),
             totals: ledger.totals().iter().map(Recall::new).collect(),
             traffic_total: Traffic { switched_off, ..Traffic::new(&ledger.traffic()) },
             traffic,
+            kept: kept.iter().map(Traffic::of_layer).collect(),
+            kept_total: Traffic {
+                switched_off: off(&kept),
+                ..Traffic::new(&ledger.kept_traffic())
+            },
             link: LinkUse::new(&ledger.link_use()),
             notes: Vec::new(),
         }

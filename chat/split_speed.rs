@@ -46,6 +46,11 @@ impl Facts {
         let is_standin = device::is_standin(gpu.device.info());
         Ok(Self { gpu_read_gb_s, experts: shape, cpu, link, is_standin })
     }
+
+    /// As predictions take it, and the split of misses.
+    pub fn machine(&self) -> roofline::Machine {
+        self.link.machine(self.gpu_read_gb_s, &self.cpu)
+    }
 }
 
 /// The experts of the first layer that has some.
@@ -131,7 +136,7 @@ pub fn predict(
         Misses::Copied => Bring::Link,
         Misses::Auto => Bring::Best,
     };
-    let machine = facts.link.machine(facts.gpu_read_gb_s, &facts.cpu);
+    let machine = facts.machine();
     let dense = bytes_per_token.saturating_sub(routed);
     let found = roofline::predict(dense, &layers, hits, bring, &machine);
     SplitSpeed::new(&found, hits, facts)

@@ -94,6 +94,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let facts = facts(&opened, &device, &planned, before)?;
     let placed = model::place(&path, opened, &device, &needs, planned)?;
     let Loaded { model, session, planned } = placed;
+    if let Some((facts, gpu)) = facts.as_ref().zip(model.gpu()) {
+        gpu.measured(&facts.machine());
+    }
     let cancel = Cancel::new();
     signals::cancel_on_interrupt(cancel.clone())?;
     let log = model.store().map(|_| AccessLog::default());

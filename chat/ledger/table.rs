@@ -101,6 +101,10 @@ impl Report {
             "issued", "precision", "useful", "wasted", "saved", "lost", "stalled"
         ));
         lines.extend(self.traffic.iter().chain([&self.traffic_total]).map(traffic_line));
+        if self.kept_total.issued > 0 {
+            lines.push("computed by the CPU and copied for later by an idle link".into());
+            lines.extend(self.kept.iter().chain([&self.kept_total]).map(traffic_line));
+        }
     }
 }
 
@@ -200,6 +204,8 @@ mod tests {
             totals: both(None).collect(),
             columns: columns.clone(),
             traffic_total: Traffic { layer: None, on: None, ..traffic.clone() },
+            kept_total: Traffic { layer: None, on: None, ..traffic.clone() },
+            kept: vec![traffic.clone()],
             traffic: vec![traffic],
             link: LinkUse { bytes: 1_000_000, busy_ms: 1.0, idle_ms: 2.5, gb_s: Some(1.0) },
             notes: vec!["something".to_string()],
@@ -213,6 +219,7 @@ mod tests {
             assert!(line.chars().count() <= 100, "{}: {line}", line.chars().count());
         }
         let text = lines.join("\n");
+        assert!(text.contains("copied for later by an idle link\n   47"), "{text}");
         for part in ["   47     75.0", "off, 12x off", "+1", "note: something", "idle for 2.5 ms"] {
             assert!(text.contains(part), "{part} in\n{text}");
         }

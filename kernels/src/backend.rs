@@ -281,6 +281,10 @@ pub trait Backend: Send + Sync {
 
     fn attention(&self, call: AttentionCall<'_>);
 
+    /// Work will come soon: threads that sleep come back and look for it for a
+    /// while. Changes no answer.
+    fn rouse(&self) {}
+
     /// Calls `task(i)` for every `i < count`, on all of the device's host
     /// threads, and returns when all are done.
     fn for_each(&self, count: usize, task: &(dyn Fn(usize) + Sync));

@@ -102,6 +102,8 @@ pub struct Ledger {
     tallies: Vec<Tally>,
     tokens: Books,
     chunks: Books,
+    /// Copies of experts that the CPU computes; time is counted in tokens.
+    kept: Books,
     /// What runs.
     pass: Pass,
     link: Link,
@@ -127,6 +129,7 @@ impl Ledger {
             tallies: vec![Tally::default(); layers * columns.len() * (horizon + 1)],
             tokens: Books::new(layers, pricing),
             chunks: Books::new(layers, Pricing::of_chunks()),
+            kept: Books::new(layers, pricing),
             pass: Pass::Token,
             link: Link::default(),
             columns,
@@ -262,6 +265,9 @@ impl Ledger {
     /// The pass that ran is over: its window moves on. A `pass` begins.
     pub fn next_pass(&mut self, pass: Pass) {
         self.books().next_pass();
+        if self.pass == Pass::Token {
+            self.kept.next_pass();
+        }
         self.pass = pass;
     }
 
@@ -272,6 +278,42 @@ impl Ledger {
             Pass::Token => self.tokens.allows(layer),
             Pass::Chunk => self.chunks.allows(layer),
         }
+    }
+
+    /// A copy was ordered of an expert that the CPU computes and later tokens
+    /// will use.
+    pub fn kept_issued(&mut self, layer: usize, bytes: u64) {
+        self.kept.issued(layer, bytes);
+    }
+
+    /// It was used for the first time, which saved `saved_ns`.
+    pub fn kept_used(&mut self, layer: usize, bytes: u64, saved_ns: u64) {
+        self.kept.useful(layer, bytes, saved_ns, true);
+    }
+
+    /// It left, or never came, without being used.
+    pub fn kept_wasted(&mut self, layer: usize, bytes: u64) {
+        self.kept.wasted(layer, bytes, 0, self.link.ns_per_byte.max(f64::MIN_POSITIVE));
+    }
+
+    /// It delayed somebody, or who left for it was missed, by `ns`.
+    pub fn kept_lost(&mut self, layer: usize, ns: u64) {
+        self.kept.spent(layer, ns);
+    }
+
+    /// Is keeping experts of `layer` worth its price?
+    pub fn allows_keeping(&self, layer: usize) -> bool {
+        self.kept.allows(layer)
+    }
+
+    /// The price list of what was kept, of the layers where something was.
+    pub fn kept_prices(&self) -> Vec<LayerPrice> {
+        self.kept.prices()
+    }
+
+    /// The same of all layers together.
+    pub fn kept_traffic(&self) -> Traffic {
+        self.kept.traffic()
     }
 
     /// The price list of the layers that prefetched something for tokens, or

@@ -25,11 +25,13 @@ use crate::ledger::{Ledger, Pass};
 use crate::policy::Event;
 use crate::vocabulary::{ExpertId, NoOutlook, Outlook, Shape};
 use accounts::Accounts;
+use kept::Kept;
 use prompt::Prompt;
 use shares::Shares;
 
 mod accounts;
 mod ahead;
+mod kept;
 mod moves;
 mod prompt;
 mod shares;
@@ -56,6 +58,8 @@ enum State {
 enum Purpose {
     Demand,
     Prefetch,
+    /// Later tokens: the CPU computes it for this one.
+    Keep,
     /// Nobody any more; its discard was ordered.
     Dropped,
 }
@@ -113,6 +117,7 @@ pub struct Planner {
     states: Vec<Vec<State>>,
     /// Every expert that is early or whose prefetch is in flight.
     ahead: Vec<ExpertId>,
+    kept: Kept,
     /// Per class: fills in flight that nobody wants.
     dropped: Vec<usize>,
     open: Open,
@@ -144,6 +149,7 @@ impl Planner {
             prompt: None,
             wanted: Vec::new(),
             ahead: Vec::new(),
+            kept: Kept::default(),
             dropped: vec![0; shape.classes()],
             open: Open::default(),
             room: Vec::new(),
@@ -289,6 +295,7 @@ impl Planner {
             |id: &ExpertId| states[id.layer()][id.expert()] == State::Filling(Purpose::Prefetch);
         let under_way = ahead.iter().copied().filter(flies);
         self.accounts.requested(out, under_way);
+        self.kept.requested(out, &self.shape, &mut self.ledger);
         self.retire(layer, &mut out.retire);
     }
 
@@ -311,6 +318,9 @@ impl Planner {
     pub fn filling(&mut self, id: ExpertId) {
         assert_eq!(self.state(id), State::Needed, "a fill of {id} starts");
         self.set(id, State::Filling(Purpose::Demand));
+        let states = &self.states;
+        let flies = |id: ExpertId| states[id.layer()][id.expert()] == State::Filling(Purpose::Keep);
+        self.kept.demanded(flies, &self.shape, &mut self.ledger);
     }
 
     /// The fill of `id` has landed.
@@ -323,11 +333,14 @@ impl Planner {
             (Purpose::Demand, Landing::Ready) => (State::InUse, Arrival::Use),
             (Purpose::Demand, Landing::Failed) => (State::Needed, Arrival::Fail),
             (Purpose::Demand, Landing::Discarded) => (State::Needed, Arrival::Again),
-            (Purpose::Prefetch, Landing::Ready) => (State::Early, Arrival::Keep),
+            (Purpose::Prefetch | Purpose::Keep, Landing::Ready) => (State::Early, Arrival::Keep),
             (Purpose::Dropped, Landing::Ready) => (State::Absent, Arrival::Release),
             (_, Landing::Failed | Landing::Discarded) => (State::Absent, Arrival::Nothing),
         };
         self.set(id, state);
+        if purpose == Purpose::Keep && arrival == Arrival::Nothing {
+            self.kept.wasted(id, &self.shape, &mut self.ledger);
+        }
         if purpose == Purpose::Prefetch && arrival == Arrival::Nothing {
             self.wasted(id);
             self.ahead.retain(|&other| other != id);
@@ -351,6 +364,9 @@ impl Planner {
         };
         let admission = self.cache.admit(id, pinned, outlook);
         self.set(id, State::Absent);
+        if let Admission::Replaced(victim) = admission {
+            self.kept.wasted(victim, &self.shape, &mut self.ledger);
+        }
         admission
     }
 
@@ -362,6 +378,7 @@ impl Planner {
         out.clear();
         self.ledger.stalled(layer, stall_ns);
         self.accounts.ended(stall_ns, worked_ns, &self.shape, &mut self.ledger);
+        self.kept.ended(&self.shape, &mut self.ledger);
         for index in 0..self.open.experts.len() {
             let id = ExpertId::new(layer, self.open.experts[index]);
             match self.state(id) {
@@ -385,6 +402,7 @@ impl Planner {
     /// The frame of a resident expert is lost.
     pub fn lost(&mut self, id: ExpertId) {
         self.cache.remove(id);
+        self.kept.wasted(id, &self.shape, &mut self.ledger);
     }
 
     fn class(&self, layer: usize) -> usize {

@@ -61,7 +61,9 @@ use crate::cache::Admission;
 use crate::vocabulary::{LayerShape, Shape};
 pub use chunk::{Chunk, ChunkOutcome};
 use class::Class;
+pub use early::Early;
 pub use keep::{Keep, Spare};
+pub use lapse::Lapse;
 pub use reason::Reason;
 pub use report::LayerSplit;
 use reuse::Marks;
@@ -70,7 +72,9 @@ use worker::MOST;
 
 mod chunk;
 mod class;
+mod early;
 mod keep;
+mod lapse;
 mod reason;
 mod report;
 mod reuse;
@@ -284,6 +288,13 @@ impl Split {
     pub fn copied(&mut self, layer: usize, ns: u64) {
         let Some(&mut Given { class, at, .. }) = self.given(layer) else { return };
         self.classes[class].copied(at, ns);
+    }
+
+    /// What the CPU takes for `count` experts of `layer`, nothing beside them,
+    /// in ns; 0 for a layer without experts.
+    pub fn cpu_ns(&self, layer: usize, count: usize) -> f64 {
+        let given = self.layers.get(layer).and_then(Option::as_ref);
+        given.map_or(0.0, |given| self.classes[given.class].cpu.alone(given.at, count))
     }
 
     /// What first looks, second looks and exploring were expected to cost,

@@ -16,14 +16,15 @@ mod tiny;
 use gguf_builder::{Gguf, u32 as number};
 use golden::argmax;
 use pregate_kernels::cuda::Device;
-use pregate_kernels::{Backend, Cpu, CpuOptions};
-use pregate_predictor::{Ahead, forecast, policy};
+use pregate_kernels::{Backend, Cpu, CpuOptions, Routes};
+use pregate_predictor::{Ahead, NoObserver, forecast, policy};
 use pregate_runtime::gpu::HostFrames;
 use pregate_runtime::model::{BelowHost, Source};
 use pregate_runtime::store::disk::{DiskChoice, DiskOptions};
+use pregate_runtime::store::{ExpertStore, Missing, PassInfo};
 use pregate_runtime::{
-    GpuExperts, LoadOptions, Misses, Model, OpenedModel, Residency, Session, SessionOptions,
-    StreamStats, Streaming,
+    Cancel, GpuExperts, LoadOptions, Misses, Model, OpenedModel, Residency, Session,
+    SessionOptions, StreamStats, Streaming,
 };
 use pregate_standin::{Drain, Exclusive, testing};
 use scratch::Scratch;
@@ -301,6 +302,82 @@ fn experts_anywhere_give_the_bits_of_the_cpu() {
         check(&place, &path, &expected, config);
     }
     println!("{} configurations in {:.1?}", configs.len(), started.elapsed());
+}
+
+/// A token's pass in which the host computes what is missing, and an idle link
+/// brings it for later; without the device.
+fn keep_what_is_missing(store: &ExpertStore, token: usize) {
+    let (cancel, routes) = (Cancel::new(), Routes::new());
+    let pass = PassInfo { ids: &[0], session: 99, is_start: false, keeps_ahead: true };
+    let turn = store.begin_pass(pass, &cancel).unwrap();
+    for layer in store.layout().shape.moe().map(|(layer, _)| layer) {
+        let experts = [0, 5].map(|at| ((3 * token / 2 + at) % EXPERTS) as u32);
+        let mut leave = |missing: Missing<'_>| missing.missing.to_vec();
+        let mut event = store.begin_shared(layer, &experts, &routes, &mut leave);
+        let left = event.left().to_vec();
+        event.keep(left.into_iter().map(|id| (id, 1000)));
+        let mut there = Vec::new();
+        while event.more(&cancel, &mut there).unwrap() > 0 {}
+        drop(there);
+        event.settled();
+        event.finish(0, 1, &mut NoObserver);
+    }
+    drop(turn);
+}
+
+/// What is copied for later tokens takes slots between them and in them, and
+/// the bits stay the CPU's.
+#[test]
+fn what_the_host_computed_is_kept() {
+    let Some(standin) = testing::standin() else { return };
+    let standin = standin.exclusive();
+    standin.set_checks(false);
+    let scratch = Scratch::new("gpu-identity-kept");
+    let path = tiny_model(&scratch);
+    let answers = |residency| {
+        let options = LoadOptions { backend: cpu(), residency };
+        let model = Model::load(&path, options, &mut |_| {}).unwrap();
+        let options = SessionOptions { context: Some(64), ..SessionOptions::default() };
+        let mut session = Session::new(&model, options).unwrap();
+        let mut logits = session.feed_quietly(PROMPTS[0]).unwrap().to_vec();
+        let mut all = logits.clone();
+        for token in 0..40 {
+            if let Some(store) = model.store() {
+                keep_what_is_missing(store, token);
+            }
+            logits = session.feed_quietly(&[argmax(&logits)]).unwrap().to_vec();
+            all.extend_from_slice(&logits);
+        }
+        drop(session);
+        (all.iter().map(|logit| logit.to_bits()).collect::<Vec<u32>>(), model)
+    };
+    let (expected, plain) = answers(Residency::Lazy);
+    let layers = plain.description().layers.len();
+    for (drain, policy) in [(Drain::Eager, "lru"), (Drain::Random(5), "forecast-aware")] {
+        let config = Config {
+            fixed: Some(0),
+            slots: Some(EXPERTS / 2),
+            ring: 4,
+            below: None,
+            misses: Misses::Auto,
+            forecast: "none",
+            horizon: 1,
+            policy,
+            prefill_chunk: 64,
+            graphs: true,
+            drain,
+            pinned: UNLIMITED,
+            checks: false,
+        };
+        standin.set_drain(drain);
+        let device = testing::device().expect("the stand-in opens");
+        let (found, model) = answers(config.residency(device, [layers, 0]));
+        assert!(found == expected, "{policy}: other logits");
+        let store = model.store().unwrap();
+        let kept = store.with_planner(|planner| planner.ledger().kept_traffic());
+        assert!(kept.issued >= 10 && kept.useful > 0 && kept.saved_ns >= 1000, "{kept:?}");
+    }
+    assert!(standin.take_violations().is_empty());
 }
 
 /// A session's first graph is for 256 positions; behind them it needs another,

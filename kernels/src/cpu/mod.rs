@@ -134,6 +134,10 @@ impl Backend for Cpu {
         self.attend(&mut lock(&self.workspace).attention, call);
     }
 
+    fn rouse(&self) {
+        self.pool.rouse();
+    }
+
     fn for_each(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
         self.pool.run(count, &|_, unit| task(unit));
     }

@@ -36,6 +36,8 @@ struct Shared {
     active: AtomicUsize,
     stop: AtomicBool,
     parked: Vec<AtomicBool>,
+    /// Counts the calls of [`Pool::rouse`].
+    roused: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     spins: usize,
 }
@@ -78,6 +80,7 @@ impl Pool {
             active: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            roused: AtomicUsize::new(0),
             panic: Mutex::new(None),
             spins: if pin { SPINS } else { SPINS_OVERSUBSCRIBED },
         });
@@ -146,6 +149,24 @@ impl Pool {
         }
     }
 
+    /// A region comes soon: workers that are parked spin again for as long as
+    /// after a region, and others begin anew.
+    pub fn rouse(&self) {
+        // As in `run`: one of the two sees the other.
+        self.shared.roused.fetch_add(1, Ordering::SeqCst);
+        for ((_, thread), parked) in self.workers.iter().zip(&self.shared.parked) {
+            if parked.load(Ordering::SeqCst) {
+                thread.unpark();
+            }
+        }
+    }
+
+    /// Workers that are parked now.
+    #[cfg(test)]
+    fn parked(&self) -> usize {
+        self.shared.parked.iter().filter(|parked| parked.load(Ordering::SeqCst)).count()
+    }
+
     /// Calls `task(worker, i, &mut items[i])` for every item.
     pub fn each_mut<T: Send>(&self, items: &mut [T], task: impl Fn(usize, usize, &mut T) + Sync) {
         let base = Base(items.as_mut_ptr());
@@ -206,7 +227,7 @@ fn share(shared: &Shared, worker: usize, region: Region) {
 fn work(shared: &Shared, worker: usize) {
     let mut seen = 0;
     loop {
-        let mut spins = 0;
+        let (mut spins, mut calls) = (0, shared.roused.load(Ordering::SeqCst));
         while shared.generation.load(Ordering::Acquire) == seen {
             spins += 1;
             if spins < shared.spins {
@@ -215,10 +236,13 @@ fn work(shared: &Shared, worker: usize) {
             }
             let parked = &shared.parked[worker - 1];
             parked.store(true, Ordering::SeqCst);
-            while shared.generation.load(Ordering::SeqCst) == seen {
+            while shared.generation.load(Ordering::SeqCst) == seen
+                && shared.roused.load(Ordering::SeqCst) == calls
+            {
                 std::thread::park();
             }
             parked.store(false, Ordering::SeqCst);
+            (spins, calls) = (0, shared.roused.load(Ordering::SeqCst));
         }
         seen = seen.wrapping_add(1);
         if shared.stop.load(Ordering::SeqCst) {
@@ -380,6 +404,32 @@ mod tests {
         for (i, item) in items.iter().enumerate() {
             assert_eq!(*item, (0..600u64).map(|r| r ^ i as u64).sum::<u64>());
         }
+    }
+
+    #[test]
+    fn parked_workers_are_roused_and_park_again() {
+        let pool = Pool::new(2).unwrap();
+        let waits = |for_parked: usize| {
+            let began = std::time::Instant::now();
+            while pool.parked() != for_parked {
+                assert!(began.elapsed().as_secs() < 60, "{} are parked", pool.parked());
+                std::thread::yield_now();
+            }
+        };
+        for _ in 0..3 {
+            waits(1);
+            let is_awake = (0..1_000_000).any(|_| {
+                pool.rouse();
+                pool.parked() == 0
+            });
+            assert!(is_awake);
+        }
+        waits(1);
+        let ran = AtomicU32::new(0);
+        pool.run(9, &|_, _| {
+            ran.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(ran.into_inner(), 9);
     }
 
     #[test]

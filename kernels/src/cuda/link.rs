@@ -260,6 +260,19 @@ impl<M: HostMemory> Link<M> {
         }
     }
 
+    /// Bytes that are copied before a demand submitted now: those with the
+    /// device, and demands that wait.
+    pub fn queued(&self) -> u64 {
+        self.shared.lock().queued(None).0
+    }
+
+    /// Bytes until transfer `key` has arrived, were it a demand from now on:
+    /// those before it, and its own. `None`: it is not outstanding.
+    pub fn remaining(&self, key: u64) -> Option<u64> {
+        let (before, own) = self.shared.lock().queued(Some(key));
+        own.map(|own| before + own)
+    }
+
     /// Nanoseconds since the link was made.
     pub fn now_ns(&self) -> u64 {
         self.shared.now_ns()

@@ -37,6 +37,13 @@ impl<M> Job<M> {
         self.part < self.transfer.parts.len()
     }
 
+    /// Bytes that are not with the device yet.
+    pub fn left(&self) -> u64 {
+        let parts = self.transfer.parts[self.part.min(self.transfer.parts.len())..].iter();
+        let bytes: usize = parts.map(|part| part.from.len()).sum();
+        bytes.saturating_sub(self.at) as u64
+    }
+
     /// Bytes of the next chunk: parts are cut evenly, at whole pages.
     pub fn chunk(&self, longest: usize) -> usize {
         const PAGE: usize = 4096;

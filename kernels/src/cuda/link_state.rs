@@ -127,6 +127,17 @@ impl<M: HostMemory> State<M> {
         Some(landed)
     }
 
+    /// Bytes that a demand submitted now would wait for: what is with the
+    /// device, and demands; and those of transfer `key` that would be left
+    /// then, if it is outstanding.
+    pub fn queued(&self, key: Option<u64>) -> (u64, Option<u64>) {
+        let flying: usize = self.flights.iter().map(|flight| flight.bytes).sum();
+        let left = |key: &u64| self.jobs.get(key).map_or(0, Job::left);
+        let demands = self.queues[Urgency::Demand as usize].iter().filter(|of| Some(**of) != key);
+        let before = flying as u64 + demands.map(left).sum::<u64>();
+        (before, key.and_then(|key| Some(self.jobs.get(&key)?.left())))
+    }
+
     pub fn counters_at(&self, now_ns: u64) -> LinkCounters {
         let busy = self.busy_since_ns.map_or(0, |since| now_ns.saturating_sub(since));
         LinkCounters { busy_ns: self.counters.busy_ns + busy, ..self.counters }

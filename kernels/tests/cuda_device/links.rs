@@ -106,9 +106,15 @@ fn prefetches_leave_a_place_for_a_demand() {
     let before = world.calls_of("cuMemcpyHtoDAsync");
     link.submit(store.transfer(0, 0, 10 * CHUNK, Urgency::Prefetch));
     assert_eq!(world.calls_of("cuMemcpyHtoDAsync"), before + 2);
+    let chunks = |count: usize| (count * CHUNK) as u64;
+    assert_eq!((link.queued(), link.remaining(0)), (chunks(2), Some(chunks(10))));
     link.submit(store.transfer(1, 20 * CHUNK, 10 * CHUNK, Urgency::Demand));
     assert_eq!(world.calls_of("cuMemcpyHtoDAsync"), before + 3);
+    // With the device are three; the rest of the prefetch is nobody's wait.
+    assert_eq!((link.queued(), link.remaining(1)), (chunks(12), Some(chunks(12))));
+    assert_eq!((link.remaining(0), link.remaining(9)), (Some(chunks(20)), None));
     assert_eq!(collect(&mut link).len(), 2);
+    assert_eq!(link.queued(), 0);
     assert!(store.contents(&device)[..10 * CHUNK] == pattern(5, 64 * CHUNK)[..10 * CHUNK]);
 }
 

@@ -71,6 +71,15 @@ impl Accounts {
         }
     }
 
+    /// The event that is open does without the prefetch of `id`, which comes
+    /// too late for it.
+    pub fn came_late(&mut self, id: ExpertId, shape: &Shape, ledger: &mut Ledger) {
+        if let Some(at) = self.promoted.iter().position(|&other| other == id) {
+            self.promoted.swap_remove(at);
+            ledger.wasted(id.layer(), bytes(shape, id), 0);
+        }
+    }
+
     /// The prefetch of `id` was for nothing.
     pub fn gave_up(&mut self, id: ExpertId, shape: &Shape, ledger: &mut Ledger) {
         if !self.settles(id) {

@@ -50,6 +50,22 @@ impl Planner {
         }
     }
 
+    /// The chance that a token misses something in `layer`, which is ahead, as
+    /// far as forecasts say: one of its experts is nowhere. `None`: they say
+    /// nothing.
+    pub fn miss_chance(&self, layer: usize) -> Option<f64> {
+        let forecaster = self.forecaster.as_ref()?;
+        let probabilities = forecaster.probabilities(layer).filter(|all| !all.is_empty())?;
+        let there = |expert: u32| {
+            let id = ExpertId::new(layer, expert);
+            self.cache.contains(id) || self.state(id) != State::Absent
+        };
+        let nowhere = (0..).zip(probabilities).filter(|(expert, _)| !there(*expert));
+        // One after the other: which goes with which is not known.
+        let none: f64 = nowhere.map(|(_, &p)| 1.0 - f64::from(p).clamp(0.0, 1.0)).product();
+        Some(1.0 - none)
+    }
+
     /// Which experts of later layers are worth a fill now? They are marked as
     /// in flight; `out` gets them, best first. Takes free frames only,
     /// `room(class)` many. May be called whenever the link is idle.

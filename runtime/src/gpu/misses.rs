@@ -77,6 +77,7 @@ impl<'a> Visit<'a> {
             self.compute(&routes, &left, answers, (event.as_mut(), cancel))?;
         if let Some(event) = &event {
             work.ns = (event.now_ns() - event.began_ns()).saturating_sub(waited_ns);
+            work.busy_ns = event.link_busy_ns();
         }
         companions.meter.lap(Work::Experts);
         if let Some((event, moving)) = event.zip(moving) {
@@ -194,7 +195,8 @@ impl<'a> Visit<'a> {
         let host = HostRows { pass, layer, moe, x: &x, tokens, grouping, cancel };
         let waited_ns = host.compute(&mut found, event)?;
         send(pass, &rows, grouping, &found, answers)?;
-        Ok((HostWork { experts: left.len(), tokens: rows.len(), ns: 0 }, waited_ns))
+        let work = HostWork { experts: left.len(), tokens: rows.len(), ..HostWork::default() };
+        Ok((work, waited_ns))
     }
 }
 

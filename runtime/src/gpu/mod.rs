@@ -50,7 +50,8 @@ use crate::store::layout::ModelLayout;
 use moving::Moving;
 use needs::{dense_bytes, experts_bytes};
 use pregate_kernels::cuda::Device;
-use pregate_predictor::split::LayerSplit;
+use pregate_predictor::roofline::Machine;
+use pregate_predictor::split::{LayerSplit, Seed};
 use slots::SlotTable;
 use upload::Uploader;
 use weights::{DeviceLayer, DeviceWeights};
@@ -153,6 +154,20 @@ impl GpuModel {
     /// What the probe of the disk found; `None`: nothing is read from it.
     pub fn disk(&self) -> Option<&DiskReport> {
         self.moving.as_ref()?.disk()
+    }
+
+    /// How often the host was likely to be asked for a layer's misses, and how
+    /// often its threads were roused before; `None`: nothing comes and goes.
+    pub fn roused(&self) -> Option<(u64, u64)> {
+        Some(self.moving.as_ref()?.decider().roused())
+    }
+
+    /// What was measured of this machine, before the first token: what the
+    /// split of misses starts from instead of usual prices.
+    pub fn measured(&self, machine: &Machine) {
+        if let Some(moving) = &self.moving {
+            moving.decider().seed(&Seed::from(machine));
+        }
     }
 
     /// Bytes of experts in page-locked memory of the host, and in other memory

@@ -354,6 +354,14 @@ impl Mover for LinkMover {
         }
     }
 
+    fn queued(&self) -> u64 {
+        self.link.queued()
+    }
+
+    fn remaining(&self, key: u64) -> Option<u64> {
+        self.link.remaining(key)
+    }
+
     fn begin_pass(&mut self, keeps_ahead: bool) {
         self.is_alone = keeps_ahead;
     }

@@ -5,7 +5,7 @@
 //! A layer's event of the store stays open until the next layer's router was
 //! heard: until then the device may read what arrived for it.
 
-use super::decider::HostWork;
+use super::decider::{Decider, HostWork};
 use super::host_rows::HostRows;
 use super::pass::{Companions, Pass};
 use super::token::{LayerMail, TokenPath};
@@ -58,6 +58,8 @@ pub struct ServiceBuffers {
     there: Vec<Arrived>,
     /// Layers that were forecast.
     targets: Vec<usize>,
+    /// The host's threads were roused for the layer that comes next.
+    is_roused: bool,
 }
 
 impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
@@ -87,7 +89,7 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
     /// The device has ended the step.
     pub fn finish(mut self) -> Result<()> {
         self.is_over = true;
-        self.close(None);
+        self.close(None, None);
         match self.path.mail().error() {
             Some(error) => Err(CudaError::unsupported(format!("a token: {error:?}")).into()),
             None => Ok(()),
@@ -97,13 +99,16 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
     fn serve(&mut self, layer: usize, mail: &LayerMail) -> Result<()> {
         self.companions.meter.lap(Work::Overhead);
         self.hear(mail)?;
+        // Where reads from disk are waited for, walls say nothing of the workers.
+        let moving = self.pass.model.moving().filter(|moving| moving.frames().is_none());
+        let heard_ns = moving.map(|moving| moving.store().now_ns());
         self.companions.meter.lap(Work::Dense);
         let DeviceFeedForward::Moe(moe) = &self.pass.model.layers()[layer].feed_forward else {
             unreachable!("mail comes from layers with routers")
         };
         self.read_choices(layer, moe)?;
         let is_whole = moe.experts.is_whole();
-        self.close((!is_whole).then_some(layer));
+        self.close(heard_ns, (!is_whole).then_some(layer));
         let ServiceBuffers { posted, ids, .. } = &*self.buffers;
         let position = self.pass.first_position;
         self.companions.observer.routed(layer, position, ids, &posted.weights);
@@ -167,6 +172,14 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
             let mut leave = |missing: Missing<'_>| moving.decider().of_token(missing, true);
             moving.store().begin_shared(layer, ids, routes, &mut leave)
         });
+        // What is read ahead for the next layers goes before what is kept.
+        let reads_ahead = |event: &Event<'_>| mail.ahead().iter().any(|of| event.wants(of.layer));
+        let keeps_at_once = !event.as_ref().is_some_and(reads_ahead);
+        if let Some((event, moving)) = event.as_mut().zip(pass.model.moving())
+            && keeps_at_once
+        {
+            moving.decider().keep(event);
+        }
         let left: Vec<u32> = match &event {
             Some(event) => event.left().iter().map(|id| id.expert).collect(),
             None => ids.iter().copied().filter(|&id| !moe.experts.is_fixed(id as usize)).collect(),
@@ -183,8 +196,18 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         // Dropped before the event, whatever fails: it pins the event's frames.
         let mut there = there;
         let ns = (event.now_ns() - event.began_ns()).saturating_sub(waited_ns);
-        let work = HostWork { experts: left.len(), tokens: left.len(), ns };
+        let mut work = HostWork {
+            experts: left.len(),
+            tokens: left.len(),
+            ns,
+            busy_ns: event.link_busy_ns(),
+            is_roused: std::mem::take(&mut self.buffers.is_roused),
+            told_ns: None,
+        };
         self.foresee(mail, &mut event);
+        if let Some(moving) = pass.model.moving().filter(|_| !keeps_at_once) {
+            moving.decider().keep(&mut event);
+        }
         self.companions.meter.lap(Work::Overhead);
         let before = event.waited_ns();
         loop {
@@ -195,8 +218,26 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
             there[told..].iter().for_each(|arrived| self.tell_arrived(mail, arrived));
         }
         self.companions.meter.lap_with_wait(Work::Overhead, event.waited_ns() - before);
+        if let Some(moving) = pass.model.moving() {
+            if self.buffers.posted.missing != 0 {
+                work.told_ns = Some(moving.store().now_ns());
+            }
+            self.rouse(layer, &event, moving.decider());
+        }
         self.open = Some(Open { there, event, work });
         Ok(())
+    }
+
+    /// While the device works on the next layer, the host's threads wake up, if
+    /// they are likely to be needed there.
+    fn rouse(&mut self, layer: usize, event: &Event<'_>, decider: &Decider) {
+        let layers = self.path.mail().layers.iter().enumerate();
+        let next = layers.skip(layer + 1).find(|(_, mail)| mail.is_some());
+        let Some((next, _)) = next else { return };
+        self.buffers.is_roused = decider.rouses(next, event.miss_chance(next));
+        if self.buffers.is_roused {
+            self.pass.engine.backend.rouse();
+        }
     }
 
     /// What the routers of the next layers say of this layer's state: pre-gated
@@ -282,9 +323,10 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         Ok(waited_ns)
     }
 
-    /// Ends the open event: the device has passed its layer. `next` is the
-    /// layer with missing experts whose router was heard.
-    fn close(&mut self, next: Option<usize>) {
+    /// Ends the open event: the device has passed its layer, as it said at
+    /// `heard_ns`. `next` is the layer with missing experts whose router was
+    /// heard.
+    fn close(&mut self, heard_ns: Option<u64>, next: Option<usize>) {
         let Some(moving) = self.pass.model.moving() else { return };
         let mut open = self.open.take();
         let passed = open.as_mut().map(|Open { there, event, work }| {
@@ -292,7 +334,8 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
             (event, *work)
         });
         let ServiceBuffers { ids, there, .. } = &mut *self.buffers;
-        moving.decider().next_layer(passed, next.map(|layer| (layer, &ids[..])));
+        let routed = next.map(|layer| (layer, &ids[..]));
+        moving.decider().next_layer(passed, heard_ns, routed);
         if let Some(open) = open {
             *there = open.there;
             open.event.finish(self.pass.first_position, 1, self.companions.observer);

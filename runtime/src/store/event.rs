@@ -48,29 +48,38 @@ pub struct Missing<'a> {
     pub missing: &'a [ExpertId],
     /// On their way, by a forecast.
     pub in_flight: &'a [ExpertId],
+    /// How long each of these still takes, as demands; `None`: not known.
+    pub in_flight_ns: &'a [Option<u64>],
     /// Frames that a fill can have at once.
     pub free: usize,
+    /// Until the link would start a demand.
+    pub queue_ns: u64,
+    /// Experts that the event asks for.
+    pub asked: usize,
 }
 
 /// One layer's experts on their way to the computation. Holds the store: other
 /// sessions wait until it ends.
 pub struct Event<'s> {
-    store: &'s ExpertStore,
-    inner: MutexGuard<'s, Inner>,
-    layer: usize,
+    pub(super) store: &'s ExpertStore,
+    pub(super) inner: MutexGuard<'s, Inner>,
+    pub(super) layer: usize,
     /// What is handed out is launched on a device, which takes the caller no
     /// time.
     is_launched: bool,
     lists: Lists,
     /// Experts that the mover is bringing.
-    awaited: usize,
+    pub(super) awaited: usize,
     began_ns: u64,
     waited_ns: u64,
     /// Time with the link of the fills that the event asked for, and when the
     /// last of them landed.
     link_ns: u64,
     landed_ns: u64,
+    /// The same of those that were on their way before.
+    came_ns: u64,
     bytes: u64,
+    pub(super) busy_before_ns: u64,
     ended: bool,
 }
 
@@ -85,12 +94,15 @@ pub(super) struct Lists {
     queue: VecDeque<ExpertId>,
     /// Computed without a frame.
     left: Vec<ExpertId>,
+    in_flight_ns: Vec<Option<u64>>,
     /// Handed out last, to be settled when their pins are back.
     handed: Vec<ExpertId>,
     /// Computed outside the slots, and who left for them.
     admitted: Vec<(ExpertId, Admission)>,
-    /// Fills that the event asked for and that landed.
+    /// Fills that the event asked for and that landed, and those that were on
+    /// their way before.
     copied: usize,
+    waited_for: usize,
     origins: Vec<(u32, Origin)>,
 }
 
@@ -118,21 +130,36 @@ impl<'s> Event<'s> {
             inner.passed = layer + 1;
         }
         let Request { resident, early, in_flight, missing, retire, .. } = &lists.request;
-        for &id in in_flight {
-            inner.mover.promote(key_of(id));
-        }
         inner.give_up(store, retire);
         inner.count(layer, &lists.request);
         lists.ready.extend(resident.iter().chain(early));
         let is_launched = leave.is_some();
-        if let Some(leave) = leave.filter(|_| !missing.is_empty()) {
+        lists.in_flight_ns.clear();
+        if let Some(leave) = leave.filter(|_| !missing.is_empty() || !in_flight.is_empty()) {
             let free = inner.free_frames(store, layer);
-            lists.left = leave(Missing { layer, missing, in_flight, free });
+            let ns = |bytes: u64| inner.planner.ledger().demand_ns(bytes);
+            let remaining = |&id: &ExpertId| inner.mover.remaining(key_of(id)).map(ns);
+            lists.in_flight_ns.extend(in_flight.iter().map(remaining));
+            let (queue_ns, in_flight_ns) = (ns(inner.mover.queued()), &lists.in_flight_ns[..]);
+            let asked = experts.len();
+            lists.left =
+                leave(Missing { layer, missing, in_flight, in_flight_ns, free, queue_ns, asked });
+        }
+        let mut awaited = 0;
+        for &id in in_flight {
+            match lists.left.contains(&id) {
+                // It would come late; then it is there for later.
+                true => inner.planner.leave(id, 0),
+                false => {
+                    inner.mover.promote(key_of(id));
+                    awaited += 1;
+                }
+            }
         }
         let left = &lists.left;
         lists.queue.extend(missing.iter().filter(|id| !left.contains(id)));
         inner.layer_stats(layer).left += left.len() as u64;
-        let awaited = in_flight.len();
+        let busy_before_ns = inner.mover.counters().busy_ns;
         let began_ns = inner.mover.now_ns();
         let mut event = Self {
             store,
@@ -145,7 +172,9 @@ impl<'s> Event<'s> {
             waited_ns: 0,
             link_ns: 0,
             landed_ns: began_ns,
+            came_ns: began_ns,
             bytes: 0,
+            busy_before_ns,
             ended: false,
         };
         event.ask();
@@ -282,10 +311,12 @@ impl<'s> Event<'s> {
         Ok(())
     }
 
-    /// Settles what was handed out; the answer is what became of those of the
-    /// event that were in no slot.
+    /// Settles what was handed out; the answer is what became of those that
+    /// were in no slot: of the event, and of what came for later tokens.
     pub fn settled(&mut self) -> &[(ExpertId, Admission)] {
         self.settle();
+        self.inner.admit_kept(self.store);
+        self.lists.admitted.append(&mut self.inner.admitted);
         &self.lists.admitted
     }
 
@@ -293,6 +324,11 @@ impl<'s> Event<'s> {
     /// had at least one of them: not while they waited for a tier below.
     pub fn copied(&self) -> (usize, u64) {
         (self.lists.copied, self.link_ns)
+    }
+
+    /// The same of fills that were on their way before.
+    pub fn waited_for(&self) -> (usize, u64) {
+        (self.lists.waited_for, self.came_ns.saturating_sub(self.began_ns))
     }
 
     /// When the event began, as [`Event::now_ns`] counts.
@@ -331,6 +367,9 @@ impl<'s> Event<'s> {
                         self.link_ns += ended_ns.saturating_sub(from);
                         self.landed_ns = self.landed_ns.max(ended_ns);
                         self.lists.copied += 1;
+                    } else {
+                        self.came_ns = self.came_ns.max(ended_ns);
+                        self.lists.waited_for += 1;
                     }
                     self.lists.ready.push(id);
                 }
@@ -415,6 +454,7 @@ impl Lists {
         self.left.clear();
         self.admitted.clear();
         self.copied = 0;
+        self.waited_for = 0;
     }
 }
 

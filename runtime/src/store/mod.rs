@@ -11,6 +11,7 @@
 pub mod disk;
 mod event;
 pub mod frames;
+mod keep;
 pub mod layout;
 pub mod mover;
 mod notices;
@@ -77,6 +78,8 @@ struct Inner {
     /// Outstanding with the mover.
     flights: HashMap<u64, Flight>,
     stats: StreamStats,
+    /// What became of experts that came for later.
+    admitted: Vec<(ExpertId, Admission)>,
     /// Buffers.
     lists: event::Lists,
     ahead: Vec<ExpertId>,
@@ -156,6 +159,7 @@ impl ExpertStore {
             planner,
             mover,
             flights: HashMap::new(),
+            admitted: Vec::new(),
             lists: event::Lists::default(),
             ahead: Vec::new(),
             experts: Vec::new(),
@@ -221,6 +225,7 @@ impl ExpertStore {
         for frame in std::mem::take(&mut inner.limbo) {
             inner.places.give_back(frame);
         }
+        inner.admit_kept(self);
         if pass.keeps_ahead {
             inner.collect(self);
             inner.passed = 0;
@@ -491,6 +496,7 @@ impl Inner {
         match (arrival, urgency) {
             (Arrival::Release, Urgency::Prefetch) => self.drop_early(store, id),
             (Arrival::Release, Urgency::Demand) => self.drop_unused(store, id),
+            (Arrival::Keep, _) => self.admit_kept(store),
             _ => {}
         }
         (id, arrival, done.result)

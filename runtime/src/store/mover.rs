@@ -213,6 +213,18 @@ pub trait Mover: Send {
 
     fn counters(&self) -> Counters;
 
+    /// Bytes that would be moved before a demand submitted now; 0: not known.
+    fn queued(&self) -> u64 {
+        0
+    }
+
+    /// Bytes until fill `key` lands, were it a demand from now on; `None`: not
+    /// known, or it is not outstanding.
+    fn remaining(&self, key: u64) -> Option<u64> {
+        let _ = key;
+        None
+    }
+
     /// A pass begins; see [`super::PassInfo::keeps_ahead`].
     fn begin_pass(&mut self, keeps_ahead: bool) {
         let _ = keeps_ahead;
