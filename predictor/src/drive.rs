@@ -133,6 +133,11 @@ impl<T: Tier> Drive<T> {
         }
     }
 
+    /// The pass took `ns`.
+    pub fn passed(&mut self, ns: u64) {
+        self.planner.passed(ns);
+    }
+
     /// Scores that are judged and not acted on: the control, trials.
     pub fn control(&mut self, external: &External<'_>) {
         self.planner.external(external);
@@ -280,11 +285,14 @@ impl<T: Tier> Drive<T> {
         Some(admission)
     }
 
-    /// Reads ahead into frames that nobody needs now.
+    /// Reads ahead into frames that nobody needs now. Where a demand cannot
+    /// take a frame back, half of the ring is left to demands.
     fn prefetch_free(&mut self) {
-        let tier = &self.tier;
+        let Self { tier, rings, keeps_ahead, .. } = self;
+        let kept = |class: usize| if *keeps_ahead { rings[class].div_ceil(2) } else { 0 };
         let mut ids = std::mem::take(&mut self.ahead);
-        self.planner.prefetch(&|class| tier.free(class), &mut ids);
+        let room = |class: usize| tier.free(class).saturating_sub(kept(class));
+        self.planner.prefetch(&room, &mut ids);
         for &id in &ids {
             let submitted = self.submit(id, Urgency::Prefetch);
             debug_assert!(submitted, "the planner saw a free frame for {id}");

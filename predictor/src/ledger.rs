@@ -1,14 +1,16 @@
 //! What forecasts were worth: how often they were right, what their bytes
-//! saved and cost, and the switch that stops them where they lose.
+//! saved and cost, and the switches that stop them where they lose.
 
 mod books;
 mod price;
+mod wall;
 
 pub use books::{LayerPrice, Traffic};
 pub use price::{Pricing, Switch};
 
 use crate::Shape;
 use books::Books;
+use wall::Wall;
 
 /// How good a forecast's guesses were. It guesses as many experts as the
 /// layer uses (top-k).
@@ -104,6 +106,7 @@ pub struct Ledger {
     chunks: Books,
     /// Copies of experts that the CPU computes; time is counted in tokens.
     kept: Books,
+    wall: Wall,
     /// What runs.
     pass: Pass,
     link: Link,
@@ -130,6 +133,7 @@ impl Ledger {
             tokens: Books::new(layers, pricing),
             chunks: Books::new(layers, Pricing::of_chunks()),
             kept: Books::new(layers, pricing),
+            wall: Wall::default(),
             pass: Pass::Token,
             link: Link::default(),
             columns,
@@ -271,11 +275,31 @@ impl Ledger {
         self.pass = pass;
     }
 
+    /// The pass that ran took `ns`, all in all. Where this is never told, only
+    /// estimates decide.
+    pub fn passed(&mut self, ns: u64) {
+        if self.pass == Pass::Token {
+            self.wall.token(ns);
+        }
+    }
+
+    /// Is what forecasts say worth acting on, as far as the time of passes
+    /// tells? It is until they tell.
+    pub fn pays(&self) -> bool {
+        self.wall.on()
+    }
+
+    /// How often tokens with read-aheads took longer than those without, so
+    /// that they were switched off in all layers.
+    pub fn switched_off(&self) -> u64 {
+        self.wall.switched_off()
+    }
+
     /// In a pass as the one that runs, is prefetching for `layer` worth its
     /// price? Yes as long as nothing is known about the link.
     pub fn allows(&self, layer: usize) -> bool {
         match self.pass {
-            Pass::Token => self.tokens.allows(layer),
+            Pass::Token => self.wall.on() && self.tokens.allows(layer),
             Pass::Chunk => self.chunks.allows(layer),
         }
     }

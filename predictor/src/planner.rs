@@ -185,6 +185,12 @@ impl Planner {
         self.ledger.link(bytes, busy_ns, idle_ns);
     }
 
+    /// The pass that ran took `ns`, all in all: what decides in the end whether
+    /// reading ahead pays.
+    pub fn passed(&mut self, ns: u64) {
+        self.ledger.passed(ns);
+    }
+
     /// A token enters the first layer.
     pub fn begin_token(&mut self, token: u32) {
         self.begin(Pass::Token);
@@ -359,8 +365,9 @@ impl Planner {
         assert_eq!(self.state(id), State::InUse, "{id} is admitted");
         self.cache.computed(id);
         let outlook: &dyn Outlook = match &self.forecaster {
-            Some(forecaster) => forecaster,
-            None => &NoOutlook,
+            // Who does not pay has no say in who leaves either.
+            Some(forecaster) if !self.limits.priced || self.ledger.pays() => forecaster,
+            _ => &NoOutlook,
         };
         let admission = self.cache.admit(id, pinned, outlook);
         self.set(id, State::Absent);

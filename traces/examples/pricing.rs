@@ -6,9 +6,11 @@
 //! and with each forecast, and prints tokens per second, the forecasts' as a
 //! share of the speed without. Fails where one is more than 1 % slower.
 //! `EXPERT_BYTES` and `DENSE_BYTES` stand for what a trace does not say;
-//! `TOKENS` cuts the traces.
+//! `TOKENS` cuts the traces, `POLICY` is another one than
+//! the default. In brackets are hit ratio and million accesses per second.
 
 use pregate_predictor::forecast::{NAMES, USEFUL};
+use pregate_predictor::policy::DEFAULT;
 use pregate_traces::replay::{Machine, MemoryTrace, Options, Slots, replay};
 use std::path::Path;
 use std::time::Instant;
@@ -41,6 +43,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                         forecast: forecast.to_string(),
                         expert_bytes: Some(number("EXPERT_BYTES", 13_219_200)),
                         dense_bytes: number("DENSE_BYTES", 1_300_000_000),
+                        policy: std::env::var("POLICY").unwrap_or(DEFAULT.to_string()),
                         bracket: false,
                         ..Options::default()
                     };
@@ -49,11 +52,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     let rate = report.accesses as f64 / 1e6 / start.elapsed().as_secs_f64();
                     if *forecast == "none" {
                         without = report.tok_s;
-                        print!(" none {without:.2} tok/s ({rate:.1} M/s)");
+                        print!(" none {without:.2} tok/s ({:.3}, {rate:.1} M/s)", report.hit_ratio);
                         continue;
                     }
                     let ratio = report.tok_s / without;
-                    print!(" {forecast} {ratio:.4} ({rate:.2})");
+                    print!(" {forecast} {ratio:.4} ({:.3}, {rate:.2})", report.hit_ratio);
                     if ratio < worst.0 {
                         worst = (ratio, format!("{name} {} {share} {forecast}", machine.name));
                     }

@@ -443,7 +443,12 @@ impl Layer {
 }
 
 impl Outlook for Forecaster {
+    /// Scores that are taken as they are rank, and are no probabilities: used
+    /// as ones they cost up to a tenth of the hits (`docs/measurements.md`).
     fn probability(&self, id: ExpertId) -> Option<f32> {
+        if !self.options.learns {
+            return None;
+        }
         self.probabilities(id.layer())?.get(id.expert()).copied()
     }
 }

@@ -146,6 +146,7 @@ impl Engine {
             self.layer(pass, layer);
         }
         let passed_ns = self.now() - began_ns;
+        self.drive.passed(passed_ns);
         self.totals.passed(tokens, (is_start, is_prompt), passed_ns);
     }
 

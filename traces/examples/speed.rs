@@ -1,0 +1,54 @@
+//! Million accesses per second of processor time, by what is replayed:
+//!
+//! `cargo run --release -p pregate-traces --example speed -- TRACE.json MACHINE.toml`
+//!
+//! Counting LRU alone, and the whole engine with each policy and forecast, at
+//! 25 %. `EXPERT_BYTES` stands for what the trace does not say.
+
+use pregate_predictor::{forecast, policy};
+use pregate_traces::replay::count::Count;
+use pregate_traces::replay::{Machine, MemoryTrace, Options, Slots, replay};
+use std::path::Path;
+use std::time::Instant;
+
+/// Time that this thread has computed; where the system does not say, since
+/// `start`.
+fn cpu_s(start: Instant) -> f64 {
+    std::fs::read_to_string("/proc/thread-self/schedstat")
+        .ok()
+        .and_then(|text| text.split_whitespace().next()?.parse::<f64>().ok())
+        .map_or_else(|| start.elapsed().as_secs_f64(), |ns| ns / 1e9)
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args: Vec<String> = std::env::args().collect();
+    let [_, trace, machine] = &args[..] else {
+        return Err("usage: speed TRACE.json MACHINE.toml".into());
+    };
+    let start = Instant::now();
+    let machine = Machine::from_toml(&std::fs::read_to_string(machine)?)?;
+    let mut source = pregate_traces::open(Path::new(trace))?;
+    let mut trace = MemoryTrace::read(&mut *source, usize::MAX)?;
+    let slots = Slots::Share(0.25).per_layer(&trace.header.shape);
+    let before = cpu_s(start);
+    let hits = Count { slots: &slots, warm_up: 0 }.lru(&mut *source)?;
+    let rate = |accesses: u64, before: f64| accesses as f64 / 1e6 / (cpu_s(start) - before);
+    println!("counting LRU, file read anew: {:.1} M/s", rate(hits.requests, before));
+    let bytes = std::env::var("EXPERT_BYTES").ok().and_then(|text| text.parse().ok());
+    let both = policy::NAMES.iter().map(|&policy| (policy, "none"));
+    let useful = forecast::NAMES[..forecast::USEFUL].iter().map(|&one| (policy::DEFAULT, one));
+    for (policy, forecast) in both.chain(useful).chain([(policy::DEFAULT, "blend")]) {
+        let options = Options {
+            policy: policy.to_string(),
+            forecast: forecast.to_string(),
+            expert_bytes: Some(bytes.unwrap_or(13_219_200)),
+            dense_bytes: 1_300_000_000,
+            bracket: false,
+            ..Options::default()
+        };
+        let before = cpu_s(start);
+        let report = replay(&mut trace, &machine, &options, &mut |_| {})?;
+        println!("{policy}, {forecast}: {:.2} M/s", rate(report.accesses, before));
+    }
+    Ok(())
+}
