@@ -2,12 +2,12 @@
 //!
 //! `cargo run --release -p pregate-traces --example forecasts -- TRACE [--train DATASET] [--save FILE]`
 //!
-//! Held out is every fifth sequence, or with `--train` all that are not of that
-//! data set. Those that learn while they run have seen the training sequences.
+//! `--times` trains nothing and measures times alone. Held out is every fifth
+//! sequence, or with `--train` all that are not of that data set. Those that learn while they run have seen the training sequences.
 
-use pregate_predictor::forecast::{
-    self, Forecast, Forecaster, Known, LEARNED, NAMES, USEFUL, learned::Trained,
-};
+use pregate_predictor::forecast::hostile::untrained;
+use pregate_predictor::forecast::learned::{Binding, Dimensions, LIMIT_BYTES, Trained};
+use pregate_predictor::forecast::{self, Forecast, Forecaster, Known, LEARNED, NAMES, USEFUL};
 use pregate_traces::train::{self, Corpus, evaluate};
 use std::path::Path;
 use std::sync::Arc;
@@ -16,16 +16,18 @@ use std::time::Instant;
 fn main() {
     let mut args = std::env::args().skip(1);
     let (mut trace, mut dataset, mut save, mut load) = (None, None, None, None);
+    let mut only_times = false;
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--train" => dataset = args.next(),
             "--save" => save = args.next(),
             "--load" => load = args.next(),
+            "--times" => only_times = true,
             _ => trace = Some(arg),
         }
     }
     let Some(trace) = trace else {
-        eprintln!("usage: forecasts TRACE [--train DATASET] [--save FILE] [--load FILE]");
+        eprintln!("usage: forecasts TRACE [--train DATASET] [--save FILE] [--load FILE] [--times]");
         std::process::exit(64);
     };
     let mut source = pregate_traces::open(Path::new(&trace)).expect("a trace");
@@ -40,7 +42,13 @@ fn main() {
     let tokens = |set: &[usize]| set.iter().map(|&s| corpus.range(s).len()).sum::<usize>();
     println!("{trace}: {} tokens to train, {} to judge", tokens(&learned), tokens(&held));
 
-    let (start, cpu) = (Instant::now(), cpu_seconds());
+    if only_times {
+        let sizes = Dimensions::fitting(corpus.shape(), 1 << 16, LIMIT_BYTES - (1 << 16));
+        let trained = untrained(corpus.shape(), Binding::default(), sizes.numbers());
+        println!("weights that mean nothing, {sizes:?}");
+        return times(&corpus, &held, &Arc::new(trained));
+    }
+    let start = Instant::now();
     let trained = match load {
         Some(path) => {
             let bytes = std::fs::read(path).expect("a file");
@@ -50,9 +58,8 @@ fn main() {
     };
     let bytes = trained.to_bytes();
     println!(
-        "trained in {:.0} s ({:.0} s of CPU), {} bytes, {:?}",
+        "trained in {:.0} s, {} bytes, {:?}",
         start.elapsed().as_secs_f64(),
-        cpu_seconds() - cpu,
         bytes.len(),
         trained.dimensions
     );
@@ -74,19 +81,25 @@ fn main() {
             println!("\nheld out{name}:\n{}", evaluate::table(&scores));
         }
     }
-    println!("\nmicroseconds per layer (one distance and the next token; horizon 1), bytes held:");
+    times(&corpus, &held, &trained);
+}
+
+/// What every forecast takes and holds.
+fn times(corpus: &Corpus, held: &[usize], trained: &Arc<Trained>) {
+    let shape = corpus.shape();
+    println!("\nmicroseconds per layer (one layer ahead, the next token, learning), bytes held:");
     for name in NAMES[..USEFUL].iter().chain(&LEARNED) {
         let forecast = forecast::by_name(name, shape, 1);
-        if let Some(mut forecast) = forecast.or_else(|| forecast::learned_by_name(name, &trained)) {
-            let us = layer_us(&corpus, &held, forecast.as_mut());
+        if let Some(mut forecast) = forecast.or_else(|| forecast::learned_by_name(name, trained)) {
+            let us = layer_us(corpus, held, forecast.as_mut());
             println!("{name:22} {us:6.1} {:>10}", forecast.memory_bytes());
         }
     }
 }
 
-/// Seconds that this process has computed.
+/// Seconds that this thread has computed.
 fn cpu_seconds() -> f64 {
-    let text = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     text.split_whitespace().next().and_then(|ns| ns.parse::<f64>().ok()).unwrap_or(0.0) / 1e9
 }
 
