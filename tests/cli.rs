@@ -516,11 +516,14 @@ fn a_run_is_recorded_and_its_trace_is_read() {
         serde_json::from_str(&stdout(&output)).unwrap_or_else(|_| panic!("{output:?}"))
     };
     let stats = json(&["trace", "stats", "--json", &trace]);
-    assert_eq!(stats["fingerprint"].as_str().unwrap().len(), 64, "{stats}");
+    // Traces and trained forecasts are bound to it, so it must not change.
+    let fingerprint = "050ce99215a8f8ddd0a08845ef238813d51a7a1b320b4b1a4d2b9724cc0b2f88";
+    assert_eq!(stats["fingerprint"], fingerprint, "{stats}");
     assert_eq!(stats["sequences"], 1);
     let first = json(&["trace", "head", "--json", "-n", "1", &trace]);
     assert_eq!((&first["position"], &first["is_prompt"]), (&0.into(), &true.into()));
-    assert_eq!(first["pass_tokens"], stats["tokens"].as_u64().unwrap() - 7, "the prompt's tokens");
+    let prompt = first["pass_tokens"].as_u64().unwrap();
+    assert!(prompt > 1 && prompt < stats["tokens"].as_u64().unwrap(), "prompt, then decoding");
     let served = first["served"].as_array().unwrap();
     assert_eq!(served.len(), stats["layers"].as_array().unwrap().len());
     let bytes: u64 = served.iter().map(|layer| layer["bytes"].as_u64().unwrap()).sum();

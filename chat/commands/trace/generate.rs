@@ -16,8 +16,8 @@ use pregate_traces::{
 };
 use std::ffi::OsStr;
 
-/// Of each trial, and of the figures that are compared.
-const TRIAL: u64 = 4000;
+/// Tokens of a trial, and of the figures that are compared, at most.
+const TRIAL: u64 = 2000;
 
 pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     if args.top_k > args.experts {
@@ -29,8 +29,10 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
         return Err(Failure::Usage(text.into()));
     }
     let mut source = open(&args.from, ImportForm::Auto, &TraceHints::default())?;
-    let target = Figures::of_first(source.as_mut(), TRIAL).map_err(counting)?;
-    let lengths = lengths(source.as_mut()).map_err(Failure::from)?;
+    let lengths = lengths(source.as_mut())?;
+    // A short trace is compared with one as short.
+    let trial_tokens = lengths.iter().sum::<u64>().min(TRIAL);
+    let target = Figures::of_first(source.as_mut(), trial_tokens).map_err(counting)?;
     let shape = source.header().shape.clone();
     let Some((_, &first)) = shape.moe().next() else {
         return Err(Failure::Usage("a trace without MoE layers".into()));
@@ -40,7 +42,7 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
         model => model.to_string(),
     };
     let search = |doing, shape, start| {
-        let mut trial = Generator::new(shape, start, (TRIAL, &lengths), (&from, args.seed));
+        let mut trial = Generator::new(shape, start, (trial_tokens, &lengths), (&from, args.seed));
         let mut bar: Option<Progress> = None;
         let found = fit(&mut trial, start, &target, &mut |done, most| {
             bar.get_or_insert_with(|| Progress::new(doing, "trials", most)).set(done);
