@@ -3,7 +3,7 @@
 
 mod blend;
 mod catalogue;
-mod fast;
+pub(crate) mod fast;
 mod forecaster;
 mod guard;
 pub mod hostile;

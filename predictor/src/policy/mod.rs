@@ -3,11 +3,13 @@
 mod belady;
 mod frequency;
 mod history;
+pub mod learned;
 mod least_stale;
 mod lru;
 
 pub use self::belady::Belady;
 pub use self::frequency::Frequency;
+pub use self::learned::Learned;
 pub use self::least_stale::LeastStale;
 pub use self::lru::Lru;
 
@@ -66,9 +68,11 @@ pub trait Policy: Send {
     fn new_sequence(&mut self) {}
 }
 
-/// The names that [`by_name`] knows. `-pool`: layers of one class share
-/// their slots; `-layer`: each keeps its own.
-pub const NAMES: [&str; 11] = [
+/// The names that [`by_name`] knows. `-pool`, and `adaptive`: layers of one
+/// class share their slots; `-layer`, and `learned`: each keeps its own.
+pub const NAMES: [&str; 14] = [
+    "adaptive",
+    "adaptive-layer",
     "forecast-aware",
     "forecast-aware-layer",
     "forecast-aware-pool",
@@ -77,18 +81,22 @@ pub const NAMES: [&str; 11] = [
     "frequency-pool",
     "lfu",
     "lfu-pool",
+    "learned",
     "least-stale",
     "least-stale-pool",
     "lru",
 ];
 
-/// The policy that measures best (`examples/policies.rs`).
-pub const DEFAULT: &str = "forecast-aware";
+/// The policy that measures best (`traces/examples/eviction.rs`).
+pub const DEFAULT: &str = "adaptive";
 
 /// The policy called `name`. Belady's is not among them: it must be told the
 /// future.
 pub fn by_name(name: &str) -> Option<Box<dyn Policy>> {
+    let network = learned::Network::universal;
     Some(match name {
+        "adaptive" => Box::new(Learned::adaptive(Scope::Pool, network())),
+        "adaptive-layer" => Box::new(Learned::adaptive(Scope::Layer, network())),
         "forecast-aware" => Box::new(Frequency::with_forecasts(None)),
         "forecast-aware-layer" => Box::new(Frequency::with_forecasts(Some(Scope::Layer))),
         "forecast-aware-pool" => Box::new(Frequency::with_forecasts(Some(Scope::Pool))),
@@ -97,6 +105,7 @@ pub fn by_name(name: &str) -> Option<Box<dyn Policy>> {
         "frequency-pool" => Box::new(Frequency::new(Some(Scope::Pool))),
         "lfu" => Box::new(Frequency::with_decay(Scope::Layer, Frequency::DECAY)),
         "lfu-pool" => Box::new(Frequency::with_decay(Scope::Pool, Frequency::DECAY)),
+        "learned" => Box::new(Learned::new(network())),
         "least-stale" => Box::new(LeastStale::new(Scope::Layer)),
         "least-stale-pool" => Box::new(LeastStale::new(Scope::Pool)),
         "lru" => Box::<Lru>::default(),

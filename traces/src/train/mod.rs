@@ -13,6 +13,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 mod tokens;
+pub mod value;
 
 pub use build::{Options, train, work};
 pub use corpus::Corpus;
