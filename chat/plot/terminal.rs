@@ -74,6 +74,7 @@ fn grid(chart: &Chart, range: (f64, f64), top: f64, columns: usize) -> Vec<Vec<C
     // What the picture is about goes over what it is compared with.
     let order =
         |role: Role| chart.series.iter().enumerate().filter(move |(_, series)| series.role == role);
+    let mut put = |column: usize, y: f64, mark| grid[row_of(y, top)][column] = Some(mark);
     for (index, series) in order(Role::Reference).chain(order(Role::Main)) {
         let finite = |(x, y): &&(f64, f64)| x.is_finite() && y.is_finite();
         let points: Vec<(f64, f64)> = series.points.iter().filter(finite).copied().collect();
@@ -82,11 +83,11 @@ fn grid(chart: &Chart, range: (f64, f64), top: f64, columns: usize) -> Vec<Vec<C
             for at in from + 1..to {
                 let share = (at - from) as f64 / (to - from) as f64;
                 let y = pair[0].1 + share * (pair[1].1 - pair[0].1);
-                grid[row_of(y, top)][at] = Some(('·', index));
+                put(at, y, ('·', index));
             }
         }
         for (x, y) in points {
-            grid[row_of(y, top)][column(x)] = Some((MARKS[index % MARKS.len()], index));
+            put(column(x), y, (MARKS[index % MARKS.len()], index));
         }
     }
     grid

@@ -7,6 +7,8 @@ mod golden;
 
 use golden::{argmax, models};
 use pregate_kernels::{Backend, Cpu, CpuOptions};
+use pregate_predictor::forecast::hostile::untrained;
+use pregate_predictor::forecast::learned::{Binding, Trained};
 use pregate_runtime::model::Source;
 use pregate_runtime::store::disk::{DiskChoice, DiskOptions};
 use pregate_runtime::{
@@ -35,10 +37,47 @@ fn streamed(path: &Path, backend: Arc<dyn Backend>, disk: DiskChoice, extra: usi
     let slots = opened.layout().shape.layers.iter();
     let slots = slots.map(|layer| layer.map_or(0, |l| (l.top_k + extra).min(l.experts))).collect();
     let source = Source::Disk(DiskOptions { choice: disk, measure_ns: 0, ..Default::default() });
-    let streaming = Streaming { slots, ring: 1 + extra, source, ..Default::default() };
+    // Forecasts of a file change timing as others do, and never bits.
+    let fingerprint = Some(opened.fingerprint().unwrap());
+    let trained = (extra > 0).then(|| nonsense(&opened, fingerprint));
+    let streaming = Streaming { slots, ring: 1 + extra, source, trained, ..Default::default() };
     opened
         .load(LoadOptions { backend, residency: Residency::Streamed(streaming) }, &mut |_| {})
         .unwrap()
+}
+
+/// A file for this shape, bound to a fingerprint.
+fn nonsense(model: &OpenedModel, fingerprint: Option<[u8; 32]>) -> Arc<Trained> {
+    let binding = Binding { model: "nonsense".to_string(), fingerprint };
+    let sizes = [40, 1, 2, 8, 1, 6, 4];
+    let trained = untrained(&model.layout().shape, binding, sizes);
+    Arc::new(Trained::parse(&trained.to_bytes()).unwrap())
+}
+
+#[test]
+fn trained_forecasts_of_another_model_are_refused() {
+    let backend: Arc<dyn Backend> =
+        Arc::new(Cpu::new(CpuOptions { threads: Some(1), isa: None }).unwrap());
+    let path = models().into_iter().find(|path| path.ends_with("qwen3_moe.Q8_0.gguf")).unwrap();
+    let load = |forecast: &str, fingerprint: Option<[u8; 32]>| {
+        let opened = OpenedModel::open(&path, &mut |_| {}).unwrap();
+        let slots = opened.layout().shape.layers.iter().map(|l| l.map_or(0, |l| l.top_k)).collect();
+        let trained = fingerprint.map(|fingerprint| nonsense(&opened, Some(fingerprint)));
+        let forecast = forecast.to_string();
+        let streaming = Streaming { slots, trained, forecast, ..Default::default() };
+        let residency = Residency::Streamed(streaming);
+        opened.load(LoadOptions { backend: backend.clone(), residency }, &mut |_| {})
+    };
+    let here = OpenedModel::open(&path, &mut |_| {}).unwrap().fingerprint().unwrap();
+    let columns = |model: Model| {
+        model.store().unwrap().with_planner(|planner| planner.forecaster().unwrap().columns())
+    };
+    assert!(columns(load("blend", Some(here)).unwrap()).contains(&"learned-network"));
+    assert!(columns(load("learned-path", Some(here)).unwrap()).contains(&"learned-path"));
+    let error = load("blend", Some([1; 32])).err().unwrap().to_string();
+    assert!(error.contains("nonsense") && error.contains("010101"), "{error}");
+    let error = load("learned-network", None).err().unwrap().to_string();
+    assert!(error.contains("learned-network needs a file"), "{error}");
 }
 
 #[test]

@@ -18,7 +18,7 @@ const SAMPLE: usize = 320;
 
 /// Every forecast that there is, none, and the blend of the useful ones.
 pub fn forecasts() -> Vec<&'static str> {
-    ["none", "blend"].into_iter().chain(forecast::NAMES).collect()
+    ["none", "blend"].into_iter().chain(forecast::NAMES).chain(forecast::LEARNED).collect()
 }
 
 /// Every configuration of the issue.
