@@ -502,7 +502,8 @@ fn a_run_is_recorded_and_its_trace_is_read() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
     let (trace, table) = (at("run.pgtrace"), at("run.csv"));
-    let question = ["run", "--temperature", "0", "--max-tokens", "8", "--prompt", "list files"];
+    let question =
+        ["run", "--temperature", "0", "--max-tokens", "8", "--prompt", "extract a tar.gz archive"];
     let plain = run(&question);
     let streamed = ["--ram", "40M", "--model"];
     let recorded = run(&[&question[..], &streamed, &[&demo(), "--record", &trace]].concat());
