@@ -326,14 +326,22 @@ fn a_slow_disk_makes_no_way_to_bring_an_expert_dear() {
     let model = world.load(Misses::Auto, 1, source).unwrap();
     let mut session = Session::new(&model, options()).unwrap();
     let mut next = 5;
-    for _ in 0..6 {
+    // Until some layer has measured both ways; which it takes is its choice.
+    let measured = || {
+        let splits = model.gpu().unwrap().splits().unwrap();
+        splits.iter().any(|layer| layer.cpu_samples > 1 && layer.copy_samples > 1)
+    };
+    for token in 0.. {
+        if token >= 6 && measured() {
+            break;
+        }
+        assert!(token < 64, "{:?}", model.gpu().unwrap().splits());
         next = argmax(session.feed_quietly(&[next]).unwrap());
     }
     let stats = model.gpu().unwrap().host_frames().unwrap().stats();
     assert!(stats.misses > 15, "{stats:?}");
     let splits = model.gpu().unwrap().splits().unwrap();
     let splits: Vec<_> = splits.iter().filter(|layer| layer.misses > 0).collect();
-    assert!(splits.iter().any(|layer| layer.cpu_samples > 1 && layer.copy_samples > 1));
     for layer in splits {
         let most = slow.as_nanos() as f64 / 2.0;
         assert!(layer.cpu_ns < most && layer.copy_ns < most, "{layer:?}");
