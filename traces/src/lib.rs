@@ -8,6 +8,7 @@ pub mod export;
 pub mod format;
 pub mod import;
 mod open;
+mod random;
 pub mod record;
 pub mod replay;
 mod row;

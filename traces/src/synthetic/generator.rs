@@ -1,6 +1,7 @@
 //! Draws the tokens.
 
 use super::Weights;
+use crate::random::split_mix;
 use crate::{Header, Provenance, Row, Sequence, Source, TraceError};
 use pregate_predictor::{LayerShape, Shape};
 
@@ -192,16 +193,12 @@ fn calls(experts: usize, random: &mut Random) -> Vec<i8> {
     centred.map(|call| call.clamp(-127.0, 127.0) as i8).collect()
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014).
+/// Numbers from a seed.
 struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        split_mix(&mut self.0)
     }
 
     /// Nearly normal: the sum of four numbers of 16 bits, mean 0, variance 1.

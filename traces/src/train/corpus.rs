@@ -1,5 +1,6 @@
 //! Traces in memory, as training wants them.
 
+use crate::random::split_mix;
 use crate::{Header, Row, Sequence, Source, TraceError};
 use pregate_predictor::{LayerShape, Shape};
 
@@ -141,17 +142,13 @@ impl Corpus {
     }
 }
 
-/// SplitMix64.
+/// Numbers from a seed.
 #[derive(Clone)]
 pub struct Rng(pub u64);
 
 impl Rng {
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = self.0;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
+        split_mix(&mut self.0)
     }
 
     pub fn below(&mut self, limit: usize) -> usize {

@@ -1,6 +1,7 @@
 //! What was known of an expert, and when it was used again.
 
 use crate::Row;
+use crate::random::split_mix;
 use pregate_predictor::Shape;
 use pregate_predictor::policy::Event;
 use pregate_predictor::policy::learned::{FEATURES, HORIZONS, Past};
@@ -116,16 +117,12 @@ pub(super) fn targets(distance: u64) -> [f32; HORIZONS.len()] {
     })
 }
 
-/// SplitMix64.
+/// Numbers from a seed.
 pub(super) struct Random(pub u64);
 
 impl Random {
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = self.0;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
+        split_mix(&mut self.0)
     }
 
     /// From 0 to 1.
