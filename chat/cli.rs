@@ -461,9 +461,13 @@ pub struct BenchArgs {
     /// reading ahead saved and cost
     #[arg(long)]
     pub ledger: bool,
+    /// Write the routing of all rounds to this trace file, the warm-up's first: `pregate replay
+    /// --warm=N`, of the warm-up's tokens, then counts what was measured
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     /// No model: how fast the processor computes experts of known models from memory, -r rounds
     /// beside a plain read
-    #[arg(long, conflicts_with_all = ["model", "n_prompt", "n_gen", "ledger", "vram"])]
+    #[arg(long, conflicts_with_all = ["model", "n_prompt", "n_gen", "ledger", "record", "vram"])]
     pub experts: bool,
     /// One JSON object on standard output
     #[arg(long)]

@@ -9,9 +9,10 @@ use crate::{
     statistics::PageLocked,
 };
 use pregate_kernels::cuda::CudaError;
+use pregate_predictor::Shape;
 use pregate_runtime::{
     Error, LoadOptions, Model, ModelDescription, OpenedModel, Session, SessionOptions,
-    gpu::GpuModel, store::ExpertStore,
+    budget::Sizes, gpu::GpuModel, store::ExpertStore,
 };
 use std::path::{Path, PathBuf};
 
@@ -48,6 +49,16 @@ pub fn open(path: &Path) -> Result<OpenedModel, Failure> {
     // Who needs it will hear what is wrong with it.
     let _ = opened.tokenizer();
     Ok(opened)
+}
+
+/// Bytes of routed experts that a token reads.
+pub fn routed_bytes(shape: &Shape) -> u64 {
+    shape.moe().map(|(_, layer)| layer.top_k as u64 * layer.expert_bytes).sum()
+}
+
+/// Bytes of everything else that a token reads.
+pub fn other_bytes(opened: &OpenedModel) -> u64 {
+    opened.bytes_per_token().saturating_sub(routed_bytes(&Sizes::of(opened).shape))
 }
 
 /// Brings the weights to where the plan wants them, and makes room for a

@@ -12,11 +12,12 @@ use crate::{
     notices, output,
     plan::{self, GpuPlan, Needs, Planned},
     progress::Progress,
+    record::Record,
     signals,
     split_speed::{self, Facts, SplitSpeed},
     statistics::{self, FromDisk, PageLocked, Way},
 };
-use pregate_predictor::{NoObserver, Observer, roofline::Hits};
+use pregate_predictor::roofline::Hits;
 use pregate_runtime::{
     Cancel, Model, OpenedModel, Run, Session, SessionOptions, StreamStats, budget::Parts,
     store::ExpertStore,
@@ -101,7 +102,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     signals::cancel_on_interrupt(cancel.clone())?;
     let log = model.store().map(|_| AccessLog::default());
     let mut warned = session.warning();
-    let mut bench = Bench { session, cancel, log };
+    let record = Record::start(args.record.as_deref(), &model, &path)?;
+    let mut bench = Bench { session, cancel, log, record };
 
     let per_round = args.n_prompt + args.n_gen;
     let mut bar = Progress::new("measuring", "tokens", per_round * (args.repetitions + 1));
@@ -124,6 +126,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         notices::tell_of_session(&bench.session, &mut warned);
     }
     drop(bar);
+    bench.record.iter().for_each(Record::finish);
     let bytes_per_token = model.bytes_per_token();
     let experts = model::experts(model.description());
     let stats = stream_stats(&model).zip(warm_up).map(|(now, before)| now.since(&before));
@@ -219,6 +222,8 @@ struct Bench {
     cancel: Cancel,
     /// Of decoding, where experts are streamed.
     log: Option<AccessLog>,
+    /// Of prompts and decoding.
+    record: Option<Record>,
 }
 
 impl Bench {
@@ -235,9 +240,10 @@ impl Bench {
         let ids = self.ids(count, 2 * round);
         self.session.reset();
         let started = Instant::now();
-        let mut run =
-            Run { observer: &mut NoObserver, cancel: &self.cancel, progress: Some(progress) };
-        self.session.feed(&ids, &mut run)?;
+        Record::during(self.record.as_ref(), |observer| {
+            let mut run = Run { observer, cancel: &self.cancel, progress: Some(progress) };
+            self.session.feed(&ids, &mut run)
+        })?;
         Ok(Some(count as f64 / started.elapsed().as_secs_f64()))
     }
 
@@ -254,19 +260,16 @@ impl Bench {
         let ids = self.ids(count, 2 * round + 1);
         self.session.reset();
         let started = Instant::now();
-        let mut nobody = NoObserver;
-        let observer: &mut dyn Observer = match &mut self.log {
-            Some(log) => log,
-            None => &mut nobody,
-        };
-        for id in ids {
-            let mut run = Run {
-                observer: &mut *observer,
-                cancel: &self.cancel,
-                progress: Some(&mut *progress),
-            };
-            self.session.feed(&[id], &mut run)?;
-        }
+        let Self { session, cancel, log, record } = self;
+        Record::during(record.as_ref(), |recorder| {
+            let mut observer = (log.as_mut(), recorder);
+            for id in ids {
+                let mut tell = |tokens| progress(tokens);
+                let progress: Option<&mut dyn FnMut(usize)> = Some(&mut tell);
+                session.feed(&[id], &mut Run { observer: &mut observer, cancel, progress })?;
+            }
+            Ok::<_, Failure>(())
+        })?;
         Ok(Some(count as f64 / started.elapsed().as_secs_f64()))
     }
 
@@ -279,16 +282,16 @@ impl Bench {
         Ok(hits.map_err(|error| Failure::Internal(error.to_string()))?.ratio())
     }
 
-    /// Pseudo-random ids (a linear congruential generator; Knuth, TAOCP volume
-    /// 2, section 3.3.4): the same in every run of this program, and others
-    /// for every `series`, or forecasts would have seen the answers.
     fn ids(&self, count: usize, series: usize) -> Vec<u32> {
         let vocab = self.session.model().description().vocab;
         ids(vocab, count, series)
     }
 }
 
-fn ids(vocab: usize, count: usize, series: usize) -> Vec<u32> {
+/// Pseudo-random ids (a linear congruential generator; Knuth, TAOCP volume 2,
+/// section 3.3.4): the same in every run of this program, and others for every
+/// `series`, or forecasts would have seen the answers.
+pub fn ids(vocab: usize, count: usize, series: usize) -> Vec<u32> {
     let mut state = 42u64.wrapping_add(series as u64);
     (0..count)
         .map(|_| {

@@ -1,5 +1,6 @@
 //! `pregate doctor`: what this machine has, and what to do about the rest.
 
+mod decoding;
 mod gpu;
 mod limits;
 mod machine_file;
@@ -13,6 +14,7 @@ use crate::{
     output::{self, bytes},
     plan,
 };
+use decoding::Decoding;
 use limits::Limits;
 use pregate_kernels::{Cpu, CpuOptions, Isa};
 use pregate_runtime::{
@@ -39,8 +41,8 @@ pub enum State {
 /// One thing that was looked at.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
-    /// "processor", "experts", "memory", "pinning", "model", "disk", "gpu" or
-    /// "link".
+    /// "processor", "experts", "memory", "pinning", "model", "disk", "gpu",
+    /// "link" or "decoding".
     pub about: &'static str,
     pub state: State,
     pub found: String,
@@ -69,6 +71,8 @@ struct Report {
     gpus: Vec<gpu::Gpu>,
     /// Experts on the processor; `null` where it was not measured.
     cpu_experts: Option<CpuExperts>,
+    /// `null` without --machine-file and --model, and where a GPU computes.
+    decoding: Option<Decoding>,
     limits: Limits,
 }
 
@@ -82,13 +86,24 @@ pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
     findings.extend(of_model);
     let (gpus, of_gpus) = gpu::look(with.as_ref());
     findings.extend(of_gpus);
+    // Only a machine that is written down wants to know, and only of models
+    // that someone named: this takes memory and some seconds.
+    let is_wanted = args.machine_file.is_some() && gpus.iter().all(|gpu| gpu.speed.is_none());
+    let decoding = match &args.model {
+        Some(model) if is_wanted => {
+            let (decoding, finding) = decode(model);
+            findings.push(finding);
+            decoding
+        }
+        _ => None,
+    };
     if let Some(path) = &args.machine_file {
         let measured = with.as_ref().zip(cpu_experts.as_ref());
-        machine_file::write(path, measured, disk.as_ref(), &gpus)?;
+        machine_file::write(path, measured, decoding.as_ref(), disk.as_ref(), &gpus)?;
     }
     let can_run = findings.iter().all(|finding| finding.state != State::Bad);
-    let report =
-        Report { version: env!("CARGO_PKG_VERSION"), can_run, findings, gpus, cpu_experts, limits };
+    let version = env!("CARGO_PKG_VERSION");
+    let report = Report { version, can_run, findings, gpus, cpu_experts, decoding, limits };
     match args.json {
         true => output::json(&report)?,
         false => output::line(text(&report).trim_end())?,
@@ -241,6 +256,30 @@ fn disk(model: &OpenedModel) -> (Finding, Option<DiskReport>) {
     }
 }
 
+/// A model's own decoding while it is streamed.
+fn decode(model: &Path) -> (Option<Decoding>, Finding) {
+    let about = "decoding";
+    match decoding::measure(model) {
+        Ok(Some(found)) => {
+            let words = format!(
+                "{} of memory: {:.1} ms a token; weights of every token {:.1} GB/s, experts {:.1} \
+                 GB/s beside the disk, planning {:.0} us a layer",
+                found.of, found.ms_per_token, found.dense_gb_s, found.experts_gb_s, found.plan_us
+            );
+            (Some(found), Finding::new(about, State::Ok, words))
+        }
+        Ok(None) => {
+            let words = "not measured: the model has no experts to stream, or is too small";
+            let next = "name a model of the size that you mean to run with --model";
+            (None, Finding::new(about, State::Note, words.to_string()).next(next))
+        }
+        Err(failure) => {
+            let words = format!("not measured: {failure}");
+            (None, Finding::new(about, State::Note, words))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -256,6 +295,7 @@ mod tests {
             ],
             gpus: Vec::new(),
             cpu_experts: None,
+            decoding: None,
             limits: Limits { locked_bytes: None, wsl: false },
         };
         let lines = text(&report);

@@ -63,3 +63,50 @@ pub struct NoObserver;
 impl Observer for NoObserver {
     fn routed(&mut self, _: usize, _: usize, _: &[u32], _: &[f32]) {}
 }
+
+impl<T: Observer + ?Sized> Observer for &mut T {
+    fn fed(&mut self, fed: &Fed<'_>) {
+        (**self).fed(fed);
+    }
+
+    fn routed(&mut self, layer: usize, position: usize, experts: &[u32], weights: &[f32]) {
+        (**self).routed(layer, position, experts, weights);
+    }
+
+    fn served(&mut self, served: &Served<'_>) {
+        (**self).served(served);
+    }
+}
+
+/// `None` is nobody.
+impl<T: Observer> Observer for Option<T> {
+    fn fed(&mut self, fed: &Fed<'_>) {
+        self.iter_mut().for_each(|observer| observer.fed(fed));
+    }
+
+    fn routed(&mut self, layer: usize, position: usize, experts: &[u32], weights: &[f32]) {
+        self.iter_mut().for_each(|observer| observer.routed(layer, position, experts, weights));
+    }
+
+    fn served(&mut self, served: &Served<'_>) {
+        self.iter_mut().for_each(|observer| observer.served(served));
+    }
+}
+
+/// Both are told.
+impl<A: Observer, B: Observer> Observer for (A, B) {
+    fn fed(&mut self, fed: &Fed<'_>) {
+        self.0.fed(fed);
+        self.1.fed(fed);
+    }
+
+    fn routed(&mut self, layer: usize, position: usize, experts: &[u32], weights: &[f32]) {
+        self.0.routed(layer, position, experts, weights);
+        self.1.routed(layer, position, experts, weights);
+    }
+
+    fn served(&mut self, served: &Served<'_>) {
+        self.0.served(served);
+        self.1.served(served);
+    }
+}

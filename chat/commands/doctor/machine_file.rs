@@ -2,6 +2,7 @@
 
 use super::{
     CpuExperts, Measuring,
+    decoding::Decoding,
     gpu::{Gpu, Speed},
 };
 use crate::{
@@ -23,6 +24,7 @@ use std::{fs, hint::black_box, path::Path, time::Instant};
 pub fn write(
     path: &Path,
     measured: Option<(&Measuring, &CpuExperts)>,
+    decoding: Option<&Decoding>,
     disk: Option<&DiskReport>,
     gpus: &[Gpu],
 ) -> Result<(), Failure> {
@@ -33,7 +35,7 @@ pub fn write(
     let gmacs = prompt_gmacs(with)?;
     // The times of a stand-in mean nothing.
     let gpu = gpus.iter().find(|gpu| !gpu.is_standin && gpu.speed.is_some());
-    let machine = machine(cpu, disk, gpu, gmacs, memory::available().bytes);
+    let machine = machine((cpu, decoding), disk, gpu, gmacs, memory::available().bytes);
     let head = "# A machine for `pregate replay --machine`, written by `pregate doctor`. Rates are \
                 in GB/s, delays\n# in ns; a source says what was measured and what is assumed.\n";
     fs::write(path, format!("{head}{}", machine.to_toml()))
@@ -41,6 +43,8 @@ pub fn write(
 }
 
 const MEASURED: &str = "measured by pregate doctor";
+/// Of a layer, beside what reading its bytes takes, in ns.
+pub const LAYER_NS: f64 = 20_000.0;
 /// Of a prompt that chose the same expert.
 const TOKENS: u32 = 64;
 const ROUNDS: usize = 5;
@@ -74,7 +78,7 @@ fn prompt_gmacs(with: &Measuring) -> Result<f64, Failure> {
 }
 
 fn machine(
-    CpuExperts { line, speed }: &CpuExperts,
+    (CpuExperts { line, speed }, decoding): (&CpuExperts, Option<&Decoding>),
     disk: Option<&DiskReport>,
     gpu: Option<&Gpu>,
     gmacs: f64,
@@ -95,7 +99,18 @@ fn machine(
             let share = (link.both.cpu_gb_s / line.measured_gb_s).clamp(0.01, 1.0);
             figure(line.gb_s * share, at_once.clone())
         }
-        None => figure(line.gb_s, "assumed: no slower beside reads from the disk".to_string()),
+        None => match decoding {
+            Some(found) => figure(found.experts_gb_s, while_streaming(found)),
+            None => figure(line.gb_s, "assumed: no slower beside reads from the disk".to_string()),
+        },
+    };
+    let dense = match decoding {
+        Some(found) => figure(found.dense_gb_s, while_streaming(found)),
+        None => figure(line.gb_s, format!("as expert_gbs: {alone}")),
+    };
+    let plan = match decoding {
+        Some(found) => figure(found.plan_us * 1e3, while_streaming(found)),
+        None => figure(0.0, "assumed: not measured without a model (--model)".to_string()),
     };
     let ram = match available_bytes {
         u64::MAX => figure(8e9, "assumed: this system does not say what is free".to_string()),
@@ -120,17 +135,22 @@ fn machine(
         cpu: replay::Cpu {
             expert_gbs: figure(line.gb_s, alone.clone()),
             expert_gbs_beside: beside,
-            dense_gbs: figure(line.gb_s, format!("as expert_gbs: {alone}")),
+            dense_gbs: dense,
             start_ns: figure(line.start_us * 1e3, format!("{MEASURED}: one expert and several")),
             layer_ns: figure(
-                20_000.0,
+                LAYER_NS,
                 "assumed: norms, router and attention of a short context".to_string(),
             ),
+            plan_ns: plan,
             gmacs: figure(gmacs, format!("{MEASURED}: {TOKENS} tokens through one expert")),
         },
         ram_bytes: ram,
         disk: disk_of(disk),
     }
+}
+
+fn while_streaming(decoding: &Decoding) -> String {
+    format!("{MEASURED}: decoding of {} of memory", decoding.of)
 }
 
 fn gpu_of(gpu: &Gpu, speed: &Speed) -> replay::Gpu {
@@ -224,7 +244,7 @@ mod tests {
             refused: Vec::new(),
             measured: Some(Bandwidth { bytes: 3_000_000, elapsed_ns: 1_000_000, read_bytes: 1 }),
         };
-        let found = machine(&cpu(), Some(&disk), Some(&gpu()), 150.0, 16 << 30);
+        let found = machine((&cpu(), None), Some(&disk), Some(&gpu()), 150.0, 16 << 30);
         let read = Machine::from_toml(&found.to_toml()).unwrap();
         assert_eq!(read, found);
         // Three quarters of what was measured alone, 32 GB/s.
@@ -241,8 +261,23 @@ mod tests {
     }
 
     #[test]
+    fn a_model_that_was_decoded_says_what_memory_gives_beside_the_disk() {
+        let decoding = Decoding {
+            of: "m.gguf with 2 GB".to_string(),
+            ms_per_token: 90.0,
+            dense_gb_s: 25.0,
+            experts_gb_s: 30.0,
+            plan_us: 130.0,
+        };
+        let cpu = machine((&cpu(), Some(&decoding)), None, None, 150.0, u64::MAX).cpu;
+        assert_eq!((cpu.expert_gbs.value, cpu.expert_gbs_beside.value), (40.0, 30.0));
+        assert_eq!((cpu.dense_gbs.value, cpu.plan_ns.value), (25.0, 130e3));
+        assert!(cpu.plan_ns.source.ends_with("decoding of m.gguf with 2 GB of memory"));
+    }
+
+    #[test]
     fn what_was_not_measured_is_assumed_and_says_so() {
-        let found = machine(&cpu(), None, None, 150.0, u64::MAX);
+        let found = machine((&cpu(), None), None, None, 150.0, u64::MAX);
         assert!(found.gpu.is_none() && found.link.is_none());
         for figure in
             [&found.disk.gbs, &found.disk.latency_ns, &found.ram_bytes, &found.cpu.layer_ns]
@@ -250,7 +285,7 @@ mod tests {
             assert!(figure.source.starts_with("assumed"), "{figure:?}");
         }
         assert!(found.check().is_ok());
-        let refused = write(Path::new("/nowhere/m.toml"), None, None, &[]).unwrap_err();
+        let refused = write(Path::new("/nowhere/m.toml"), None, None, None, &[]).unwrap_err();
         assert!(refused.to_string().contains("not measured"));
     }
 }

@@ -117,11 +117,9 @@ impl Model {
         }
         let opened = model::open(path)?;
         let shape = Sizes::of(&opened).shape;
-        let routed: u64 =
-            shape.moe().map(|(_, layer)| layer.top_k as u64 * layer.expert_bytes).sum();
         let weights = Weights {
             words: format!("as {text} has them"),
-            other_bytes: Some(opened.bytes_per_token().saturating_sub(routed)),
+            other_bytes: Some(model::other_bytes(&opened)),
             kv_bytes: cache_bytes(opened.description(), 1, KvFormat::F16),
         };
         Ok(Self::File { path: text.to_string(), shape, weights })

@@ -218,9 +218,10 @@ impl Engine {
 
     /// Streaming from disk: the token's thread computes.
     fn on_cpu(&mut self, pass: &mut Pass, layer: usize) {
-        let Self { drive, experts, weights, ids, .. } = self;
+        let Self { drive, machine, experts, weights, ids, .. } = self;
         let rows = pass.rows();
         let mut tell = |planner: &mut Planner| tell_routes(planner, rows, layer, (ids, weights));
+        drive.tier_mut().work(machine.cpu.plan_ns.value as u64);
         drive.begin(Wanted { layer, experts }, &mut tell, None);
         if self.has_forecasts && rows.len() == 1 {
             self.forecast(layer);

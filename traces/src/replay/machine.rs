@@ -106,8 +106,16 @@ pub struct Cpu {
     pub start_ns: Figure,
     /// Of a layer, beside what reading its bytes takes; where there is no GPU.
     pub layer_ns: Figure,
+    /// Of a layer whose experts are read from disk, beside forecasting itself:
+    /// planning and orders to the disk; where there is no GPU. 0 if not said.
+    #[serde(default = "nothing")]
+    pub plan_ns: Figure,
     /// As [`Gpu::gmacs`].
     pub gmacs: Figure,
+}
+
+fn nothing() -> Figure {
+    0.0.into()
 }
 
 /// Where the model's file is.
@@ -207,6 +215,7 @@ impl Machine {
         let mut delays = vec![
             ("cpu.start_ns", &cpu.start_ns),
             ("cpu.layer_ns", &cpu.layer_ns),
+            ("cpu.plan_ns", &cpu.plan_ns),
             ("disk.latency_ns", &disk.latency_ns),
         ];
         if let Some(gpu) = &self.gpu {

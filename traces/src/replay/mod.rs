@@ -20,7 +20,7 @@ mod totals;
 pub use engine::Engine;
 pub use machine::{Cpu, Disk, Figure, Gpu, Link, Machine, MachineError};
 pub use memory::MemoryTrace;
-pub use options::{Misses, Options, ReplayError, Slots, Warm};
+pub use options::{FORECAST_NS, Misses, Options, ReplayError, Slots, Warm};
 pub use passes::{Pass, Passes};
 pub use report::{
     Bound, Bracket, Cause, Counts, LayerReport, PhaseReport, Report, Spread, Stall, Times, Wire,

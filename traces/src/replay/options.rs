@@ -86,6 +86,9 @@ pub struct Options {
     pub bracket: bool,
 }
 
+/// What forecasting takes if nothing else is said.
+pub const FORECAST_NS: u64 = 20_000;
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -100,7 +103,7 @@ impl Default for Options {
             misses: Misses::Auto,
             expert_bytes: None,
             dense_bytes: 0,
-            forecast_ns: 20_000,
+            forecast_ns: FORECAST_NS,
             ram_share: None,
             bracket: true,
         }
