@@ -119,7 +119,9 @@ fn try_place(
         .set(megabytes(progress.bytes_done));
     })?;
     let graphs = device.gpu.as_ref().is_none_or(|gpu| gpu.graphs);
-    let session = Session::new(&model, SessionOptions { graphs, ..needs.session })?;
+    let usual = needs.session.prefill_chunk;
+    let prefill_chunk = planned.gpu.as_ref().map_or(usual, |gpu| gpu.prefill_chunk);
+    let session = Session::new(&model, SessionOptions { graphs, prefill_chunk, ..needs.session })?;
     Ok((model, session))
 }
 

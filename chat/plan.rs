@@ -68,6 +68,8 @@ pub struct GpuPlan {
     pub host_bytes: u64,
     /// What is read from disk; `null` where the host has all.
     pub disk: Option<DiskShare>,
+    /// Tokens of a prompt that go through the layers together.
+    pub prefill_chunk: usize,
     #[serde(skip)]
     pub budget: GpuBudget,
     #[serde(skip)]
@@ -80,7 +82,8 @@ pub struct GpuPlan {
 impl GpuPlan {
     /// See [`parts_line`].
     pub fn parts_line(&self, context: usize) -> String {
-        parts_line(&self.parts, Some(self.experts), Some(context))
+        let parts = parts_line(&self.parts, Some(self.experts), Some(context));
+        format!("{parts} (prompts in passes of {} tokens)", self.prefill_chunk.min(context))
     }
 }
 
@@ -121,7 +124,38 @@ pub fn make_smaller(
     make_within(model, device, needs, Some(budget))
 }
 
+/// Passes of a prompt over more tokens than usual, the most first.
+const LONG_PASSES: [usize; 2] = [2048, 1024];
+/// As many of these buffers as GPU memory divided by this are worth it.
+const PASS_SHARE: u64 = 16;
+
+/// Where experts are copied to the GPU while it computes, the tokens of a pass
+/// share the copies: it takes as many as have room.
 fn make_within(
+    model: &OpenedModel,
+    device: &Device,
+    needs: &Needs,
+    gpu_budget: Option<GpuBudget>,
+) -> Result<Planned, Failure> {
+    let usual = make_with(model, device, needs, gpu_budget)?;
+    let moves = |planned: &Planned| planned.gpu.as_ref().is_some_and(|gpu| gpu.share.moves());
+    let asked = needs.session.prefill_chunk;
+    if !moves(&usual) || asked != SessionOptions::default().prefill_chunk {
+        return Ok(usual);
+    }
+    let longer = LONG_PASSES.into_iter().filter(|tokens| tokens / 2 < usual.context);
+    let with = |prefill_chunk| {
+        let session = SessionOptions { prefill_chunk, ..needs.session };
+        make_with(model, device, &Needs { session, ..needs.clone() }, gpu_budget).ok()
+    };
+    let is_small = |planned: &Planned| {
+        let room = |gpu: &GpuPlan| gpu.parts.scratch_bytes <= gpu.budget_bytes / PASS_SHARE;
+        moves(planned) && planned.gpu.as_ref().is_some_and(room)
+    };
+    Ok(longer.filter_map(with).find(is_small).unwrap_or(usual))
+}
+
+fn make_with(
     model: &OpenedModel,
     device: &Device,
     needs: &Needs,
@@ -214,6 +248,7 @@ fn on_gpu(
         ring,
         host_bytes,
         disk: disk.clone(),
+        prefill_chunk: needs.session.prefill_chunk,
         budget,
         share,
         experts: (there, all),

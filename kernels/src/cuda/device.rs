@@ -54,6 +54,7 @@ struct Inner {
     modules: ModuleCache,
     compute: Stream,
     copy: Stream,
+    visits: Stream,
     events: Arc<Events>,
     driver: Arc<Driver>,
 }
@@ -104,8 +105,9 @@ impl Device {
         // copy stream computes goes first.
         let compute = Stream::new(&driver, &events, false)?;
         let copy = Stream::new(&driver, &events, true)?;
+        let visits = Stream::new(&driver, &events, true)?;
         let modules = ModuleCache::new(options.modules.clone(), &info);
-        Ok(Self(Arc::new(Inner { info, modules, compute, copy, events, driver })))
+        Ok(Self(Arc::new(Inner { info, modules, compute, copy, visits, events, driver })))
     }
 
     pub fn info(&self) -> &DeviceInfo {
@@ -120,6 +122,12 @@ impl Device {
     /// The stream of copies that run beside them.
     pub fn copy(&self) -> &Stream {
         &self.0.copy
+    }
+
+    /// The stream of what the host and a layer tell each other, which must not
+    /// queue behind experts on [`Device::copy`].
+    pub fn visits(&self) -> &Stream {
+        &self.0.visits
     }
 
     /// One more stream, of the priority of [`Device::compute`].

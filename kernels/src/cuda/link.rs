@@ -177,7 +177,7 @@ impl<M: HostMemory> Link<M> {
         if chunk_bytes == 0 || in_flight == 0 || !(1..=in_flight).contains(&prefetch_in_flight) {
             return Err(CudaError::shape("link", format!("options {options:?}")));
         }
-        let copies = Copies::new(device.copy());
+        let copies = Copies::new(device, in_flight);
         let shared = Arc::new(Shared {
             state: Mutex::new(State::new(chunk_bytes, in_flight, prefetch_in_flight)),
             work: Condvar::new(),

@@ -231,7 +231,7 @@ impl Deref for Pinned {
 impl DerefMut for Pinned {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above; `self` is borrowed mutably, and a copy that reads
-        // them owns it.
+        // them owns it, or reads others than are written (`flight::Words`).
         unsafe { slice::from_raw_parts_mut(self.pointer(), self.bytes) }
     }
 }

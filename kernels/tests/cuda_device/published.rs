@@ -59,9 +59,11 @@ fn a_word_that_cannot_be_published_lands_no_transfer() {
         device.compute().fill(&words, 0).unwrap();
         device.compute().synchronize().unwrap();
         let mut link = Link::new(&device, &options(false)).unwrap();
-        for _ in 0..failures {
-            // Counted from the call behind that of the rule before.
-            world.fail_call("cuMemsetD32Async", 1, Fault::Once, 801);
+        let before = world.calls_of("cuMemcpyHtoDAsync");
+        // Three chunks and the word; then the last chunk and the word. A call
+        // that fails is not counted by the rules behind its own.
+        for call in [4, 5].into_iter().take(failures) {
+            world.fail_call("cuMemcpyHtoDAsync", call, Fault::Once, 801);
         }
         let publish = Some((words.clone(), 5));
         link.submit(Transfer { publish, ..store.transfer(1, 0, 3 * CHUNK, Urgency::Demand) });
@@ -72,7 +74,8 @@ fn a_word_that_cannot_be_published_lands_no_transfer() {
         let mut word = [0; 4];
         device.compute().download(&words, &mut word).unwrap();
         assert_eq!(u32::from_ne_bytes(word), if failures == 1 { 5 } else { 0 });
-        assert_eq!(world.calls_of("cuMemsetD32Async"), 2);
+        assert_eq!(world.calls_of("cuMemcpyHtoDAsync") - before, 6);
+        assert_eq!(world.calls_of("cuMemsetD32Async"), 0);
         assert!(link.next(u64::MAX).is_none(), "it landed once");
         world.assert_no_violation();
     }

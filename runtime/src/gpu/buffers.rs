@@ -10,7 +10,7 @@ use pregate_kernels::cuda::{
 /// Tokens that decode's kernels take.
 pub const FEW_TOKENS: usize = pregate_kernels::cuda::MOST_TOKENS;
 /// Tokens of a pass, at most.
-const MOST_TOKENS: usize = 512;
+pub const MOST_TOKENS: usize = 2048;
 
 /// Tokens of a pass over a session's prompts.
 pub fn pass_tokens(prefill_chunk: usize, capacity: usize) -> usize {

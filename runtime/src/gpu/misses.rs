@@ -46,7 +46,7 @@ impl<'a> Visit<'a> {
     ) -> Result<()> {
         companions.meter.lap(Work::Dense);
         let Self { pass, moe, .. } = &self;
-        pass.device().copy().wait(&self.ready)?;
+        pass.device().visits().wait(&self.ready)?;
         let routes = self.routes()?;
         let mut grouping = Grouping::default();
         grouping.gather(&routes);
@@ -70,6 +70,7 @@ impl<'a> Visit<'a> {
         companions.meter.lap(Work::Overhead);
         if !first.is_empty() || order.iter().any(|&id| moe.experts.is_fixed(id as usize)) {
             launch(&self.table(companions, true, &first)?)?;
+            self.launched(&first)?;
         }
         drop(first);
         let cancel = companions.cancel;
@@ -116,6 +117,7 @@ impl<'a> Visit<'a> {
                 break;
             }
             launch(&self.table(companions, false, &arrived)?)?;
+            self.launched(&arrived)?;
         }
         let Pass { first_position, tokens, .. } = *self.pass;
         moving.decider().ended(&mut event, work, tokens);
@@ -124,12 +126,21 @@ impl<'a> Visit<'a> {
         Ok(())
     }
 
+    /// Experts were given to the device, which reads their frames from now on.
+    fn launched(&self, experts: &[Arrived]) -> Result<(), CudaError> {
+        let Some(moving) = self.pass.model.moving().filter(|_| !experts.is_empty()) else {
+            return Ok(());
+        };
+        moving.launched(experts.iter().map(Arrived::frame), self.pass.stream().record()?);
+        Ok(())
+    }
+
     /// What each token's router chose.
     fn routes(&self) -> Result<Routes, CudaError> {
-        let (copy, k) = (self.pass.device().copy(), self.moe.top_k);
+        let (visits, k) = (self.pass.device().visits(), self.moe.top_k);
         let count = self.pass.tokens * k;
-        let ids = words(copy, &self.chosen.ids, count)?.map(u32::from_ne_bytes);
-        let weights = words(copy, &self.chosen.weights, count)?.map(f32::from_ne_bytes);
+        let ids = words(visits, &self.chosen.ids, count)?.map(u32::from_ne_bytes);
+        let weights = words(visits, &self.chosen.weights, count)?.map(f32::from_ne_bytes);
         let choice = |(expert, weight)| Choice { expert, weight };
         let choices: Vec<Choice> = ids.zip(weights).map(choice).collect();
         let mut routes = Routes::new();
@@ -185,8 +196,8 @@ impl<'a> Visit<'a> {
             choices.push(&of);
             rows.extend(at.into_iter().map(|choice| token * k + choice));
         }
-        let copy = pass.device().copy();
-        let x = words(copy, &pass.buffers.normed, pass.tokens * hidden)?.map(f32::from_ne_bytes);
+        let visits = pass.device().visits();
+        let x = words(visits, &pass.buffers.normed, pass.tokens * hidden)?.map(f32::from_ne_bytes);
         let x: Vec<f32> = x.collect();
         let mut grouping = Grouping::default();
         grouping.gather(&choices);
@@ -201,28 +212,31 @@ impl<'a> Visit<'a> {
 }
 
 /// Copies the rows of the missing choices, whose places are `rows`, to the
-/// device; neighbours at once.
+/// device, neighbours at once, and waits for all of them together.
 fn send(
     pass: &Pass<'_>,
     rows: &[usize],
     grouping: &Grouping,
     found: &[f32],
     answers: &Span,
-) -> Result<()> {
+) -> Result<(), CudaError> {
     let hidden = pass.description.hidden;
-    let mut bytes = Vec::new();
-    let mut first = 0;
-    for (index, &row) in rows.iter().enumerate() {
+    let in_order = (0..rows.len()).flat_map(|index| {
         let from = grouping.row_of(index) * hidden;
-        let values = &found[from..from + hidden];
-        bytes.extend(values.iter().flat_map(|value| value.to_ne_bytes()));
-        if rows.get(index + 1) != Some(&(row + 1)) {
-            let start = 4 * hidden * rows[first];
-            let span = answers.part(start..start + bytes.len());
-            pass.device().copy().upload(&span, &bytes)?;
-            bytes.clear();
-            first = index + 1;
-        }
+        found[from..from + hidden].iter().flat_map(|value| value.to_ne_bytes())
+    });
+    let bytes = HostPart::Pageable(in_order.collect());
+    let (row_bytes, mut first) = (4 * hidden, 0);
+    let mut sent = Vec::new();
+    for run in rows.chunk_by(|row, next| row + 1 == *next) {
+        let (start, range) =
+            (row_bytes * run[0], first * row_bytes..(first + run.len()) * row_bytes);
+        let span = answers.part(start..start + range.len());
+        sent.push(pass.device().visits().copy_in(bytes.clone(), range, &span)?);
+        first += run.len();
+    }
+    for copy in sent {
+        copy.wait()?;
     }
     Ok(())
 }

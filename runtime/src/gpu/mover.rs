@@ -12,7 +12,7 @@ use crate::store::{expert_of, mover::Urgency};
 use pregate_kernels::Matrix;
 use pregate_kernels::cuda::{
     CudaError, Device, Event, ExpertMatrix, HostMemory, HostPart, Link, LinkCounters, LinkError,
-    LinkOptions, Part, Stream, Transfer, Urgency as LinkUrgency,
+    LinkOptions, Part, Transfer, Urgency as LinkUrgency,
 };
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -34,10 +34,9 @@ pub struct HostTiers {
 /// to a device.
 ///
 /// What a frame held may still be read by work that was launched: a copy
-/// starts behind everything that the compute stream had when it was submitted.
-/// Not so while the device computes a token by itself: then nobody leaves a
-/// frame before the device has passed its layer, and a copy that waited for the
-/// stream would wait for the whole token.
+/// starts behind the last of it ([`Vram::reader`]). A token that the device
+/// computes by itself says nothing there: nobody leaves a frame before the
+/// device has passed its layer, and the host waits for its end.
 ///
 /// A read's frame is given to the copy, which keeps it until it has ended.
 /// Reads that landed become copies inside of these methods.
@@ -46,10 +45,6 @@ pub struct LinkMover {
     host: HostTiers,
     vram: Arc<Vram>,
     slots: Arc<SlotTable>,
-    compute: Stream,
-    /// The device reads frames in an order of its own, and no others than the
-    /// store knows.
-    is_alone: bool,
     /// Fills that wait for a read, demands first.
     reading: VecDeque<Reading>,
     /// Copies from host frames that are with the link, per class of these.
@@ -100,8 +95,6 @@ impl LinkMover {
             host,
             vram,
             slots,
-            compute: device.compute().clone(),
-            is_alone: false,
             reading: VecDeque::new(),
             lent: vec![0; classes],
             outstanding: HashMap::new(),
@@ -112,8 +105,8 @@ impl LinkMover {
 
     /// Gives a fill that is outstanding to the link, or asks for its read.
     fn start(&mut self, key: u64, urgency: Urgency) -> Result<(), CudaError> {
-        // A device that is alone has passed whatever read the frame before.
-        let after = (!self.is_alone).then(|| self.compute.record()).transpose()?;
+        let frame = self.outstanding.get(&key).map(|fill| fill.ticket.frame());
+        let after = frame.and_then(|frame| self.vram.reader(frame));
         let id = expert_of(key);
         if let Some(block) = self.host.blocks.block(id.layer(), id.expert()).cloned() {
             let whole = vec![Part { from: 0..block.bytes().len(), to: 0 }];
@@ -360,10 +353,6 @@ impl Mover for LinkMover {
 
     fn remaining(&self, key: u64) -> Option<u64> {
         self.link.remaining(key)
-    }
-
-    fn begin_pass(&mut self, keeps_ahead: bool) {
-        self.is_alone = keeps_ahead;
     }
 
     fn vacated(&mut self, key: u64) {

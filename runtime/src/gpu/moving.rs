@@ -19,7 +19,7 @@ use crate::store::frames::{FrameId, Frames, PageLocked};
 use crate::store::layout::ModelLayout;
 use crate::store::{Clock, ExpertStore};
 use pregate_kernels::ExpertWeights;
-use pregate_kernels::cuda::{Device, LinkOptions, Span};
+use pregate_kernels::cuda::{Device, Event, LinkOptions, Span};
 use pregate_predictor::ExpertId;
 use std::sync::Arc;
 use std::time::Instant;
@@ -191,6 +191,11 @@ impl Moving {
     /// Where a frame starts, for the device.
     pub fn address(&self, frame: FrameId) -> u64 {
         self.vram.span(frame).address()
+    }
+
+    /// Work that reads `frames` was launched; `mark` is behind it.
+    pub fn launched(&self, frames: impl Iterator<Item = FrameId>, mark: Event) {
+        self.vram.launched(frames, mark);
     }
 
     /// What the device calls a frame.
