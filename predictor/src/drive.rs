@@ -42,6 +42,7 @@ pub struct Drive<T> {
     link: (Moved, u64),
     /// Of the pass that runs.
     tokens: usize,
+    counts_as_prompt: bool,
     session: u64,
     keeps_ahead: bool,
     /// Per class: frames that are no slots.
@@ -65,6 +66,7 @@ impl<T: Tier> Drive<T> {
             ahead: Vec::new(),
             link: (tier.moved(), tier.now_ns()),
             tokens: 1,
+            counts_as_prompt: false,
             session: 0,
             keeps_ahead: false,
             rings,
@@ -87,7 +89,7 @@ impl<T: Tier> Drive<T> {
     }
 
     /// What each layer asked for and what that moved, `[layers]`, in passes
-    /// over one token or over several.
+    /// over one token or over several (see [`Drive::count_as_prompt`]).
     pub fn counts(&self, is_token: bool) -> &[LayerCounts] {
         &self.counts[usize::from(!is_token)]
     }
@@ -116,6 +118,7 @@ impl<T: Tier> Drive<T> {
         self.session = pass.session;
         self.meter_link();
         self.tokens = pass.ids.len();
+        self.counts_as_prompt = self.tokens != 1;
         self.keeps_ahead = pass.keeps_ahead;
         self.tier.begin_pass(pass.keeps_ahead);
         if pass.keeps_ahead {
@@ -131,6 +134,12 @@ impl<T: Tier> Drive<T> {
                 self.prefetch_free();
             }
         }
+    }
+
+    /// The pass that runs counts with those over several tokens: it is the
+    /// last one of a prompt.
+    pub fn count_as_prompt(&mut self) {
+        self.counts_as_prompt = true;
     }
 
     /// The pass took `ns`.
@@ -310,6 +319,6 @@ impl<T: Tier> Drive<T> {
     }
 
     fn layer_counts(&mut self, layer: usize) -> &mut LayerCounts {
-        &mut self.counts[usize::from(self.tokens != 1)][layer]
+        &mut self.counts[usize::from(self.counts_as_prompt)][layer]
     }
 }

@@ -25,6 +25,9 @@ pub struct Fed<'a> {
     /// Of the first token; 0 where nothing came before it.
     pub first_position: usize,
     pub tokens: &'a [u32],
+    /// Of a prompt, whose last chunk may be a single token; else the one that
+    /// was sampled last.
+    pub is_prompt: bool,
 }
 
 /// Where an expert was when its router answered.

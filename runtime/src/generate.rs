@@ -94,7 +94,7 @@ impl Session {
         let mut logits = {
             let mut done = |done| on_event(Event::Prompt { done, total: prompt.len() });
             let mut run = Run { observer: &mut *observer, cancel, progress: Some(&mut done) };
-            self.feed(&prompt[reused_tokens..], &mut run)?.to_vec()
+            self.feed_as(&prompt[reused_tokens..], true, &mut run)?.to_vec()
         };
 
         let mut stream = TextStream::new(tokenizer, options.stop.iter().cloned());

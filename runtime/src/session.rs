@@ -202,10 +202,20 @@ impl Session {
     /// the last one, `[vocab]`. On an error or a cancelled run the sequence
     /// holds the chunks that were done.
     pub fn feed(&mut self, tokens: &[u32], run: &mut Run<'_>) -> Result<&[f32]> {
+        self.feed_as(tokens, tokens.len() > 1, run)
+    }
+
+    /// As [`Session::feed`], of a prompt or not; observers are told.
+    pub(crate) fn feed_as(
+        &mut self,
+        tokens: &[u32],
+        is_prompt: bool,
+        run: &mut Run<'_>,
+    ) -> Result<&[f32]> {
         self.check(tokens)?;
         let last = tokens.len().div_ceil(self.prefill_chunk) - 1;
         for (index, chunk) in tokens.chunks(self.prefill_chunk).enumerate() {
-            self.step(chunk, usize::from(index == last), run)?;
+            self.step((chunk, is_prompt), usize::from(index == last), run)?;
         }
         Ok(&self.logits()[..self.model.description().vocab])
     }
@@ -216,7 +226,7 @@ impl Session {
         self.check(tokens)?;
         let mut all = Vec::new();
         for chunk in tokens.chunks(self.prefill_chunk) {
-            all.extend_from_slice(self.step(chunk, chunk.len(), run)?);
+            all.extend_from_slice(self.step((chunk, true), chunk.len(), run)?);
         }
         Ok(all)
     }
@@ -242,20 +252,25 @@ impl Session {
         Ok(())
     }
 
-    fn step(&mut self, chunk: &[u32], wanted: usize, run: &mut Run<'_>) -> Result<&[f32]> {
-        let first_position = self.tokens.len();
+    fn step(
+        &mut self,
+        (chunk, is_prompt): (&[u32], bool),
+        wanted: usize,
+        run: &mut Run<'_>,
+    ) -> Result<&[f32]> {
+        let (first_position, session) = (self.tokens.len(), self.id);
         if let Place::Host { .. } = self.place {
-            run.observer.fed(&Fed { session: self.id, first_position, tokens: chunk });
+            run.observer.fed(&Fed { session, first_position, tokens: chunk, is_prompt });
         }
         let done = match &mut self.place {
             Place::Host { cache, scratch } => {
-                let pass = Pass { ids: chunk, first_position, wanted, session: self.id };
+                let pass = Pass { ids: chunk, first_position, wanted, session };
                 let engine = self.model.engine();
                 forward(engine, &self.ropes, cache, scratch, pass, run.observer, run.cancel)
             }
-            Place::Gpu(session) => {
-                let pass = GpuPass { ids: chunk, first_position, wanted, session: self.id };
-                session.forward(&self.model, &self.ropes, pass, run.observer, run.cancel)
+            Place::Gpu(gpu) => {
+                let pass = GpuPass { ids: chunk, first_position, wanted, session, is_prompt };
+                gpu.forward(&self.model, &self.ropes, pass, run.observer, run.cancel)
             }
         };
         if let Err(error) = done {

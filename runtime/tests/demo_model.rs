@@ -2,7 +2,7 @@
 //! activations must not change what it says.
 
 use pregate_kernels::{Backend, Cpu, CpuOptions, Reference};
-use pregate_predictor::NoObserver;
+use pregate_predictor::{NoObserver, Observer};
 use pregate_runtime::text::TextKind;
 use pregate_runtime::{
     Cancel, GenerateOptions, LoadOptions, Model, Residency, Run, Session, SessionOptions,
@@ -117,6 +117,32 @@ fn a_reused_prefix_changes_nothing() {
     let (cold, warm) = (answer(&mut fresh), answer(&mut warm));
     assert_eq!((cold.reused_tokens, warm.reused_tokens), (0, first.len()));
     assert_eq!(cold.tokens, warm.tokens);
+}
+
+/// What was fed, token by token: part of a prompt?
+#[derive(Default)]
+struct Fed(Vec<bool>);
+
+impl Observer for Fed {
+    fn fed(&mut self, fed: &pregate_predictor::Fed<'_>) {
+        self.0.extend(fed.tokens.iter().map(|_| fed.is_prompt));
+    }
+
+    fn routed(&mut self, _: usize, _: usize, _: &[u32], _: &[f32]) {}
+}
+
+#[test]
+fn a_prompt_of_which_one_token_is_new_is_a_prompt() {
+    let model = load(cpu());
+    let prompt = question_ids(&model, QUESTIONS[1]);
+    let mut session = Session::new(&model, SessionOptions::default()).unwrap();
+    session.feed_quietly(&prompt[..prompt.len() - 1]).unwrap();
+    let options = GenerateOptions { max_tokens: 3, ..Default::default() };
+    let mut fed = Fed::default();
+    let answer =
+        session.generate(&prompt, &options, &Cancel::new(), &mut fed, &mut |_| {}).unwrap();
+    assert_eq!(answer.reused_tokens, prompt.len() - 1);
+    assert_eq!(fed.0, [true, false, false]);
 }
 
 #[test]

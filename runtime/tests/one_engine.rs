@@ -188,6 +188,25 @@ fn a_run_and_its_replay_have_the_same_counts_in_every_layer() {
 }
 
 #[test]
+fn a_prompt_is_one_to_its_last_token() {
+    let scratch = Scratch::new("prompt");
+    let model = load("none", "lru");
+    // 19 tokens in chunks of 6.
+    record(&model, &scratch.0, 6);
+    let mut trace = pregate_traces::open(&scratch.0).unwrap();
+    let (mut row, mut prompts, mut single) = (Row::default(), 0, 0);
+    while trace.next(&mut row).unwrap() {
+        assert_eq!(row.is_prompt, row.position < 19);
+        prompts += u64::from(row.is_prompt);
+        single += u64::from(row.is_prompt && row.pass_tokens == 1);
+    }
+    assert_eq!((prompts, single), (2 * 19, 2));
+    let report = replayed(&scratch.0, &model, "none", "lru");
+    assert_eq!((report.prompts.passes, report.prompts.tokens), (8, 38));
+    assert_eq!((report.decode.passes, report.decode.tokens), (46, 46));
+}
+
+#[test]
 fn with_forecasts_as_much_is_asked_for_and_nothing_is_lost() {
     let scratch = Scratch::new("forecast");
     let model = load("transition", "forecast-aware");

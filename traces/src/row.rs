@@ -51,7 +51,7 @@ pub struct Row {
     /// What follows has nothing to do with the rows before.
     pub starts_sequence: bool,
     /// Of the first token of a pass: how many tokens went through the layers
-    /// together. 0 for the others of a chunk; 1 for a token that was decoded.
+    /// together. 0 for the others of a chunk; 1 for a token that went alone.
     pub pass_tokens: u32,
     /// The pass is a prompt's (or a chunk of one).
     pub is_prompt: bool,

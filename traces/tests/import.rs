@@ -89,6 +89,42 @@ turn,phase,step,layer,slot,expert,weight,residency,expert_bytes
 }
 
 #[test]
+fn a_prompt_token_by_token_is_a_chunk() {
+    let mut text = "turn,phase,step,layer,expert\n".to_string();
+    let mut token = |turn: u32, phase: &str, step: usize| {
+        (0..2).for_each(|layer| {
+            text += &format!("{turn},{phase},{step},{layer},{}\n", step % 8);
+        });
+    };
+    (0..600).for_each(|step| token(0, "prefill", step));
+    (600..602).for_each(|step| token(0, "decode", step));
+    (0..3).for_each(|step| token(1, "prefill", step));
+    token(2, "prefill", 0);
+    let all = table(&text, &Hints::default()).unwrap();
+    assert_eq!(all.len(), 606);
+    let passes: Vec<_> = (0..all.len()).filter(|&at| all[at].pass_tokens > 0).collect();
+    let said = |&at: &usize| {
+        let row = &all[at];
+        (at, row.pass_tokens, row.is_prompt, row.starts_sequence, row.position)
+    };
+    assert_eq!(
+        passes.iter().map(said).collect::<Vec<_>>(),
+        [
+            (0, 512, true, true, 0),
+            (512, 88, true, false, 512),
+            (600, 1, false, false, 600),
+            (601, 1, false, false, 601),
+            (602, 3, true, true, 0),
+            (605, 1, true, true, 0),
+        ]
+    );
+    assert!(all[..600].iter().all(|row| row.is_prompt));
+    let experts = |at: usize| (all[at].experts(0), all[at].experts(1));
+    assert_eq!(experts(511), (&[7][..], &[7][..]));
+    assert_eq!(experts(601), (&[1][..], &[1][..]));
+}
+
+#[test]
 fn order_alone_tells_tokens_apart() {
     // llama.cpp's moe-trace: three tokens of a prompt, then one.
     let text = "layer,expert\n0,1\n0,2\n0,3\n0,4\n0,5\n0,6\n1,6\n1,5\n1,4\n1,3\n1,2\n1,1\n0,7\n0,0\n1,1\n1,2\n";

@@ -21,7 +21,13 @@ fn header() -> Header {
 
 /// As the runtime tells a pass: layer by layer, all tokens of each.
 fn pass(observer: &mut dyn Observer, session: u64, first_position: usize, tokens: &[u32]) {
-    observer.fed(&Fed { session, first_position, tokens });
+    let is_prompt = tokens.len() > 1;
+    pass_of(observer, Fed { session, first_position, tokens, is_prompt });
+}
+
+fn pass_of(observer: &mut dyn Observer, fed: Fed<'_>) {
+    observer.fed(&fed);
+    let Fed { first_position, tokens, .. } = fed;
     for layer in [1, 2] {
         for (index, &token) in tokens.iter().enumerate() {
             let experts = [token % 250, 299 - layer as u32];
@@ -89,7 +95,7 @@ fn passes_come_back_as_rows() {
     pass(&mut recorder, 5, 0, &[40, 41, 42]);
     pass(&mut recorder, 5, 3, &[43]);
     // Cancelled after its first layer: as if it had not been.
-    recorder.fed(&Fed { session: 5, first_position: 4, tokens: &[9] });
+    recorder.fed(&Fed { session: 5, first_position: 4, tokens: &[9], is_prompt: false });
     recorder.routed(1, 4, &[0, 1], &[0.5, 0.5]);
     pass(&mut recorder, 5, 4, &[44]);
     pass(&mut recorder, 6, 2, &[50]);
@@ -125,6 +131,21 @@ fn passes_come_back_as_rows() {
     };
     assert_eq!(rows[0].served, [cost(1), cost(2)]);
     assert!(rows[1].served.is_empty() && rows[3].served.len() == 2);
+}
+
+#[test]
+fn a_prompt_may_end_in_a_single_token() {
+    let disk = Disk::default();
+    let gate = Gate { disk: disk.clone(), open: None };
+    let mut recorder = Recorder::new(gate, &header(), Queue::default()).unwrap();
+    pass(&mut recorder, 5, 0, &[40, 41]);
+    pass_of(&mut recorder, Fed { session: 5, first_position: 2, tokens: &[42], is_prompt: true });
+    pass(&mut recorder, 5, 3, &[43]);
+    assert!(recorder.finish().error.is_none());
+    let (rows, _) = rows(&disk);
+    let said = |row: &Row| (row.pass_tokens, row.is_prompt);
+    let wanted = [(2, true), (0, true), (1, true), (1, false)];
+    assert_eq!(rows.iter().map(said).collect::<Vec<_>>(), wanted);
 }
 
 #[test]

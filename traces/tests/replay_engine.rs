@@ -164,6 +164,54 @@ fn a_chunk_asks_once_for_what_its_tokens_share() {
 }
 
 #[test]
+fn the_last_token_of_a_prompt_is_not_a_decoded_one() {
+    // A prompt of three in chunks of two, then two tokens; and two of a single
+    // token, with nothing behind them.
+    let mut trace = one_layer(&[0, 1, 3, 2, 2, 0, 1]);
+    for (index, tokens) in [2, 0, 1, 1, 1, 1, 1].into_iter().enumerate() {
+        let row = &mut trace.rows[index];
+        row.pass_tokens = tokens;
+        row.is_prompt = !(3..5).contains(&index);
+        row.starts_sequence = [0, 5, 6].contains(&index);
+    }
+    let options = Options { misses: Misses::Link, ..plain(1) };
+    for machine in [cpu(), gpu()] {
+        let report = run(&mut trace, &machine, &options);
+        let (prompts, decode) = (report.prompts, report.decode);
+        assert_eq!((prompts.tokens, prompts.passes), (5, 4), "{}", machine.name);
+        assert_eq!((decode.tokens, decode.passes), (2, 2));
+        assert_eq!((prompts.counts.accesses, decode.counts.accesses), (5, 2));
+        assert_eq!((prompts.counts.hits, decode.counts.hits), (0, 1));
+        assert_eq!(report.tpot.mean_ns, decode.time_ns as f64 / 2.0);
+        assert_eq!(report.ttft.unwrap().mean_ns, prompts.time_ns as f64 / 3.0);
+        let stalls: u64 = report.layers.iter().map(|layer| layer.stall.total_ns()).sum();
+        assert_eq!(prompts.stall.total_ns() + decode.stall.total_ns(), stalls);
+        assert!(prompts.stall.total_ns() > decode.stall.total_ns());
+    }
+}
+
+#[test]
+fn the_bound_counts_the_bytes_of_each_layer() {
+    // Top-1 of experts of 100 kB, and of 10 kB.
+    let mut shape = Shape::uniform(2, 4, 1, 100_000);
+    shape.layers[1].as_mut().unwrap().expert_bytes = 10_000;
+    let tokens = [0, 1, 2].map(|one| vec![vec![one], vec![one]]).to_vec();
+    let mut trace = small::decoded(&shape, tokens);
+    let options = Options { expert_bytes: None, ..plain(4) };
+    // Read from VRAM at 100 bytes a ns, and from RAM at 10.
+    let bound = |machine: &Machine, trace: &mut MemoryTrace| {
+        let options = Options { misses: Misses::Link, ..options.clone() };
+        run(trace, machine, &options).bound.busy_ns
+    };
+    assert_eq!(bound(&gpu(), &mut trace)[0], 1100.0);
+    assert_eq!(bound(&cpu(), &mut trace)[2], 11_000.0);
+    // What the processor computes is not read from VRAM.
+    let options = Options { misses: Misses::Cpu, ..options };
+    let busy = run(&mut trace, &gpu(), &options).bound.busy_ns;
+    assert_eq!([busy[0], busy[2]], [0.0, 110_000.0 / 4.0]);
+}
+
+#[test]
 fn two_replays_are_the_same_in_every_byte() {
     let mut trace = cut();
     trace.rows.truncate(150);
@@ -190,6 +238,7 @@ fn warmth_is_what_the_trace_itself_left() {
         (report.accesses, report.hits, report.bracket.unwrap().lru_hits, report.warm)
     };
     assert_eq!(of(&mut trace, Warm::Cold), (6, 3, 3, false));
+    assert_eq!(of(&mut trace, Warm::Tokens(0)), (6, 3, 3, false));
     assert_eq!(of(&mut trace, Warm::Tokens(2)), (4, 3, 3, true));
     assert_eq!(of(&mut trace, Warm::Whole), (6, 6, 6, true));
     let all = Options { warm: Warm::Tokens(6), ..plain(3) };

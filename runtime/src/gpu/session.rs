@@ -32,6 +32,8 @@ pub struct GpuPass<'a> {
     pub wanted: usize,
     /// A number of the session's own.
     pub session: u64,
+    /// What observers are told of it.
+    pub is_prompt: bool,
 }
 
 /// A sequence's memory on a device.
@@ -252,7 +254,8 @@ impl GpuSession {
             // Of this piece, those that are among the last `wanted`.
             let wanted = (before + pass.wanted).saturating_sub(pass.ids.len()).min(ids.len());
             let piece = GpuPass { ids, first_position, wanted, ..pass };
-            observer.fed(&Fed { session: pass.session, first_position, tokens: ids });
+            let GpuPass { session, is_prompt, .. } = pass;
+            observer.fed(&Fed { session, first_position, tokens: ids, is_prompt });
             match (ids.len(), wanted, &self.token) {
                 (1, 1, Ok(_)) => self.token(on, piece, observer, cancel)?,
                 _ => self.piece(on, piece, observer, cancel)?,

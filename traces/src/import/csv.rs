@@ -25,6 +25,11 @@ use std::path::{Path, PathBuf};
 /// Of a line; lists of all experts are shorter.
 const MAX_LINE: u64 = 1 << 20;
 const MAX_LAYER: u64 = 4095;
+/// Prompt tokens that a file tells one after the other are taken together, as
+/// the runtime takes a prompt.
+const CHUNK: usize = 512;
+/// Choices of such a chunk at most, so that odd rows do not take memory.
+const CHUNK_CHOICES: usize = 1 << 20;
 
 /// What a column may be called, in lower case and without anything but
 /// letters and digits.
@@ -91,9 +96,11 @@ pub struct Table {
     /// Of the line that was read and belongs to the next pass.
     ahead: Vec<Choice>,
     ahead_of: Facts,
+    /// Read, and not among the rows yet; empty if there is none.
     pass: Pass,
     pass_of: Facts,
-    /// Tokens of the pass, and those given out.
+    /// Rows of a pass or a chunk, so many of them, and those given out.
+    rows: Vec<Row>,
     tokens: (usize, usize),
     position: u32,
     sequence: Option<String>,
@@ -126,6 +133,7 @@ pub fn open(path: &Path, hints: &Hints) -> Result<Table, TraceError> {
         ahead_of: Facts::default(),
         pass: Pass::default(),
         pass_of: Facts::default(),
+        rows: Vec::new(),
         tokens: (0, 0),
         position: 0,
         sequence: None,
@@ -321,8 +329,60 @@ impl Table {
                     .map_err(|what| TraceError::format(&self.path, self.number, what))?;
             }
         }
-        self.tokens = (self.pass.tokens(self.top_k), 0);
         Ok(!self.pass.is_empty())
+    }
+
+    /// Makes the next rows: those of a pass, or of prompt tokens that come one
+    /// by one; `false` at the end.
+    fn next_rows(&mut self) -> Result<bool, TraceError> {
+        self.tokens = (0, 0);
+        let mut choices = 0;
+        while !self.pass.is_empty() || self.next_pass()? {
+            let count = self.pass.tokens(self.top_k);
+            let is_single = count == 1 && self.pass_of.is_prompt;
+            let is_new = self.sequence.as_ref() != Some(&self.pass_of.sequence);
+            choices += self.pass.len();
+            let has_room = self.tokens.0 < CHUNK && choices <= CHUNK_CHOICES;
+            if self.tokens.0 > 0 && !(is_single && !is_new && has_room) {
+                break;
+            }
+            if is_new {
+                (self.sequence, self.position) = (Some(self.pass_of.sequence.clone()), 0);
+            }
+            for token in 0..count {
+                self.push_row((token, count), is_new && token == 0)?;
+            }
+            self.pass.clear();
+            if !is_single {
+                break;
+            }
+        }
+        let rows = self.tokens.0;
+        if let Some(first) = self.rows.first_mut().filter(|_| rows > 0) {
+            first.pass_tokens = rows as u32;
+        }
+        Ok(rows > 0)
+    }
+
+    fn push_row(
+        &mut self,
+        (token, count): (usize, usize),
+        starts_sequence: bool,
+    ) -> Result<(), TraceError> {
+        if self.rows.len() == self.tokens.0 {
+            self.rows.push(Row::default());
+        }
+        let row = &mut self.rows[self.tokens.0];
+        row.clear();
+        row.starts_sequence = starts_sequence;
+        row.is_prompt = self.pass_of.is_prompt || count > 1;
+        row.position = self.position;
+        row.token = self.pass_of.token_id.filter(|_| count == 1);
+        let filled = self.pass.fill(token, self.header.shape.layers.len(), row);
+        filled.map_err(|what| self.wrong(what))?;
+        self.position = self.position.saturating_add(1);
+        self.tokens.0 += 1;
+        Ok(())
     }
 }
 
@@ -337,26 +397,11 @@ impl Source for Table {
 
     fn next(&mut self, row: &mut Row) -> Result<bool, TraceError> {
         row.clear();
-        let (mut count, mut given) = self.tokens;
-        if given == count {
-            if !self.next_pass()? {
-                return Ok(false);
-            }
-            (count, given) = self.tokens;
+        let (count, given) = self.tokens;
+        if given == count && !self.next_rows()? {
+            return Ok(false);
         }
-        if given == 0 {
-            row.pass_tokens = count as u32;
-            if self.sequence.as_ref() != Some(&self.pass_of.sequence) {
-                self.sequence = Some(self.pass_of.sequence.clone());
-                (row.starts_sequence, self.position) = (true, 0);
-            }
-        }
-        row.is_prompt = self.pass_of.is_prompt || count > 1;
-        row.position = self.position;
-        row.token = self.pass_of.token_id.filter(|_| count == 1);
-        self.position = self.position.saturating_add(1);
-        let filled = self.pass.fill(given, self.header.shape.layers.len(), row);
-        filled.map_err(|what| self.wrong(what))?;
+        std::mem::swap(row, &mut self.rows[self.tokens.1]);
         self.tokens.1 += 1;
         Ok(true)
     }

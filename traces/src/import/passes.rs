@@ -36,6 +36,11 @@ impl Pass {
         self.choices.is_empty()
     }
 
+    /// Choices.
+    pub fn len(&self) -> usize {
+        self.choices.len()
+    }
+
     /// Does `choice` begin another pass? Models with one MoE layer have a
     /// pass a token.
     pub fn ends_before(&self, choice: &Choice, has_one_layer: bool) -> bool {

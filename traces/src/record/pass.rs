@@ -13,6 +13,7 @@ pub struct Recorded {
     session: u64,
     first_position: usize,
     tokens: Vec<u32>,
+    is_prompt: bool,
     routed: Vec<Routed>,
     experts: Vec<u16>,
     weights: Vec<f32>,
@@ -43,6 +44,7 @@ impl Recorded {
         self.session = fed.session;
         self.first_position = fed.first_position;
         self.tokens.extend_from_slice(fed.tokens);
+        self.is_prompt = fed.is_prompt;
     }
 
     pub fn routed(&mut self, layer: usize, position: usize, experts: &[u32], weights: &[f32]) {
@@ -141,7 +143,7 @@ impl Rows {
             row.clear();
             row.position = (pass.first_position + token) as u32;
             row.token = Some(id);
-            row.is_prompt = pass.tokens.len() > 1;
+            row.is_prompt = pass.is_prompt;
             if token == 0 {
                 row.pass_tokens = pass.tokens.len() as u32;
                 let is_gap = pass.gap != Dropped::default();

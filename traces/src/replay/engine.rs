@@ -9,9 +9,9 @@ use super::report::{Bound, PhaseReport};
 use super::run::bound_of;
 use super::tier::{Below, Rate, VirtualTier};
 use super::totals::Totals;
-use pregate_predictor::drive::{Drive, Missing, Pass as Begun, Tier, Wanted};
+use pregate_predictor::drive::{Drive, LayerCounts, Missing, Pass as Begun, Tier, Wanted};
 use pregate_predictor::forecast::Forecaster;
-use pregate_predictor::{Cache, ExpertId, Planner, Policy, Shape};
+use pregate_predictor::{Cache, ExpertId, LayerShape, Planner, Policy, Shape};
 
 /// Frames of a class that are no slots, where nobody says how many: the
 /// runtime's number.
@@ -124,12 +124,18 @@ impl Engine {
         let unknown = self.totals.tokens_seen() as u32;
         let id = |(row, at): (&crate::Row, u32)| row.token.unwrap_or(unknown.wrapping_add(at));
         self.ids.extend(pass.rows().iter().zip(0..).map(id));
-        let (is_start, is_prompt) = (pass.first().starts_sequence, pass.first().is_prompt);
+        let is_start = pass.first().starts_sequence;
+        // A chunk is a prompt's; so may a single token be, behind its others.
+        let is_prompt = tokens > 1 || pass.first().is_prompt;
         // A GPU goes through a token's layers by itself.
         let keeps_ahead = tokens == 1 && self.host.is_some();
         let began_ns = self.now();
         let begun = Begun { ids: &self.ids, session: 0, is_start, keeps_ahead };
         self.drive.begin_pass(&begun);
+        if is_prompt {
+            self.drive.count_as_prompt();
+        }
+        self.totals.begin_pass(is_start, is_prompt);
         if let Some(host) = &mut self.host
             && tokens == 1
         {
@@ -147,18 +153,22 @@ impl Engine {
         }
         let passed_ns = self.now() - began_ns;
         self.drive.passed(passed_ns);
-        self.totals.passed(tokens, (is_start, is_prompt), passed_ns);
+        self.totals.passed(tokens, passed_ns);
     }
 
     /// What the wires had to do for the decoded tokens.
     pub(super) fn bound(&self, decode: &PhaseReport) -> Bound {
         let tokens = decode.tokens.max(1) as f64;
         let counts = &decode.counts;
-        let expert = self.shape.moe().map(|(_, layer)| layer.expert_bytes).max().unwrap_or(0);
-        let bytes = |experts: u64| experts as f64 * expert as f64 / tokens;
+        let bytes = |experts: fn(&LayerCounts) -> u64| -> f64 {
+            let of = |(index, layer): (usize, &LayerShape)| {
+                experts(&self.drive.counts(true)[index]) as f64 * layer.expert_bytes as f64
+            };
+            self.shape.moe().map(of).sum::<f64>() / tokens
+        };
         let dense = self.dense_bytes_per_layer * self.shape.layers.len() as f64;
-        let all = bytes(counts.accesses);
-        let left = bytes(counts.left);
+        let all = bytes(|counts| counts.hits + counts.early + counts.in_flight + counts.misses);
+        let left = bytes(|counts| counts.left);
         let moved = counts.bytes() as f64 / tokens;
         let Machine { gpu, link, cpu, disk, .. } = &self.machine;
         let below = self.drive.tier().below.as_ref().map_or(0, |below| below.bytes);
@@ -213,7 +223,7 @@ impl Engine {
             below.ram.event(layer, pass.experts(layer));
         }
         let stalled = tier.stall.since(&stall);
-        self.totals.served(pass.rows().len(), layer, self.drive.open().request(), stalled);
+        self.totals.served(layer, self.drive.open().request(), stalled);
     }
 
     /// Streaming from disk: the token's thread computes.

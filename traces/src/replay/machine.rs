@@ -144,8 +144,13 @@ pub enum MachineError {
     File { path: PathBuf, line: usize, what: String },
 }
 
-/// No figure is larger: an exabyte, a month.
-const MOST: f64 = 1e18;
+/// No rate is lower: a megabyte per second, a million multiply-adds. Times of
+/// whole traces stay far from what a clock in ns can count.
+pub const LEAST_RATE: f64 = 1e-3;
+/// No rate and no memory is larger: an exabyte.
+const MOST_RATE: f64 = 1e18;
+/// No delay is longer: a second.
+const MOST_DELAY: f64 = 1e9;
 
 impl Machine {
     /// Reads and checks a machine.
@@ -165,20 +170,21 @@ impl Machine {
     }
 
     /// # Errors
-    /// Rates that are not above 0, delays below 0, what is not finite.
+    /// Figures that no machine has: rates near 0, delays of more than a
+    /// second, what is negative or not finite.
     pub fn check(&self) -> Result<(), MachineError> {
         let wrong = |field, found, allowed| {
             let machine = self.name.clone();
             Err(MachineError::Figure { machine, field, found, allowed })
         };
         for (field, figure) in self.rates() {
-            if !(figure.value > 0.0 && figure.value <= MOST) {
-                return wrong(field, figure.value, "above 0, and finite");
+            if !(LEAST_RATE..=MOST_RATE).contains(&figure.value) {
+                return wrong(field, figure.value, "from 0.001 to 1e18");
             }
         }
         for (field, figure) in self.delays() {
-            if !(figure.value >= 0.0 && figure.value <= MOST) {
-                return wrong(field, figure.value, "0 or more, and finite");
+            if !(0.0..=MOST_DELAY).contains(&figure.value) {
+                return wrong(field, figure.value, "from 0 to 1e9, a second");
             }
         }
         match self.gpu.is_some() && self.link.is_none() {
@@ -275,6 +281,9 @@ latency_ns = 80000
         assert!(refused("gbs = 3.4", "gbs = 0").contains("disk.gbs is 0"));
         assert!(refused("gbs = 3.4", "gbs = nan").contains("disk.gbs is NaN"));
         assert!(refused("gbs = 3.4", "gbs = 1e300").contains("disk.gbs"));
+        assert!(refused("gbs = 3.4", "gbs = 1e-4").contains("from 0.001"));
+        assert!(refused("layer_ns = 20000", "layer_ns = 1e10").contains("cpu.layer_ns is 1000"));
+        assert!(refused("layer_ns = 20000", "plan_ns = nan\nlayer_ns = 20000").contains("plan_ns"));
         assert!(refused("visit_ns = 20000", "visit_ns = -1").contains("gpu.visit_ns is -1"));
         assert!(refused("gmacs = 200", "gmac = 200").contains("gmac"));
         let without = TEXT.split("[link]").next().unwrap().to_string()

@@ -18,7 +18,7 @@ mod tier;
 mod totals;
 
 pub use engine::Engine;
-pub use machine::{Cpu, Disk, Figure, Gpu, Link, Machine, MachineError};
+pub use machine::{Cpu, Disk, Figure, Gpu, LEAST_RATE, Link, Machine, MachineError};
 pub use memory::MemoryTrace;
 pub use options::{FORECAST_NS, Misses, Options, ReplayError, Slots, Warm};
 pub use passes::{Pass, Passes};

@@ -219,7 +219,7 @@ fn report(engine: &mut Engine, header: &Header, machine: &Machine, options: &Opt
         machine: machine.name.clone(),
         policy: options.policy.clone(),
         forecast: options.forecast.clone(),
-        warm: options.warm != Warm::Cold,
+        warm: !matches!(options.warm, Warm::Cold | Warm::Tokens(0)),
         slots_per_layer: moe.iter().sum::<usize>() / moe.len().max(1),
         accesses: all.accesses,
         hits: all.hits,

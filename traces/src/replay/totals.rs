@@ -8,13 +8,15 @@ use pregate_predictor::{ExpertId, Request, Shape};
 pub struct Totals {
     /// `[layers]`; counts are the drive's and join at the end.
     pub layers: Vec<LayerReport>,
-    /// One token, and several.
+    /// Decode, and prompts.
     pub phases: [PhaseReport; 2],
     decoded: Times,
     prompts: Times,
     /// Of the prompt that runs.
     prompt_ns: u64,
     tokens_seen: u64,
+    /// The pass that runs is a prompt's.
+    is_prompt: bool,
 }
 
 impl Totals {
@@ -31,6 +33,7 @@ impl Totals {
             prompts: Times::default(),
             prompt_ns: 0,
             tokens_seen: 0,
+            is_prompt: false,
         }
     }
 
@@ -50,12 +53,20 @@ impl Totals {
         }
     }
 
-    /// A layer was served in a pass over `tokens`.
-    pub fn served(&mut self, tokens: usize, layer: usize, request: &Request, stall: Stall) {
+    /// A pass begins, of a prompt or of decoded tokens.
+    pub fn begin_pass(&mut self, is_start: bool, is_prompt: bool) {
+        if is_start || !is_prompt {
+            self.end_prompt();
+        }
+        self.is_prompt = is_prompt;
+    }
+
+    /// A layer of the pass was served.
+    pub fn served(&mut self, layer: usize, request: &Request, stall: Stall) {
         let Request { resident, early, in_flight, missing, .. } = request;
         let found = &mut self.layers[layer];
         found.stall.add(&stall);
-        self.phases[usize::from(tokens != 1)].stall.add(&stall);
+        self.phases[usize::from(self.is_prompt)].stall.add(&stall);
         let mut note = |ids: &[ExpertId]| {
             ids.iter().for_each(|id| found.expert_accesses[id.expert()] += 1);
         };
@@ -64,20 +75,15 @@ impl Totals {
     }
 
     /// A pass is over.
-    pub fn passed(&mut self, tokens: usize, (is_start, is_prompt): (bool, bool), ns: u64) {
+    pub fn passed(&mut self, tokens: usize, ns: u64) {
         self.tokens_seen += tokens as u64;
-        let phase = &mut self.phases[usize::from(tokens != 1)];
+        let phase = &mut self.phases[usize::from(self.is_prompt)];
         phase.passes += 1;
         phase.tokens += tokens as u64;
         phase.time_ns += ns;
-        if tokens == 1 {
-            self.decoded.add(ns);
-        }
-        if is_start || !is_prompt {
-            self.end_prompt();
-        }
-        if is_prompt {
-            self.prompt_ns += ns;
+        match self.is_prompt {
+            true => self.prompt_ns += ns,
+            false => self.decoded.add(ns),
         }
     }
 
