@@ -38,6 +38,12 @@ pub fn write_whole(
     })
 }
 
+/// Whether two names are of one file, which then is there.
+pub fn is_same_file(one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().ok();
+    real(one).is_some_and(|one| real(other) == Some(one))
+}
+
 fn temporary_path(path: &Path) -> Option<PathBuf> {
     let mut name = OsString::from(".");
     name.push(path.file_name()?);

@@ -28,6 +28,7 @@ const HELD_OUT: usize = 8;
 const HORIZON: usize = 8;
 
 pub fn run(args: &TrainArgs) -> Result<(), Failure> {
+    check_output(args)?;
     let corpus = corpus(&args.traces, args.model.as_deref())?;
     let all = 0..corpus.sequences.len();
     let (held, learned): (Vec<usize>, Vec<usize>) =
@@ -66,19 +67,42 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     ))
 }
 
-/// All traces, which must be of one model.
-fn corpus(traces: &[PathBuf], model: Option<&Path>) -> Result<Corpus, Failure> {
-    let mut corpus: Option<Corpus> = None;
-    let failed = |error: pregate_traces::TraceError| Failure::Usage(error.to_string());
+/// The answer does not replace what is learned from.
+fn check_output(args: &TrainArgs) -> Result<(), Failure> {
+    let Some(out) = &args.out else { return Ok(()) };
+    match args.traces.iter().chain(&args.model).any(|read| save::is_same_file(read, out)) {
+        true => Err(Failure::Usage(format!("--out {}: is read", out.display()))),
+        false => Ok(()),
+    }
+}
+
+/// The first `limit` tokens of traces, which must be of one model, and the
+/// traces of which some had no room.
+fn gather(traces: &[PathBuf], limit: usize) -> Result<(Corpus, Vec<&Path>), Failure> {
+    let (mut corpus, mut cut): (Option<Corpus>, Vec<&Path>) = (None, Vec::new());
     for path in traces {
-        let mut source = pregate_traces::open(path).map_err(failed)?;
+        let mut source = pregate_traces::open(path)?;
         let corpus = corpus.get_or_insert_with(|| Corpus::new(source.header().clone()));
         if let Some(problem) = corpus.differs(source.header()) {
             return Err(Failure::Usage(format!("{}: {problem}", path.display())));
         }
-        corpus.add(source.as_mut(), MOST_TOKENS).map_err(failed)?;
+        if !corpus.add(source.as_mut(), limit)? {
+            cut.push(path);
+        }
     }
-    let mut corpus = corpus.ok_or_else(|| Failure::Usage("no trace was given".to_string()))?;
+    let corpus = corpus.ok_or_else(|| Failure::Usage("no trace was given".to_string()))?;
+    Ok((corpus, cut))
+}
+
+/// All traces, as the model of all of them or `model` says.
+fn corpus(traces: &[PathBuf], model: Option<&Path>) -> Result<Corpus, Failure> {
+    let (mut corpus, cut) = gather(traces, MOST_TOKENS)?;
+    for path in cut {
+        eprintln!(
+            "warning: {}: not all of it is used: {MOST_TOKENS} tokens of all traces are the most",
+            path.display()
+        );
+    }
     if let Some(path) = model {
         let opened = model::open(path)?;
         let shape = &opened.layout().shape;
@@ -139,4 +163,65 @@ fn judged(corpus: &Corpus, held: &[usize], trained: Trained) -> String {
     let mut blend = Forecaster::by_name_with("blend", shape, HORIZON, &trained);
     let scores = evaluate::evaluate(corpus, held, &mut forecasts, blend.as_mut(), 1, &|_| 0);
     evaluate::table(&scores[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+    use pregate_predictor::Shape;
+    use pregate_traces::{Header, Row, format::Writer};
+
+    fn trace(path: &Path, tokens: u32, fingerprint: Option<[u8; 32]>) {
+        let shape = Shape::uniform(1, 4, 1, 0);
+        let header = Header { shape, fingerprint, ..Header::default() };
+        let mut writer = Writer::new(std::fs::File::create(path).unwrap(), &header, &[]).unwrap();
+        for position in 0..tokens {
+            let mut row = Row::default();
+            (row.pass_tokens, row.position, row.starts_sequence) = (1, position, position == 0);
+            row.push_layer(&[0], &[]);
+            writer.push(&row).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+
+    #[test]
+    fn a_trace_is_not_replaced_by_what_was_learned_from_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        trace(file.path(), 30, None);
+        let before = std::fs::read(file.path()).unwrap();
+        let name = file.path().to_str().unwrap();
+        let cli = Cli::parse_from(["pregate", "train-predictor", name, "--out", name]);
+        let Some(Command::TrainPredictor(args)) = cli.command else { panic!("another command") };
+        let refused = run(&args).unwrap_err();
+        assert!(matches!(refused, Failure::Usage(_)), "{refused}");
+        assert_eq!(std::fs::read(file.path()).unwrap(), before);
+    }
+
+    #[test]
+    fn what_has_no_room_is_told_and_every_fingerprint_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b, c, damaged] = ["a", "b", "c", "d"].map(|name| folder.path().join(name));
+        trace(&a, 30, None);
+        trace(&b, 30, Some([1; 32]));
+        trace(&c, 30, Some([2; 32]));
+        let two = [a.clone(), b.clone()];
+        let (corpus, cut) = gather(&two, 60).unwrap();
+        assert_eq!((corpus.tokens(), cut), (60, vec![]));
+        assert_eq!(corpus.header.fingerprint, Some([1; 32]));
+        let (corpus, cut) = gather(&two, 59).unwrap();
+        assert_eq!((corpus.tokens(), cut), (59, vec![b.as_path()]));
+        // The first one says nothing; the others are of two models.
+        let other = gather(&[a, b.clone(), c], 90).err().unwrap();
+        assert!(matches!(other, Failure::Usage(_)), "{other}");
+        assert!(other.to_string().contains("another model"), "{other}");
+        // A file that is broken is no mistake of the call.
+        let mut bytes = std::fs::read(&b).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&damaged, bytes).unwrap();
+        let broken = gather(&[damaged], 90).err().unwrap();
+        assert!(matches!(broken, Failure::File(_)), "{broken}");
+    }
 }

@@ -66,12 +66,15 @@ impl Corpus {
         Some(format!("its layer {layer} has {there}, the traces' has {here}"))
     }
 
-    /// Adds a trace, at most up to `limit` tokens in all. A layer that used
-    /// more experts than the shape says counts with the first ones.
+    /// Adds a trace of the corpus's model (see [`Corpus::differs`]), at most up
+    /// to `limit` tokens in all; whether all of it had room. A layer that used
+    /// more experts than the shape says counts with the first ones. The first
+    /// fingerprint is the corpus's.
     ///
     /// # Errors
-    /// What the source says, and a shape that is not the corpus's.
-    pub fn add(&mut self, source: &mut dyn Source, limit: usize) -> Result<(), TraceError> {
+    /// What the source says.
+    pub fn add(&mut self, source: &mut dyn Source, limit: usize) -> Result<bool, TraceError> {
+        self.header.fingerprint = self.header.fingerprint.or(source.header().fingerprint);
         let labels = source.sequences().to_vec();
         let mut labels = labels.into_iter().peekable();
         let mut row = Row::default();
@@ -89,7 +92,8 @@ impl Corpus {
             self.push(&row);
             token += 1;
         }
-        Ok(())
+        // One more row is read to know.
+        Ok(self.ids.len() < limit || !source.next(&mut row)?)
     }
 
     fn push(&mut self, row: &Row) {

@@ -180,6 +180,24 @@ fn gradients_are_slopes() {
 }
 
 #[test]
+fn a_corpus_says_whether_a_trace_had_room_and_takes_the_first_fingerprint() {
+    let mut corpus = Corpus::new(ruled(1, true).header);
+    let mut add = |tokens, digest: Option<u8>| {
+        let mut source = ruled(tokens, true);
+        source.header.fingerprint = digest.map(|byte| [byte; 32]);
+        let problem = corpus.differs(&source.header);
+        (problem.is_some(), corpus.add(&mut source, 100).unwrap(), corpus.header.fingerprint)
+    };
+    assert_eq!(add(40, None), (false, true, None));
+    assert_eq!(add(40, Some(1)), (false, true, Some([1; 32])));
+    // Nobody knows what the first one was; the second one is known.
+    assert_eq!(add(20, Some(2)), (true, true, Some([1; 32])), "to the last token");
+    assert_eq!(add(1, Some(1)), (false, false, Some([1; 32])));
+    assert_eq!(add(0, None), (false, true, Some([1; 32])));
+    assert_eq!(corpus.tokens(), 100);
+}
+
+#[test]
 fn long_sequences_are_cut_and_other_models_refused() {
     let mut source = ruled(5000, true);
     let mut corpus = Corpus::new(source.header().clone());
@@ -200,7 +218,7 @@ fn long_sequences_are_cut_and_other_models_refused() {
             &[]
         }
     }
-    corpus.add(&mut Endless(&mut source), 4500).unwrap();
+    assert!(!corpus.add(&mut Endless(&mut source), 4500).unwrap(), "500 had no room");
     let lengths: Vec<u64> = corpus.sequences.iter().map(|sequence| sequence.tokens).collect();
     assert_eq!(lengths, [2048, 2048, 404]);
     let same = ruled(1, true).header;
