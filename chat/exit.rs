@@ -1,5 +1,6 @@
 //! How the program ends: one message, one code.
 
+use crate::tui;
 use pregate_runtime::Error;
 use pregate_traces::TraceError;
 use std::{fmt, io};
@@ -81,16 +82,19 @@ fn out_of_memory(error: &io::Error) -> bool {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Usage(text) | Failure::Resources(text) | Failure::File(text) => {
-                f.write_str(text)
-            }
-            Failure::Runtime(error) => error.fmt(f),
-            Failure::Io { what, source } => write!(f, "{what}: {source}"),
+            Failure::Usage(text) | Failure::Resources(text) | Failure::File(text) => told(f, text),
+            Failure::Runtime(error) => told(f, &error.to_string()),
+            Failure::Io { what, source } => told(f, &format!("{what}: {source}")),
             Failure::OutputClosed => f.write_str("standard output was closed"),
             Failure::Interrupted => f.write_str("interrupted"),
             Failure::Internal(text) => write!(f, "internal error: {text}"),
         }
     }
+}
+
+/// Messages quote files, which may hold what would move the cursor.
+fn told(f: &mut fmt::Formatter<'_>, message: &str) -> fmt::Result {
+    f.write_str(&tui::clean(message))
 }
 
 impl From<TraceError> for Failure {
@@ -126,5 +130,16 @@ mod tests {
         assert_eq!(Failure::from(no_memory).code(), RESOURCES);
         assert_eq!(Failure::output(io::ErrorKind::BrokenPipe.into()).code(), 0);
         assert!(!Failure::output(io::ErrorKind::BrokenPipe.into()).has_message());
+    }
+
+    #[test]
+    fn messages_move_no_cursor() {
+        let hostile = "m.toml: unknown field `\x1b[2J`\nadd --model";
+        let wanted = "m.toml: unknown field `\u{fffd}[2J`\nadd --model";
+        for failure in [Failure::Usage(hostile.into()), Failure::File(hostile.into())] {
+            assert_eq!(failure.to_string(), wanted);
+        }
+        let named = Failure::io("a\x1bb", io::ErrorKind::NotFound.into()).to_string();
+        assert!(named.starts_with("a\u{fffd}b: "), "{named}");
     }
 }

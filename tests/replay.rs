@@ -3,9 +3,9 @@
 #[path = "support/xml.rs"]
 mod xml;
 
-use pregate_predictor::Shape;
+use pregate_predictor::{LayerShape, Shape};
 use pregate_traces::{Header, Provenance, Row, format::Writer};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -130,6 +130,15 @@ fn the_same_input_gives_the_same_bytes() {
     }
     // Two settings, each with a cell for 24 layers and two sizes, and numbers.
     assert_eq!(map.matches("class=\"middle on-").count(), 2 * 24 * 2);
+    // Of one size, hits of each expert and how often it is asked for.
+    let one = [TRACE, "--json", "--slots", "25%", "--policy", "lru", "--heatmap", &paths[1]];
+    stdout(&replay(&one));
+    let map = read(&paths[1]);
+    xml::check(&map).unwrap_or_else(|error| panic!("{error}: {map}"));
+    for words in ["Hits of each expert", "slots: 8 of 32", "How often each expert is asked for"] {
+        assert!(map.contains(words), "{words}: {map}");
+    }
+    assert_eq!(map.matches("24 MoE layers").count(), 2, "each says whose it is");
 }
 
 #[test]
@@ -146,6 +155,112 @@ fn people_get_a_table_a_curve_and_what_was_assumed() {
     assert!(text.contains("rtx3060-12gb tok/s") && text.contains("rtx5090 tok/s"), "{text}");
     let (code, text) = refused(&[TRACE, "--compare"]);
     assert!(code == 2 && text.contains("two machines"), "{text}");
+    let found = lines(&[&[TRACE, "--json"][..], &compared].concat());
+    let [pair] = found.as_slice() else { panic!("{found:?}") };
+    let tok_s = ["first", "second"].map(|run| pair[run]["tok_s"].as_f64().unwrap());
+    // Numbers are read back from JSON to the last bit but one.
+    let speed = pair["speed"].as_f64().unwrap() * tok_s[0] / tok_s[1];
+    assert!((speed - 1.0).abs() < 1e-12, "{pair}");
+    assert_eq!(
+        (&pair["compared"], &pair["second"]["machine"]),
+        (&json!("machines"), &json!("rtx5090"))
+    );
+    assert_eq!(pair["first"]["trace"], TRACE);
+}
+
+#[test]
+fn without_decoded_tokens_there_is_no_ratio() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t.pgtrace");
+    let header = Header { shape: Shape::uniform(2, 8, 2, 1_000_000), ..Header::default() };
+    written(&path, &header, 8);
+    let compared = [path.to_str().unwrap(), "--slots", "4", "--policy", "lru,lfu", "--compare"];
+    let text = stdout(&replay(&compared));
+    assert!(text.contains("second / first") && !text.contains("NaN"), "{text}");
+    assert!(text.lines().any(|line| line.trim_end().ends_with('-')), "{text}");
+    let line = &lines(&[&compared[..], &["--json"]].concat())[0];
+    assert_eq!((&line["speed"], &line["compared"]), (&Value::Null, &json!("policies")));
+}
+
+#[test]
+fn warmth_is_told_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t.pgtrace");
+    let name = path.to_str().unwrap();
+    let mut shape = Shape::uniform(2, 8, 2, 1_000_000);
+    shape.layers[1] = shape.layers[1].map(|layer| LayerShape { top_k: 1, ..layer });
+    shape.layers[1].as_mut().unwrap().expert_bytes = 2_000_000;
+    written(&path, &Header { shape, ..Header::default() }, 40);
+    let told = |warm: &[&str]| {
+        let line = &lines(&[&[name, "--slots", "4", "--json"][..], warm].concat())[0];
+        let number = |key: &str| line[key].as_u64().unwrap();
+        let counted = number("tokens") + number("prompt_tokens");
+        (line["warm"].as_bool().unwrap(), number("warm_tokens"), counted)
+    };
+    assert_eq!(told(&[]), (false, 0, 40));
+    assert_eq!(told(&["--warm=0"]), (false, 0, 40));
+    // The first pass has eight of them.
+    assert_eq!(told(&["--warm"]), (true, 4, 32));
+    assert_eq!(told(&["--warm=whole"]), (true, 40, 40));
+    let text = stdout(&replay(&[name, "--slots", "4"]));
+    let words = ["2 MoE layers, top-2 of 8, top-1 of 8 experts, 40 tokens", "1.0 MB to 2.0 MB"];
+    assert!(words.iter().all(|words| text.contains(words)), "{text}");
+    // A file that was cut off does not say how many tokens it has.
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    assert_eq!(pregate_traces::open(&path).unwrap().tokens(), None);
+    assert_eq!(told(&["--warm"]), (true, 4, 32));
+}
+
+#[test]
+fn what_is_read_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (trace, machine) = (path("t.pgtrace"), path("m.toml"));
+    synthetic(Path::new(&trace));
+    let text = std::fs::read_to_string(root("traces/src/replay/presets/cpu-ddr5.toml")).unwrap();
+    std::fs::write(&machine, text).unwrap();
+    let before = [&trace, &machine].map(|path| std::fs::read(path).unwrap());
+    let twice = path("twice.svg");
+    for outputs in [
+        &["--plot", &trace][..],
+        &["--heatmap", &trace],
+        &["--machine", &machine, "--plot", &machine],
+        &["--plot", &twice, "--heatmap", &twice],
+    ] {
+        let (code, text) = refused(&[&[&trace, "--slots", "4"][..], outputs].concat());
+        assert!(code == 2 && text.contains(outputs[outputs.len() - 2]), "{text}");
+    }
+    assert_eq!([&trace, &machine].map(|path| std::fs::read(path).unwrap()), before);
+    assert!(!Path::new(&twice).exists());
+}
+
+#[test]
+fn text_of_files_moves_no_cursor() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (trace, machine) = (path("t.pgtrace"), path("m.toml"));
+    synthetic(Path::new(&trace));
+    let preset = std::fs::read_to_string(root("traces/src/replay/presets/cpu-ddr5.toml")).unwrap();
+    let hostile = preset.replacen("name = \"cpu-ddr5\"", "name = \"a\\u001b[2Jb\"", 1);
+    assert_ne!(hostile, preset);
+    std::fs::write(&machine, &hostile).unwrap();
+    let plain = |text: &str, wanted: &str| {
+        assert!(text.contains(wanted), "{wanted}: {text:?}");
+        assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
+    };
+    let two = format!("cpu-ddr5,{machine}");
+    plain(&stdout(&replay(&[&trace, "--machine", &machine, "--slots", "4"])), "[2Jb");
+    let compared = [&trace, "--machine", &two, "--slots", "4", "--compare"];
+    plain(&stdout(&replay(&compared)), "[2Jb tok/s");
+    plain(&refused(&[TRACE, "--machine", &machine, "--ram", "1M"]).1, "[2Jb");
+    std::fs::write(&machine, format!("\"x\\u001b[2J\" = 1\n{preset}")).unwrap();
+    plain(&refused(&[&trace, "--machine", &machine]).1, "[2J");
+    for command in ["stats", "head"] {
+        let mut pregate = Command::new(env!("CARGO_BIN_EXE_pregate"));
+        let output = pregate.args(["trace", command, &trace]).output().unwrap();
+        plain(&stdout(&output), "<script>");
+    }
 }
 
 #[test]
@@ -184,16 +299,22 @@ fn synthetic(path: &Path) {
         source: Provenance::Synthetic { from: "a]]> real one".to_string(), seed: 7 },
         ..Header::default()
     };
-    let mut writer = Writer::new(std::fs::File::create(path).unwrap(), &header, &[]).unwrap();
-    for position in 0..40u32 {
+    written(path, &header, 40);
+}
+
+/// A prompt of 8 tokens, then decoded ones, `tokens` in all.
+fn written(path: &Path, header: &Header, tokens: u32) {
+    let mut writer = Writer::new(std::fs::File::create(path).unwrap(), header, &[]).unwrap();
+    for position in 0..tokens {
         let is_prompt = position < 8;
         let mut row = Row::default();
         row.starts_sequence = position == 0;
         row.pass_tokens = if is_prompt { 8 * u32::from(position == 0) } else { 1 };
         (row.is_prompt, row.position, row.token) = (is_prompt, position, Some(position));
-        for layer in 0..2 {
-            let first = ((position + layer) % 7) as u16;
-            row.push_layer(&[first, first + 1], &[]);
+        for (layer, shape) in header.shape.moe() {
+            let first = ((position + layer as u32) % 7) as u16;
+            let experts: Vec<u16> = (first..).take(shape.top_k).collect();
+            row.push_layer(&experts, &[]);
         }
         writer.push(&row).unwrap();
     }

@@ -4,7 +4,7 @@ use super::tensor_kinds::{Kind, kind};
 use crate::{
     cli::InspectArgs,
     exit::Failure,
-    output::{self, bytes},
+    output::{self, bytes, printable},
 };
 use pregate_kernels::Reference;
 use pregate_runtime::{
@@ -246,9 +246,4 @@ fn text(report: &Report) -> String {
         );
     }
     out
-}
-
-/// Names come from files and go to a terminal.
-fn printable(text: &str) -> String {
-    crate::tui::clean(text).replace('\n', " ")
 }

@@ -12,17 +12,19 @@ mod table;
 
 use crate::{
     exit::Failure,
-    output,
+    output::{self, printable},
     plot::{Chart, heat, svg, terminal},
+    save,
 };
 use args::ReplayArgs;
 use compare::Between;
 use line::Line;
 use runs::{Asked, Run};
+use serde::Serialize;
 use std::{
     env,
     io::{IsTerminal, stdout},
-    path::Path,
+    path::{Path, PathBuf},
 };
 use subject::{Model, Subject};
 
@@ -30,6 +32,7 @@ pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
     if args.list {
         return output::line(&args::list());
     }
+    check_outputs(args)?;
     let machines = room::machines(args)?;
     let model = args.model.as_deref().map(Model::find).transpose()?;
     let subjects = args.traces.iter().map(|path| Subject::new(path, model.as_ref()));
@@ -37,7 +40,7 @@ pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
     asked.check_predictor()?;
     let between = args.compare.then(|| Between::of(&asked)).transpose()?;
     for subject in asked.subjects.iter().filter_map(Subject::synthetic) {
-        eprintln!("note: this trace is synthetic, {}", table::printable(&subject));
+        eprintln!("note: this trace is synthetic, {}", printable(&subject));
     }
     let runs = runs::all(&asked)?;
     let all: Vec<&Run> = runs.iter().collect();
@@ -49,14 +52,37 @@ pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
         write(path, &heat::draw(&pictures::maps(&asked, &all)))?;
     }
     if args.json {
-        for run in &runs {
-            let text = serde_json::to_string(&Line::new(&asked, run))
-                .map_err(|error| Failure::Internal(error.to_string()))?;
-            output::line(&text)?;
-        }
-        return Ok(());
+        return match between {
+            Some(between) => between.lines(&asked, &all).iter().try_for_each(object),
+            None => runs.iter().try_for_each(|run| object(&Line::new(&asked, run))),
+        };
     }
     output::line(text(&asked, &runs, between).trim_end())
+}
+
+/// Pictures do not replace what is read, nor each other.
+fn check_outputs(args: &ReplayArgs) -> Result<(), Failure> {
+    let read = args.traces.iter().map(PathBuf::as_path);
+    let named = args.machine.iter().map(String::as_str).chain(args.model.as_deref());
+    let read: Vec<&Path> = read.chain(named.map(Path::new)).collect();
+    let outputs = [("--plot", &args.plot), ("--heatmap", &args.heatmap)];
+    for (name, path) in outputs.iter().filter_map(|(name, path)| Some((name, path.as_ref()?))) {
+        if let Some(read) = read.iter().find(|read| save::is_same_file(read, path)) {
+            let read = read.display();
+            return Err(Failure::Usage(format!("{name} {}: is read as {read}", path.display())));
+        }
+    }
+    let is_one = |(plot, map): (&PathBuf, &PathBuf)| plot == map || save::is_same_file(plot, map);
+    match args.plot.as_ref().zip(args.heatmap.as_ref()).is_some_and(is_one) {
+        true => Err(Failure::Usage("--plot and --heatmap: two files are needed".to_string())),
+        false => Ok(()),
+    }
+}
+
+/// A line of `--json`.
+fn object(line: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string(line).map_err(|error| Failure::Internal(error.to_string()))?;
+    output::line(&text)
 }
 
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
@@ -82,7 +108,7 @@ fn text(asked: &Asked, runs: &[Run], between: Option<Between>) -> String {
             if between.is_none() {
                 let rules = table::rules(&here).map(|rules| format!("rules     {rules}\n"));
                 let table = table::of(&here, columns().unwrap_or(usize::MAX));
-                let name = table::printable(&machine.name);
+                let name = printable(&machine.name);
                 out += &format!("machine   {name}\n{}\n{table}\n", rules.unwrap_or_default());
             }
         }

@@ -5,7 +5,7 @@ mod generate;
 use crate::{
     cli::{ExportArgs, HeadArgs, ImportArgs, ImportForm, StatsArgs, TraceCommand, TraceHints},
     exit::Failure,
-    output,
+    output::{self, printable},
     progress::Progress,
 };
 use pregate_traces::{
@@ -119,28 +119,30 @@ fn write(source: &mut dyn Source, from: &Path, out: &Path) -> Result<(), Failure
 
 /// What is missing from the trace, on standard error.
 fn notice(source: &dyn Source) {
-    source.notice().iter().for_each(|notice| eprintln!("warning: {notice}"));
+    source.notice().iter().for_each(|notice| eprintln!("warning: {}", printable(notice)));
 }
 
-/// "24 MoE layers of 24, top-4 of 32".
+/// "24 layers; 24 MoE layers, top-4 of 32 experts".
 fn shape(header: &Header) -> String {
-    let mut kinds: Vec<String> = header
-        .shape
-        .moe()
-        .map(|(_, layer)| format!("top-{} of {}", layer.top_k, layer.experts))
-        .collect();
-    let count = kinds.len();
-    kinds.dedup();
-    format!("{count} MoE layers of {}, {}", header.shape.layers.len(), kinds.join(", "))
+    let layers = header.shape.layers.len();
+    format!("{layers} layers; {}", output::shape_words(&header.shape))
+}
+
+/// What the trace calls it.
+fn model(header: &Header) -> String {
+    match header.model.as_str() {
+        "" => "a model without a name".into(),
+        name => printable(name),
+    }
 }
 
 /// Where it comes from; a made-up trace is called that everywhere.
 fn provenance(header: &Header) -> String {
     match &header.source {
         Provenance::Recorded => "recorded by pregate".into(),
-        Provenance::Imported { format } => format!("imported from {format}"),
+        Provenance::Imported { format } => format!("imported from {}", printable(format)),
         Provenance::Synthetic { from, seed } => {
-            format!("SYNTHETIC, made up after {from} with seed {seed}")
+            format!("SYNTHETIC, made up after {} with seed {seed}", printable(from))
         }
     }
 }
@@ -186,9 +188,8 @@ fn report(header: &Header, found: &Stats) -> Vec<String> {
     let shares = |values: &[Option<f64>]| {
         values.iter().map(|value| share(*value)).collect::<Vec<_>>().join("  ")
     };
-    let model = if header.model.is_empty() { "a model without a name" } else { &header.model };
     let mut lines = vec![
-        format!("{model}, {}", provenance(header)),
+        format!("{}, {}", model(header), provenance(header)),
         format!("{}; {} tokens in {} sequences", shape(header), found.tokens, found.sequences),
         format!("entropy of the experts' shares (1: all alike): {}", share(found.entropy())),
         format!("reuse of the token 1, 2, 4, 8, 16, 32, 64 before: {}", shares(&found.reuse)),
@@ -222,7 +223,7 @@ fn head(args: &HeadArgs) -> Result<(), Failure> {
     let mut source = open(&args.file, ImportForm::Auto, &TraceHints::default())?;
     let header = source.header().clone();
     if !args.json {
-        output::line(&format!("{}, {}", header.model, provenance(&header)))?;
+        output::line(&format!("{}, {}", model(&header), provenance(&header)))?;
         output::line(&shape(&header))?;
     }
     let mut row = Row::default();

@@ -15,8 +15,12 @@ const NAME_GAP: f64 = 14.0;
 /// Longer text would leave the picture.
 const MOST_CHARS: usize = 108;
 const MOST_NAME_CHARS: usize = 27;
-/// Colours with a name `s0` to `s7` in [`STYLE`].
+/// Colours with a name `s0` to `s7` in [`STYLE`]. Lines of the same colour have
+/// other marks.
 const COLOURS: usize = 8;
+/// Of a mark around a point, but the first, which is a circle.
+const SHAPES: [&str; 4] =
+    ["m-3 -3h6v6h-6z", "m0 -4l4 7h-8z", "m0 -4l4 4l-4 4l-4 -4z", "m0 4l4 -7h-8z"];
 
 /// Ground and text follow the reader's theme. The eight colours (after Okabe
 /// and Ito, for all kinds of colour vision) have enough contrast on both.
@@ -103,6 +107,7 @@ pub fn heading(out: &mut String, title: &str, notes: &[String], y: f64) -> f64 {
 struct Axes {
     left: f64,
     top: f64,
+    height: f64,
     x: (f64, f64),
     y_top: f64,
 }
@@ -115,7 +120,7 @@ impl Axes {
     }
 
     fn y(&self, y: f64) -> f64 {
-        self.top + (1.0 - (y / self.y_top).clamp(0.0, 1.0)) * PLOT_HEIGHT
+        self.top + (1.0 - (y / self.y_top).clamp(0.0, 1.0)) * self.height
     }
 }
 
@@ -123,12 +128,14 @@ fn panel(out: &mut String, chart: &Chart, y: f64) -> f64 {
     let y = heading(out, &chart.title, &chart.notes, y) + 24.0;
     text(out, "quiet", 16.0, y, &chart.y_label, MOST_CHARS);
     let top = y + 12.0;
-    let bottom = top + PLOT_HEIGHT;
+    // Names of many lines need more room than the lines.
+    let height = PLOT_HEIGHT.max(NAME_GAP * chart.series.len() as f64);
+    let bottom = top + height;
     let Some(x) = chart.x_range() else {
         text(out, "quiet", LEFT, top + LINE, "no data", MOST_CHARS);
         return bottom;
     };
-    let axes = Axes { left: LEFT, top, x, y_top: chart.y_top() };
+    let axes = Axes { left: LEFT, top, height, x, y_top: chart.y_top() };
     let right = WIDTH - RIGHT;
     for mark in scale::ticks(axes.y_top, 5) {
         let at = axes.y(mark);
@@ -174,11 +181,25 @@ fn line(out: &mut String, axes: &Axes, index: usize, series: &Series) -> Option<
         index % COLOURS,
         path.join("L")
     );
-    for (x, y) in &points {
-        let _ = writeln!(out, "<circle class=\"mark\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\"/>");
-    }
+    points.iter().for_each(|&(x, y)| mark(out, index, x, y));
     out.push_str("</g>\n");
     Some(end)
+}
+
+/// The mark of line `index`: each round of colours has its own, filled ones
+/// before hollow ones.
+fn mark(out: &mut String, index: usize, x: f64, y: f64) {
+    let round = index / COLOURS % (2 * (SHAPES.len() + 1));
+    let shape = match (round % (SHAPES.len() + 1)).checked_sub(1) {
+        None => format!("circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\""),
+        Some(shape) => format!("path d=\"M{x:.1} {y:.1}{}\"", SHAPES[shape]),
+    };
+    let (name, place) = shape.split_once(' ').unwrap_or((&shape, ""));
+    let paint = match round > SHAPES.len() {
+        true => "fill=\"none\" stroke=\"currentColor\"",
+        false => "class=\"mark\"",
+    };
+    let _ = writeln!(out, "<{name} {paint} {place}/>");
 }
 
 /// Names beside the ends, moved apart where lines end together.
@@ -195,16 +216,25 @@ fn end_names(out: &mut String, chart: &Chart, mut names: Vec<(f64, usize)>, top:
         *y = y.min(most);
         most = *y - NAME_GAP;
     }
+    // Where colours do not tell lines apart, marks do.
+    let (x, needs_marks) = (WIDTH - RIGHT + 10.0, chart.series.len() > COLOURS);
     for (y, index) in names {
-        let class = format!("name s{}", index % COLOURS);
+        let colour = index % COLOURS;
+        if needs_marks {
+            let _ = write!(out, "<g class=\"s{colour}\">");
+            mark(out, index, x + 2.0, y);
+            out.push_str("</g>\n");
+        }
+        let x = if needs_marks { x + 12.0 } else { x };
         let name = &chart.series[index].name;
-        text(out, &class, WIDTH - RIGHT + 10.0, y + 4.0, name, MOST_NAME_CHARS);
+        text(out, &format!("name s{colour}"), x, y + 4.0, name, MOST_NAME_CHARS);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
 
     #[test]
     fn text_of_others_is_only_text() {
@@ -228,32 +258,60 @@ mod tests {
         assert!(file.contains("&lt;b&gt;") && file.contains("…"));
     }
 
-    #[test]
-    fn names_of_lines_that_end_together_are_apart_and_inside() {
+    /// Lines that end together.
+    fn lines(count: usize) -> String {
         let series = |index: usize| Series {
             name: format!("line {index}"),
             role: Role::Main,
             points: vec![(0.0, 0.0), (1.0, 0.001 * index as f64)],
         };
-        let chart = Chart {
+        draw(&[Chart {
             title: String::new(),
             notes: Vec::new(),
             x_label: String::new(),
             y_label: String::new(),
-            series: (0..8).map(series).collect(),
+            series: (0..count).map(series).collect(),
             y_most: Some(1.0),
+        }])
+    }
+
+    #[test]
+    fn no_two_lines_look_alike() {
+        let looks = |index: usize| {
+            let mut mark_of = String::new();
+            mark(&mut mark_of, index, 0.0, 0.0);
+            (index % COLOURS, mark_of)
         };
-        let file = draw(&[chart]);
+        let all: HashSet<_> = (0..80).map(looks).collect();
+        assert_eq!(all.len(), 80);
+        // The ninth's points and its name have a square, the first's a circle.
+        let file = lines(9);
+        assert_eq!(file.matches(SHAPES[0]).count(), 3, "{file}");
+        assert_eq!(lines(8).matches("<circle").count(), 16, "colours are enough");
+    }
+
+    #[test]
+    fn names_of_lines_that_end_together_are_apart_and_inside() {
+        names_are_apart_and_inside(&lines(8), 8);
+        names_are_apart_and_inside(&lines(40), 40);
+    }
+
+    fn names_are_apart_and_inside(file: &str, count: usize) {
         let height = |line: &str| -> f64 {
             line.split(" y=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap()
         };
         let ys: Vec<f64> =
             file.lines().filter(|line| line.contains("\"name ")).map(height).collect();
-        assert_eq!(ys.len(), 8);
+        assert_eq!(ys.len(), count);
         assert!(ys.windows(2).all(|pair| pair[1] - pair[0] >= NAME_GAP - 0.11), "{ys:?}");
         let axis = file.lines().find(|line| line.contains("\"axis\"")).unwrap();
         let axis: f64 =
             axis.split("M62 ").nth(1).unwrap().split('H').next().unwrap().parse().unwrap();
         assert!(ys.iter().all(|y| *y <= axis + 4.1), "{ys:?} {axis}");
+        let grid = |line: &&str| line.contains("\"grid\"");
+        let top = file.lines().filter(grid).map(|line| line.split("M62 ").nth(1).unwrap());
+        let top = top.map(|at| at.split('H').next().unwrap().parse::<f64>().unwrap());
+        let top = top.fold(f64::INFINITY, f64::min);
+        assert!(ys.iter().all(|y| *y >= top), "{ys:?} {top}");
     }
 }

@@ -3,9 +3,12 @@
 use super::{Chart, Role, scale};
 use unicode_width::UnicodeWidthStr;
 
-/// Marks of the series, in their order.
+/// Marks of the series, in their order; then come letters.
 const MARKS: [char; 8] = ['●', '▲', '■', '◆', '○', '△', '□', '◇'];
-/// Their colours, of the sixteen that every terminal has in its own shades.
+/// Behind [`MARKS`]; without those that look like a mark or a digit. As many
+/// as make the sum odd, so that a mark that comes again has another colour.
+const LETTERS: &str = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ+";
+/// Colours, of the sixteen that every terminal has in its own shades.
 const COLOURS: [u8; 8] = [36, 33, 32, 35, 34, 31, 96, 93];
 const ROWS: usize = 14;
 /// With less there is no picture.
@@ -65,6 +68,14 @@ fn row_of(y: f64, top: f64) -> usize {
     ((1.0 - share) * (ROWS - 1) as f64).round() as usize
 }
 
+/// The mark of a series.
+fn mark(series: usize) -> char {
+    let letters = || LETTERS.chars();
+    let place = series % (MARKS.len() + letters().count());
+    let letter = || letters().nth(place - MARKS.len()).unwrap_or('+');
+    MARKS.get(place).copied().unwrap_or_else(letter)
+}
+
 /// A character and whose it is, `[ROWS][columns]`.
 type Cell = Option<(char, usize)>;
 
@@ -87,7 +98,7 @@ fn grid(chart: &Chart, range: (f64, f64), top: f64, columns: usize) -> Vec<Vec<C
             }
         }
         for (x, y) in points {
-            put(column(x), y, (MARKS[index % MARKS.len()], index));
+            put(column(x), y, (mark(index), index));
         }
     }
     grid
@@ -122,7 +133,7 @@ fn legend(chart: &Chart, width: usize, colour: bool) -> String {
             out.push('\n');
             used = 0;
         }
-        let mark = coloured(&MARKS[index % MARKS.len()].to_string(), index, colour);
+        let mark = coloured(&mark(index).to_string(), index, colour);
         out += &format!("  {mark} {name}");
         used += columns;
     }
@@ -146,6 +157,7 @@ fn clip(text: &str, columns: usize) -> String {
 mod tests {
     use super::super::Series;
     use super::*;
+    use std::collections::HashSet;
 
     fn chart() -> Chart {
         let series = |name: &str, role, points: &[(f64, f64)]| Series {
@@ -204,6 +216,25 @@ mod tests {
         };
         assert!(row('●', 0) > row('●', 1) && row('●', 1) > row('●', 2));
         assert!(row('▲', 0) < row('●', 0));
+    }
+
+    #[test]
+    fn no_two_series_look_alike() {
+        let marks: HashSet<char> = (0..57).map(mark).collect();
+        assert_eq!(marks.len(), 57, "without colours");
+        let both: HashSet<_> = (0..57 * 8).map(|one| (mark(one), COLOURS[one % 8])).collect();
+        assert_eq!(both.len(), 57 * 8);
+        let series = |index: usize| Series {
+            name: format!("line {index}"),
+            role: Role::Main,
+            points: vec![(0.0, index as f64), (1.0, index as f64)],
+        };
+        let many = Chart { series: (0..12).map(series).collect(), y_most: Some(12.0), ..chart() };
+        let text = draw(&many, 80, false);
+        for wanted in ["◇ line 7", "a line 8", "d line 11"] {
+            assert!(text.contains(wanted), "{wanted}: {text}");
+        }
+        assert_eq!(text.matches('●').count(), 3, "two points and a name: {text}");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use pregate_predictor::{
     forecast::{self, LEARNED, LEARNED_USEFUL, learned::Trained},
     policy,
 };
-use pregate_traces::replay::{Slots, models, presets};
+use pregate_traces::replay::{LEAST_RATE, Slots, models, presets};
 use std::{path::PathBuf, str::FromStr, sync::Arc};
 
 pub const HELP: &str = "Examples:
@@ -85,11 +85,11 @@ pub struct ReplayArgs {
     /// their own
     #[arg(long, value_name = "FILE", value_parser = predictor)]
     pub predictor: Option<Arc<Trained>>,
-    /// The first tokens only warm caches and forecasts [default of --warm alone: a tenth of the
-    /// trace]
+    /// The first tokens only warm caches and forecasts; `whole`: all of them do, and are replayed
+    /// once more [default of --warm alone: a tenth of the trace]
     #[arg(
         long,
-        value_name = "TOKENS",
+        value_name = "TOKENS|whole",
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "tenth",
@@ -105,11 +105,12 @@ pub struct ReplayArgs {
     /// Write the curve of hits and speed over slots; without --slots over eight sizes
     #[arg(long, value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
-    /// Write the hits of each layer: over slots if there are several sizes, else over experts
+    /// Write the hits of each layer over slots; of a single size the hits of each expert, and how
+    /// often it is asked for
     #[arg(long, value_name = "OUT.svg")]
     pub heatmap: Option<PathBuf>,
-    /// Two machines, policies or forecasts side by side
-    #[arg(long, conflicts_with = "json")]
+    /// Two machines, policies or forecasts side by side; with --json an object for each pair
+    #[arg(long)]
     pub compare: bool,
     /// The names of machines, models, policies and forecasts
     #[arg(long)]
@@ -128,6 +129,7 @@ pub enum SlotsArg {
 pub enum WarmArg {
     Tokens(u64),
     Tenth,
+    Whole,
 }
 
 /// Of a curve that nobody chose sizes for, in percent.
@@ -227,16 +229,19 @@ impl FromStr for WarmArg {
     fn from_str(text: &str) -> Result<Self, String> {
         match (text, text.parse()) {
             ("tenth", _) => Ok(Self::Tenth),
+            ("whole", _) => Ok(Self::Whole),
             (_, Ok(tokens)) => Ok(Self::Tokens(tokens)),
-            _ => Err("a number of tokens is allowed".to_string()),
+            _ => Err("a number of tokens or `whole` is allowed".to_string()),
         }
     }
 }
 
 fn rate(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
-        Ok(rate) if rate > 0.0 && rate <= 1e6 => Ok(rate),
-        _ => Err("a number of GB/s above 0 is allowed, with a point as decimal mark".to_string()),
+        Ok(rate) if (LEAST_RATE..=1e6).contains(&rate) => Ok(rate),
+        _ => Err(format!(
+            "a number of GB/s from {LEAST_RATE} on is allowed, with a point as decimal mark"
+        )),
     }
 }
 
@@ -282,20 +287,25 @@ mod tests {
             &["t", "--slots", "nan%"],
             &["t", "--slots", "99999999999"],
             &["t", "--disk", "0"],
+            &["t", "--disk", "1e-4"],
             &["t", "--disk", "inf"],
             &["t", "--context", "0"],
             &["t", "--policy", "belady"],
             &["t", "--forecast", "oracle"],
             &["t", "--warm=lots"],
             &["t", "--warm", "--cold"],
-            &["t", "--compare", "--json"],
             &[],
         ] {
             assert!(parse(bad).is_err(), "{bad:?} was accepted");
         }
         assert!(parse(&["--list"]).is_ok());
-        let warm = parse(&["--warm", "t.json"]).unwrap();
-        assert_eq!((warm.warm, warm.traces.len()), (Some(WarmArg::Tenth), 1));
+        let warm = |text: &str| {
+            let args = parse(&[text, "t.json"]).unwrap();
+            (args.warm, args.traces.len())
+        };
+        assert_eq!(warm("--warm"), (Some(WarmArg::Tenth), 1));
+        assert_eq!(warm("--warm=whole"), (Some(WarmArg::Whole), 1));
+        assert_eq!(warm("--warm=7"), (Some(WarmArg::Tokens(7)), 1));
     }
 
     #[test]

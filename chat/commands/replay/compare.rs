@@ -1,10 +1,12 @@
 //! Two machines, policies or forecasts side by side.
 
 use super::{
+    line::Line,
     runs::{Asked, Run},
     table::{figure, render, slots},
 };
 use crate::exit::Failure;
+use serde::Serialize;
 
 /// What differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +14,22 @@ pub enum Between {
     Machines,
     Policies,
     Forecasts,
+}
+
+/// Two runs of `--compare --json`.
+#[derive(Serialize)]
+pub struct Compared<'a> {
+    /// "machines", "policies" or "forecasts".
+    compared: &'static str,
+    /// The second's tok/s over the first's; `null`: nothing was decoded.
+    speed: Option<f64>,
+    first: Line<'a>,
+    second: Line<'a>,
+}
+
+fn speed(a: &Run, b: &Run) -> Option<f64> {
+    let speeds = [a, b].map(|run| run.report.tok_s);
+    speeds.iter().all(|&tok_s| tok_s > 0.0).then(|| speeds[1] / speeds[0])
 }
 
 impl Between {
@@ -68,15 +86,31 @@ impl Between {
         [names[0].clone(), names[1].clone()]
     }
 
+    /// Runs that differ in nothing else.
+    fn pairs<'a>(self, runs: &[&'a Run]) -> Vec<(&'a Run, &'a Run)> {
+        let of = |place: usize| runs.iter().copied().filter(move |run| self.place(run) == place);
+        let pair = |a: &'a Run| Some((a, of(1).find(|b| self.rest(b) == self.rest(a))?));
+        of(0).filter_map(pair).collect()
+    }
+
+    /// An object for each pair.
+    pub fn lines<'a>(self, asked: &'a Asked, runs: &[&'a Run]) -> Vec<Compared<'a>> {
+        let compared = |(a, b): (&'a Run, &'a Run)| Compared {
+            compared: match self {
+                Between::Machines => "machines",
+                Between::Policies => "policies",
+                Between::Forecasts => "forecasts",
+            },
+            speed: speed(a, b),
+            first: Line::new(asked, a),
+            second: Line::new(asked, b),
+        };
+        self.pairs(runs).into_iter().map(compared).collect()
+    }
+
     /// A row for each pair: speed and its ratio, hits, bytes.
     pub fn table(self, asked: &Asked, runs: &[&Run]) -> String {
-        let of = |place: usize| runs.iter().filter(move |run| self.place(run) == place);
-        let pairs: Vec<(&Run, &Run)> = of(0)
-            .filter_map(|a| {
-                let b = of(1).find(|b| self.rest(b) == self.rest(a))?;
-                Some((*a, *b))
-            })
-            .collect();
+        let pairs = self.pairs(runs);
         let column = |name: &str, cell: &dyn Fn(&Run, &Run) -> String| {
             (name.to_string(), pairs.iter().map(|(a, b)| cell(a, b)).collect::<Vec<_>>())
         };
@@ -101,7 +135,8 @@ impl Between {
         both("tok/s", &|run| figure(run.report.tok_s));
         both("hits %", &|run| format!("{:.1}", run.report.hit_ratio * 100.0));
         both("MB/token", &|run| figure(run.report.bytes_per_token / 1e6));
-        let ratio = |a: &Run, b: &Run| format!("{:.2}", b.report.tok_s / a.report.tok_s);
+        let ratio =
+            |a: &Run, b: &Run| speed(a, b).map_or("-".to_string(), |speed| format!("{speed:.2}"));
         columns.push(column("speed, second / first", &ratio));
         render(columns)
     }

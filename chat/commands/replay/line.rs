@@ -100,7 +100,8 @@ impl<'a> Line<'a> {
             warm: report.warm,
             warm_tokens: match asked.warm(subject) {
                 Warm::Tokens(tokens) => tokens,
-                Warm::Cold | Warm::Whole => 0,
+                Warm::Whole => subject.tokens,
+                Warm::Cold => 0,
             },
             slots_per_layer: report.slots_per_layer,
             slots: report

@@ -3,9 +3,10 @@
 use super::{
     runs::{Asked, Run},
     subject::Subject,
+    table::slots,
 };
 use crate::plot::{Chart, Role, Series, heat::Heat};
-use pregate_traces::replay::{Report, Warm};
+use pregate_traces::replay::{LayerReport, Report, Warm};
 use std::collections::BTreeSet;
 
 /// Settings that differ in their slots alone.
@@ -72,12 +73,11 @@ fn notes(asked: &Asked, keys: &[Key]) -> Vec<String> {
                 model => model.to_string(),
             };
             let synthetic = subject.synthetic().map(|_| format!("{}; ", subject.provenance()));
-            let tokens =
-                subject.tokens.map_or(String::new(), |tokens| format!(", {tokens} tokens"));
             format!(
-                "{}{model}: {}{tokens}, {counted}",
+                "{}{model}: {}, {} tokens, {counted}",
                 synthetic.unwrap_or_default(),
-                subject.shape_words()
+                subject.shape_words(),
+                subject.tokens
             )
         })
         .collect();
@@ -172,17 +172,19 @@ pub fn speed(asked: &Asked, runs: &[&Run]) -> Chart {
     }
 }
 
-/// A map for each setting: layers over slots where there are several sizes,
-/// else over experts.
+/// Maps for each setting: hits of layers over slots where there are several
+/// sizes, else over experts, with how often each is asked for.
 pub fn maps(asked: &Asked, runs: &[&Run]) -> Vec<Heat> {
     let map = |(key, runs): (Key, Vec<&Run>)| {
-        let notes = [vec![name(asked, key)], notes(asked, &[key])].concat();
+        let about = notes(asked, &[key]);
+        let trace = about.iter().take(1).cloned().collect();
+        let notes = [vec![name(asked, key)], about].concat();
         match runs.as_slice() {
-            [one] => uses(&one.report, notes),
-            several => over_slots(several, notes),
+            [one] => vec![of_experts(&one.report, notes), uses(&one.report, trace)],
+            several => vec![over_slots(several, notes)],
         }
     };
-    settings(runs).into_iter().map(map).collect()
+    settings(runs).into_iter().flat_map(map).collect()
 }
 
 /// The layers that have experts.
@@ -212,24 +214,47 @@ fn over_slots(runs: &[&Run], notes: Vec<String>) -> Heat {
     }
 }
 
+/// Of each expert, how often it was in a slot when it was asked for; blank
+/// where it never was.
+fn of_experts(report: &Report, mut notes: Vec<String>) -> Heat {
+    notes.push(format!("slots: {}; blank: never asked for", slots(report)));
+    let ratio = |(&accesses, &hits): (&u32, &u32)| {
+        (accesses > 0).then(|| f64::from(hits) / f64::from(accesses) * 100.0)
+    };
+    let row = |layer: &LayerReport| {
+        layer.expert_accesses.iter().zip(&layer.expert_hits).map(ratio).collect()
+    };
+    over_experts("Hits of each expert", notes, report, &row, ((0.0, 100.0), "%"))
+}
+
 fn uses(report: &Report, notes: Vec<String>) -> Heat {
-    let layers = || moe_layers(report).map(|layer| (layer, &report.layers[layer]));
-    let experts = layers().map(|(_, layer)| layer.expert_accesses.len()).max().unwrap_or(0);
-    let row = |accesses: &[u32]| -> Vec<Option<f64>> {
+    let row = |layer: &LayerReport| -> Vec<Option<f64>> {
+        let accesses = &layer.expert_accesses;
         let all: u64 = accesses.iter().map(|&uses| u64::from(uses)).sum();
         let times = |uses: u32| f64::from(uses) * accesses.len() as f64 / all.max(1) as f64;
         accesses.iter().map(|&uses| Some(times(uses))).collect()
     };
+    let scale = ((0.0, 4.0), "times its even share");
+    over_experts("How often each expert is asked for", notes, report, &row, scale)
+}
+
+fn over_experts(
+    title: &str,
+    notes: Vec<String>,
+    report: &Report,
+    row: &dyn Fn(&LayerReport) -> Vec<Option<f64>>,
+    (ends, unit): ((f64, f64), &str),
+) -> Heat {
+    let layers = || moe_layers(report).map(|layer| (layer, &report.layers[layer]));
+    let experts = layers().map(|(_, layer)| layer.expert_accesses.len()).max().unwrap_or(0);
     Heat {
-        title: "How often each expert is asked for".to_string(),
+        title: title.to_string(),
         notes,
         row_label: "layer".to_string(),
         column_label: "expert".to_string(),
         columns: (0..experts).map(|expert| expert.to_string()).collect(),
-        rows: layers()
-            .map(|(index, layer)| (index.to_string(), row(&layer.expert_accesses)))
-            .collect(),
-        ends: (0.0, 4.0),
-        unit: "times its even share".to_string(),
+        rows: layers().map(|(index, layer)| (index.to_string(), row(layer))).collect(),
+        ends,
+        unit: unit.to_string(),
     }
 }

@@ -163,7 +163,7 @@ mod tests {
             path: "t.json".into(),
             name: "t.json".to_string(),
             header: Header { shape, ..Header::default() },
-            tokens: None,
+            tokens: 0,
             weights: Weights {
                 words: String::new(),
                 other_bytes: Some(1_000_000_000),

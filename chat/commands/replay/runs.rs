@@ -165,11 +165,13 @@ impl Asked {
     }
 
     pub fn warm(&self, subject: &Subject) -> Warm {
-        match self.warm {
-            None => Warm::Cold,
-            Some(WarmArg::Tokens(tokens)) => Warm::Tokens(tokens),
-            Some(WarmArg::Tenth) => Warm::Tokens(subject.tokens.unwrap_or(10_000) / 10),
-        }
+        let tokens = match self.warm {
+            None => 0,
+            Some(WarmArg::Tokens(tokens)) => tokens,
+            Some(WarmArg::Tenth) => subject.tokens / 10,
+            Some(WarmArg::Whole) => return Warm::Whole,
+        };
+        if tokens == 0 { Warm::Cold } else { Warm::Tokens(tokens) }
     }
 }
 
@@ -195,7 +197,8 @@ const LOOK: Duration = Duration::from_millis(100);
 /// first. A bar on standard error shows tokens and their rate.
 pub fn all(asked: &Asked) -> Result<Vec<Run>, Failure> {
     let jobs = asked.jobs()?;
-    let tokens: u64 = jobs.iter().filter_map(|job| asked.subjects[job.trace].tokens).sum();
+    let tokens = jobs.iter().map(|job| asked.subjects[job.trace].passes_over(job.options.warm));
+    let tokens = tokens.fold(0, u64::saturating_add);
     let mut bar = Progress::with_rate("replaying", "tokens", usize::try_from(tokens).unwrap_or(0));
     let shared = Shared {
         next: AtomicUsize::new(0),

@@ -1,6 +1,10 @@
 //! What is replayed: a trace, with the sizes of a model's experts.
 
-use crate::{exit::Failure, model, output::bytes};
+use crate::{
+    exit::Failure,
+    model,
+    output::{bytes, shape_words},
+};
 use pregate_predictor::{LayerShape, Shape};
 use pregate_runtime::{
     budget::Sizes,
@@ -8,7 +12,10 @@ use pregate_runtime::{
 };
 use pregate_traces::{
     Header, Provenance, Row, Sequence, Source, TraceError,
-    replay::models::{self, KnownModel},
+    replay::{
+        Warm,
+        models::{self, KnownModel},
+    },
 };
 use std::path::{Path, PathBuf};
 
@@ -20,7 +27,7 @@ pub struct Subject {
     pub name: String,
     /// With the bytes of experts.
     pub header: Header,
-    pub tokens: Option<u64>,
+    pub tokens: u64,
     pub weights: Weights,
 }
 
@@ -37,7 +44,7 @@ pub struct Weights {
 impl Subject {
     /// Opens the trace and settles whose experts it is about.
     pub fn new(path: &Path, model: Option<&Model>) -> Result<Self, Failure> {
-        let source = pregate_traces::open(path)?;
+        let mut source = pregate_traces::open(path)?;
         let mut header = source.header().clone();
         let weights = match model {
             Some(model) => model.apply(path, &mut header)?,
@@ -46,7 +53,10 @@ impl Subject {
         Ok(Self {
             path: path.to_path_buf(),
             name: path.display().to_string(),
-            tokens: source.tokens(),
+            tokens: match source.tokens() {
+                Some(tokens) => tokens,
+                None => counted(source.as_mut())?,
+            },
             header,
             weights,
         })
@@ -78,15 +88,14 @@ impl Subject {
         }
     }
 
-    /// "gpt-oss-20b: 24 layers, top-4 of 32 experts"
+    /// "24 MoE layers, top-4 of 32 experts"
     pub fn shape_words(&self) -> String {
-        let shape = &self.header.shape;
-        let layers = shape.moe().count();
-        let of = shape.moe().next().map_or(String::new(), |(_, layer)| {
-            format!(", top-{} of {} experts", layer.top_k, layer.experts)
-        });
-        let plural = if layers == 1 { "" } else { "s" };
-        format!("{layers} layer{plural}{of}")
+        shape_words(&self.header.shape)
+    }
+
+    /// Tokens that the engine goes through.
+    pub fn passes_over(&self, warm: Warm) -> u64 {
+        self.tokens.saturating_mul(if warm == Warm::Whole { 2 } else { 1 })
     }
 
     /// All routed experts.
@@ -94,6 +103,15 @@ impl Subject {
         let of = |layer: &LayerShape| layer.experts as u64 * layer.expert_bytes;
         self.header.shape.moe().map(|(_, layer)| of(layer)).sum()
     }
+}
+
+/// Tokens of a trace that does not say: one that was cut off.
+fn counted(source: &mut dyn Source) -> Result<u64, TraceError> {
+    let (mut row, mut tokens) = (Row::default(), 0);
+    while source.next(&mut row)? {
+        tokens += 1;
+    }
+    Ok(tokens)
 }
 
 /// What `--model` names.
@@ -128,20 +146,11 @@ impl Model {
     /// Gives the header this model's sizes.
     fn apply(&self, path: &Path, header: &mut Header) -> Result<Weights, Failure> {
         let differs = |name: &str, shape: &Shape| {
-            let words = |shape: &Shape| match shape.moe().next() {
-                Some((_, layer)) => format!(
-                    "{} MoE layers, top-{} of {} experts",
-                    shape.moe().count(),
-                    layer.top_k,
-                    layer.experts
-                ),
-                None => "no MoE layer".to_string(),
-            };
             Failure::Usage(format!(
                 "{}: has {}, and --model {name} has {}: name the model that was traced",
                 path.display(),
-                words(&header.shape),
-                words(shape)
+                shape_words(&header.shape),
+                shape_words(shape)
             ))
         };
         match self {
@@ -223,7 +232,13 @@ impl Weights {
         let other = self.other_bytes.map_or(String::new(), |other| {
             format!(", {} of other weights for a token", bytes(other))
         });
-        format!("{} an expert{other} ({})", bytes(first_expert(header)), self.words)
+        let sizes = || header.shape.moe().map(|(_, layer)| layer.expert_bytes);
+        let [least, most] = [sizes().min(), sizes().max()].map(Option::unwrap_or_default);
+        let sizes = match least == most {
+            true => bytes(least),
+            false => format!("{} to {}", bytes(least), bytes(most)),
+        };
+        format!("{sizes} an expert{other} ({})", self.words)
     }
 }
 

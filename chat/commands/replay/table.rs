@@ -6,13 +6,13 @@ use super::{
     runs::{Asked, Run},
     subject::Subject,
 };
+use crate::output::printable;
 use pregate_traces::replay::{Cause, Report, Warm};
 use std::fmt::Write;
 use unicode_width::UnicodeWidthStr;
 
 /// What is said of a trace before its figures.
 pub fn about_trace(asked: &Asked, subject: &Subject) -> String {
-    let tokens = subject.tokens.map_or(String::new(), |tokens| format!(", {tokens} tokens"));
     let model = match subject.header.model.as_str() {
         "" => "unnamed model",
         name => name,
@@ -28,15 +28,10 @@ pub fn about_trace(asked: &Asked, subject: &Subject) -> String {
         let _ = writeln!(out, "{label:<9} {}", printable(value));
     };
     add("trace", &format!("{}, {}", subject.name, subject.provenance()));
-    add("model", &format!("{model}: {}{tokens}", subject.shape_words()));
+    add("model", &format!("{model}: {}, {} tokens", subject.shape_words(), subject.tokens));
     add("weights", &subject.weights.line(&subject.header));
     add("counted", &counted);
     out
-}
-
-/// Text from a file, without what would move the cursor.
-pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// A column: its name, and its cell for a report; `None` is left blank.
@@ -148,8 +143,12 @@ pub fn rules(runs: &[&Run]) -> Option<String> {
     same.then(|| format!("policy {policy}, forecast {forecast}"))
 }
 
-/// Columns side by side.
+/// Columns side by side; names of others are made [`printable`].
 pub fn render(columns: Vec<(String, Vec<String>)>) -> String {
+    let plain = |(name, cells): (String, Vec<String>)| {
+        (printable(&name), cells.iter().map(|cell| printable(cell)).collect::<Vec<_>>())
+    };
+    let columns: Vec<_> = columns.into_iter().map(plain).collect();
     let rows = columns.iter().map(|(_, cells)| cells.len()).max().unwrap_or(0);
     let mut lines = vec![String::new(); rows + 1];
     for (name, cells) in &columns {
@@ -183,10 +182,11 @@ mod tests {
         let text =
             render(vec![column("policy", &["lru", "äöü"]), column("tok/s", &["1.00", "123456"])]);
         assert_eq!(text, "policy   tok/s\nlru       1.00\näöü     123456\n");
+        let hostile = render(vec![column("a\x1b[2J", &["\u{9b}2J"])]);
+        assert!(hostile.chars().all(|c| c == '\n' || !c.is_control()), "{hostile:?}");
         assert_eq!(
             [0.0, 9.99, 9.996, 99.94, 99.96].map(figure),
             ["0.00", "9.99", "10.0", "99.9", "100"]
         );
-        assert_eq!(printable("a\x1b[2J\nb"), "a [2J b");
     }
 }

@@ -5,7 +5,7 @@ use super::{open, with_bar};
 use crate::{
     cli::{GenerateArgs, ImportForm, TraceHints},
     exit::Failure,
-    output,
+    output::{self, printable},
     progress::Progress,
 };
 use pregate_predictor::LayerShape;
@@ -61,7 +61,8 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
         export::own(&mut generator, &args.out, tell).map_err(Failure::from)
     })?;
     table(&target, &there, &here).iter().try_for_each(|line| output::line(line))?;
-    output::line(&format!("{tokens} SYNTHETIC tokens to {}, after {from}", args.out.display()))
+    let (out, from) = (args.out.display(), printable(&from));
+    output::line(&format!("{tokens} SYNTHETIC tokens to {out}, after {from}"))
 }
 
 /// Target against reached.
