@@ -150,3 +150,25 @@ fn long_prompts_are_as_near_to_the_cpu_as_their_kernels_promise() {
         assert!(found < price.max(1e-5), "{}: {found}, {price}", path.display());
     }
 }
+
+/// Whatever the number of tokens that share a layer's copies, each has its own
+/// attention: the passes' borders are not in the answer.
+#[test]
+fn a_prompt_has_the_same_answer_in_one_pass_and_in_several() {
+    let Some(device) = testing::device() else { return };
+    let path = golden::find("gguf/qwen3_moe_k256.Q4_K_M.gguf").expect("it is in the repository");
+    let model = load(&path, on_gpu(&path, device, 3));
+    let vocab = model.description().vocab as u32;
+    let prompt: Vec<u32> = (0..200).map(|i| (i * i * 31 + i * 7 + 3) % vocab).collect();
+    let answer = |prefill_chunk| {
+        let options =
+            SessionOptions { context: Some(256), prefill_chunk, ..SessionOptions::default() };
+        let mut session = Session::new(&model, options).unwrap();
+        let before = model.store().unwrap().stats().prefill.passes;
+        let logits = session.feed_quietly(&prompt).unwrap().to_vec();
+        (logits, model.store().unwrap().stats().prefill.passes - before)
+    };
+    let ((one, passes), (three, more)) = (answer(2048), answer(80));
+    assert_eq!((passes, more), (1, 3), "passes over the layers");
+    assert!(one == three, "{:.1e} apart", apart(&one, &three));
+}
