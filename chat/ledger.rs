@@ -28,6 +28,9 @@ pub struct Report {
     pub kept: Vec<Traffic>,
     pub kept_total: Traffic,
     pub link: LinkUse,
+    /// What layers go by now where the policy has several rules, with how many
+    /// layers each.
+    pub eviction: Vec<Rule>,
     /// What forecasts did that they must not do.
     pub notes: Vec<String>,
 }
@@ -76,6 +79,12 @@ pub struct LinkUse {
     pub busy_ms: f64,
     pub idle_ms: f64,
     pub gb_s: Option<f64>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Rule {
+    pub rule: &'static str,
+    pub layers: usize,
 }
 
 /// `None` where the whole model is in memory: nothing is forecast.
@@ -156,6 +165,8 @@ impl Report {
         if let Some(forecaster) = planner.forecaster() {
             report.notes = notes(forecaster);
         }
+        let rules = planner.cache().rules().into_iter();
+        report.eviction = rules.map(|(rule, layers)| Rule { rule, layers }).collect();
         report
     }
 
@@ -177,6 +188,7 @@ impl Report {
                 ..Traffic::new(&ledger.kept_traffic())
             },
             link: LinkUse::new(&ledger.link_use()),
+            eviction: Vec::new(),
             notes: Vec::new(),
         }
     }

@@ -95,6 +95,7 @@ pub fn place(
     if let Some(why) = session.warning() {
         eprintln!("warning: {why}");
     }
+    planned.predictor_note(&model);
     let below = model.gpu().and_then(GpuModel::disk);
     if let Some(disk) = model.store().and_then(ExpertStore::disk).or(below) {
         eprintln!("disk: {}", plan::disk_line(disk));

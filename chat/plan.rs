@@ -7,11 +7,11 @@ use crate::{
     output::bytes,
     roofline::LayerLoad,
     size::Size,
-    streaming::{MemoryArgs, StreamingArgs},
+    streaming::{MemoryArgs, StreamingArgs, predictor_words},
 };
 use pregate_kernels::cuda::CudaError;
 use pregate_runtime::{
-    Error, OpenedModel, Residency, SessionOptions,
+    Error, Model, OpenedModel, Residency, SessionOptions, Streaming,
     budget::{self, Chunk, Parts, Placement, Plan, Request, Sizes},
     forward::cache::cache_bytes,
     gpu::{DiskShare, GpuParts, GpuRoom, GpuShare, HostTooSmall, NoShare, host_scratch_bytes},
@@ -334,6 +334,28 @@ impl Planned {
             }
         };
         note.iter().for_each(|note| eprintln!("note: {note}"));
+        if self.streaming.predictor.is_some() && self.is_fixed_in_part() {
+            eprintln!(
+                "note: --predictor has no effect: it was trained for all experts of a layer, and \
+                 some stay on the GPU for good"
+            );
+        }
+    }
+
+    /// Some experts come and go on a GPU, and others stay there for good.
+    fn is_fixed_in_part(&self) -> bool {
+        let moving = self.gpu.as_ref().filter(|gpu| gpu.share.moves());
+        moving.is_some_and(|gpu| gpu.fixed.iter().any(|&fixed| fixed > 0))
+    }
+
+    /// Says on standard error what a file of `--predictor` is used for in
+    /// `model`; [`Planned::notes`] said where it is not.
+    pub fn predictor_note(&self, model: &Model) {
+        let trained = self.streaming.predictor.as_ref().filter(|_| !self.is_fixed_in_part());
+        if let Some(trained) = trained.filter(|_| model.store().is_some()) {
+            let Streaming { policy, forecast, .. } = self.streaming.streaming();
+            eprintln!("predictor: {}", predictor_words(trained, &[forecast], &[policy]));
+        }
     }
 
     /// What to load the model with.

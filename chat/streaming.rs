@@ -54,8 +54,9 @@ pub struct StreamingArgs {
         )
     )]
     pub forecast: Option<String>,
-    /// Forecasts that were trained for this model (pregate train-predictor); they join the blend,
-    /// and --forecast learned-network takes one of them alone
+    /// What was trained for this model (pregate train-predictor): its forecasts join the blend, and
+    /// --forecast learned-network takes one of them alone; its tables for eviction join the
+    /// policies adaptive and learned
     #[arg(long, help_heading = HEADING, value_name = "FILE", value_parser = predictor)]
     pub predictor: Option<Arc<Trained>>,
     #[arg(
@@ -116,6 +117,29 @@ pub fn predictor(path: &str) -> Result<Arc<Trained>, String> {
     let limit = LIMIT_BYTES as u64 + 1;
     file.take(limit).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
     Trained::parse(&bytes).map(Arc::new).map_err(|error| error.to_string())
+}
+
+/// What a file is good for beside these forecasts and policies: "trained for
+/// gpt-oss-20b; forecasts are used, tables for eviction are not (lru)".
+pub fn predictor_words(trained: &Trained, forecasts: &[String], policies: &[String]) -> String {
+    let model = match trained.binding.model.as_str() {
+        "" => "an unnamed model",
+        name => name,
+    };
+    let is_blend = |name: &String| name == "blend" || forecast::LEARNED.contains(&name.as_str());
+    let forecasts = match forecasts.iter().any(is_blend) {
+        true => "its forecasts are used".to_string(),
+        false => format!("its forecasts are not used (--forecast {})", forecasts.join(",")),
+    };
+    let takes = |name: &String| policy::takes_tables(name);
+    let tables = match (&trained.value, policies.iter().any(takes)) {
+        (None, _) => "it has no tables for eviction".to_string(),
+        (Some(_), true) => "its tables for eviction are used where they hit more".to_string(),
+        (Some(_), false) => {
+            format!("its tables for eviction are not used (--policy {})", policies.join(","))
+        }
+    };
+    format!("trained for {model}; {forecasts}, {tables}")
 }
 
 fn horizon(text: &str) -> Result<usize, String> {

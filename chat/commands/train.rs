@@ -42,9 +42,10 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
             let size = bytes(file.len() as u64);
             let layers = trained.dimensions.layers;
             line(&format!(
-                "{}: {size}, {layers} layers, {} token ids",
+                "{}: {size}, {layers} layers, {} token ids, {} for eviction",
                 out.display(),
-                trained.ids.len()
+                trained.ids.len(),
+                if trained.value.is_some() { "tables" } else { "no tables" }
             ))?;
             trained
         }

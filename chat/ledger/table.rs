@@ -1,6 +1,6 @@
 //! The ledger as text, at most 100 columns wide.
 
-use super::{Recall, Report, Traffic};
+use super::{Recall, Report, Rule, Traffic};
 use crate::output::bytes;
 
 /// Guesses from farther ahead have no column.
@@ -20,6 +20,11 @@ impl Report {
             link.busy_ms,
             link.idle_ms
         ));
+        let rules = self.eviction.iter().map(|Rule { rule, layers }| format!("{layers} by {rule}"));
+        let rules: Vec<String> = rules.collect();
+        if !rules.is_empty() {
+            lines.push(format!("eviction, layers: {}", rules.join(", ")));
+        }
         lines.extend(self.notes.iter().map(|note| format!("note: {note}")));
         lines
     }
@@ -208,6 +213,9 @@ mod tests {
             kept: vec![traffic.clone()],
             traffic: vec![traffic],
             link: LinkUse { bytes: 1_000_000, busy_ms: 1.0, idle_ms: 2.5, gb_s: Some(1.0) },
+            eviction: ["value with tables of this model", "value", "frequency", "recency"]
+                .map(|rule| Rule { rule, layers: 24 })
+                .to_vec(),
             notes: vec!["something".to_string()],
         }
     }
@@ -220,6 +228,7 @@ mod tests {
         }
         let text = lines.join("\n");
         assert!(text.contains("copied for later by an idle link\n   47"), "{text}");
+        assert!(text.contains("eviction, layers: 24 by value with tables of this model, 24 by"));
         for part in ["   47     75.0", "off, 12x off", "+1", "note: something", "idle for 2.5 ms"] {
             assert!(text.contains(part), "{part} in\n{text}");
         }

@@ -261,6 +261,11 @@ impl Cache {
         self.policy.name()
     }
 
+    /// What layers go by now; see [`Policy::rules`].
+    pub fn rules(&self) -> Vec<(&'static str, usize)> {
+        self.policy.rules()
+    }
+
     /// Is `id` resident? False for an expert that the model does not have.
     pub fn contains(&self, id: ExpertId) -> bool {
         self.layers.get(id.layer()).is_some_and(|layer| layer.resident.contains(id.expert))

@@ -10,7 +10,9 @@ use pregate_predictor::forecast::learned::{
 };
 use pregate_predictor::forecast::{Forecast, Forecaster, Known};
 use pregate_predictor::ledger::Ledger;
-use pregate_predictor::{LayerShape, Shape};
+use pregate_predictor::policy::learned::fitted::{self, Fitted, TABLES, Table, lengths};
+use pregate_predictor::policy::{self, Event, learned::Ranking};
+use pregate_predictor::{Cache, ExpertId, LayerShape, NoOutlook, Shape};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -46,7 +48,22 @@ fn shape() -> Shape {
 
 fn random() -> Trained {
     let binding = Binding { model: "demo".to_string(), fingerprint: Some([7; 32]) };
-    untrained(&shape(), binding, [6, 2, 3, 9, 1, 5, 4])
+    let mut trained = untrained(&shape(), binding, [6, 2, 3, 9, 1, 5, 4]);
+    trained.value = Some(tables(&shape(), Some([7; 32]), |at| (at * 37 % 251) as i8));
+    trained
+}
+
+/// Tables for eviction whose numbers are, in tenths, what `number` says of
+/// their places in a layer.
+fn tables(shape: &Shape, bound: Option<[u8; 32]>, number: impl Fn(usize) -> i8) -> Fitted {
+    let of_layer = |lengths: [usize; TABLES + 1]| {
+        let mut at = 0..;
+        lengths.map(|length| Table {
+            scale: 0.1,
+            numbers: at.by_ref().take(length).map(&number).collect(),
+        })
+    };
+    Fitted::new(shape, bound, lengths(shape).into_iter().map(of_layer).collect())
 }
 
 #[test]
@@ -55,8 +72,97 @@ fn a_file_comes_back_as_it_was() {
     let bytes = trained.to_bytes();
     assert_eq!(Trained::parse(&bytes).unwrap(), trained);
     assert_eq!(trained.to_bytes(), bytes);
-    let unbound = Trained { binding: Binding::default(), ..trained };
+    let without = Trained { value: None, ..trained };
+    assert_eq!(Trained::parse(&without.to_bytes()).unwrap(), without);
+    let unbound = Trained { binding: Binding::default(), ..without };
     assert_eq!(Trained::parse(&unbound.to_bytes()).unwrap(), unbound);
+    let value = Some(tables(&shape(), None, |_| 1));
+    let unbound = Trained { value, ..unbound };
+    assert_eq!(Trained::parse(&unbound.to_bytes()).unwrap(), unbound);
+}
+
+/// What a file says of its own length holds for the tables as well.
+#[test]
+fn tables_for_eviction_have_the_bytes_that_are_counted() {
+    for shape in [shape(), Shape::uniform(24, 32, 4, 1), Shape::uniform(3, 128, 8, 1)] {
+        let found = tables(&shape, None, |_| 0).to_bytes().len();
+        assert_eq!(fitted::bytes(&shape), Some(found));
+        let trained = untrained(&shape, Binding::default(), [0, 0, 1, 0, 0, 0, 0]);
+        let without = trained.to_bytes().len();
+        let value = Some(tables(&shape, None, |_| 0));
+        assert_eq!(Trained { value, ..trained }.to_bytes().len(), without + found);
+    }
+    let widest = LayerShape { experts: usize::MAX / 2, top_k: 1, expert_bytes: 1, class: 0 };
+    assert_eq!(fitted::bytes(&Shape { layers: vec![Some(widest); 2] }), None);
+}
+
+#[test]
+fn tables_for_eviction_of_another_model_are_refused() {
+    let said = |change: &dyn Fn(&mut Trained)| {
+        let mut trained = random();
+        change(&mut trained);
+        Trained::parse(&trained.to_bytes()).unwrap_err().to_string()
+    };
+    let other = said(&|t| t.value = Some(tables(&shape(), Some([8; 32]), |_| 0)));
+    assert!(other.contains("tables for eviction") && other.contains("another model"), "{other}");
+    // Where one of the two is bound, the other has to be.
+    let unbound = said(&|t| t.value = Some(tables(&shape(), None, |_| 0)));
+    assert!(unbound.contains("another fingerprint"), "{unbound}");
+    let bound = said(&|t| t.binding.fingerprint = None);
+    assert!(bound.contains("another fingerprint"), "{bound}");
+    let mut wider = shape();
+    wider.layers[4].as_mut().unwrap().experts = 6;
+    let wide = said(&|t| t.value = Some(tables(&wider, Some([7; 32]), |_| 0)));
+    assert!(wide.contains("6 experts in layer 4, the model has 5"), "{wide}");
+    // Cut short, with a checksum and a length that say so.
+    let mut bytes = random().to_bytes();
+    let value_bytes = random().value.unwrap().to_bytes().len() as u32;
+    let at = bytes.windows(4).position(|four| four == value_bytes.to_le_bytes()).unwrap();
+    bytes.pop();
+    bytes[at..at + 4].copy_from_slice(&(value_bytes - 1).to_le_bytes());
+    let sum = crc32fast::hash(&bytes[16..]);
+    bytes[12..16].copy_from_slice(&sum.to_le_bytes());
+    let short = Trained::parse(&bytes).unwrap_err().to_string();
+    assert!(short.contains("its shape needs"), "{short}");
+}
+
+/// Tables that call one expert dear and the others cheap keep it, and those
+/// that say the opposite do not; the rule keeps its name and says so.
+#[test]
+fn policies_that_learned_go_by_the_tables_of_their_model() {
+    let shape = Shape::uniform(1, 8, 1, 1);
+    let hits = |name: &str, dear: i8| {
+        // Beyond the four tables of 64, the row that is always said.
+        let number = |at: usize| if at < 3 * 64 { 0 } else { [-60, 60][usize::from(at % 64 == 3)] };
+        let fitted = tables(&shape, None, |at| (number(at) / 60) * dear);
+        let policy = policy::by_name_with(name, Some(&fitted)).unwrap();
+        assert_eq!((policy.name(), policy::takes_tables(name)), (name, name != "lru"));
+        let mut cache = Cache::new(&shape, &[2], policy).unwrap();
+        let rules = cache.rules();
+        let told = rules.iter().any(|rule| *rule == (Ranking::Fitted.name(), 1));
+        assert_eq!(told, name != "lru", "{name}: {rules:?}");
+        let mut rng = Rng(3);
+        let mut hits = 0;
+        for token in 0..300 {
+            let expert = if token % 4 == 0 { 3 } else { rng.below(8) };
+            cache.next_token();
+            hits += usize::from(cache.contains(ExpertId::new(0, expert)));
+            cache.used(&Event { layer: 0, experts: &[expert], counts: &[1], tokens: 1 });
+            if !cache.contains(ExpertId::new(0, expert)) {
+                cache.admit(ExpertId::new(0, expert), &|_| false, &NoOutlook);
+            }
+        }
+        hits
+    };
+    assert_eq!(hits("lru", 60), hits("lru", -60));
+    for name in ["learned", "adaptive", "adaptive-layer"] {
+        let (with, against) = (hits(name, 60), hits(name, -60));
+        assert!(with > 110 && with > against + 20, "{name}: {with} and {against}");
+    }
+    // Of another shape: left out, and that shows.
+    let wider = tables(&Shape::uniform(1, 9, 1, 1), None, |_| 0);
+    let cache = Cache::new(&shape, &[2], policy::by_name_with("adaptive", Some(&wider)).unwrap());
+    assert_eq!(cache.unwrap().rules(), [(Ranking::Value.name(), 1)]);
 }
 
 #[test]
@@ -130,6 +236,27 @@ proptest! {
         if let Ok(trained) = Trained::parse(&bytes) {
             let shape = trained.shape.clone();
             let trained = Arc::new(trained);
+            if let Some(value) = &trained.value {
+                prop_assert!(value.fits(&shape));
+                let policy = policy::by_name_with("adaptive-layer", Some(value)).unwrap();
+                let slots: Vec<usize> =
+                    shape.layers.iter().map(|layer| layer.map_or(0, |l| l.top_k)).collect();
+                let mut cache = Cache::new(&shape, &slots, policy).unwrap();
+                for _ in 0..3 {
+                    cache.next_token();
+                    for (layer, moe) in shape.moe() {
+                        let experts = rng.set(moe);
+                        let counts = vec![1; experts.len()];
+                        cache.used(&Event { layer, experts: &experts, counts: &counts, tokens: 1 });
+                        for &expert in &experts {
+                            let id = ExpertId::new(layer, expert);
+                            if !cache.contains(id) {
+                                cache.admit(id, &|_| false, &NoOutlook);
+                            }
+                        }
+                    }
+                }
+            }
             if let Some(mut forecaster) = Forecaster::by_name_with("blend", &shape, 2, &trained) {
                 let mut ledger = Ledger::new(&shape, forecaster.columns(), 2);
                 for token in [3, 15, 4] {

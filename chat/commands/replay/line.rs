@@ -4,6 +4,7 @@
 use super::runs::{Asked, Run};
 use pregate_traces::replay::{Report, Spread, Stall, Warm, Wire};
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 #[derive(Serialize)]
 pub struct Line<'a> {
@@ -15,6 +16,9 @@ pub struct Line<'a> {
     weights: &'a str,
     machine: &'a str,
     policy: &'a str,
+    /// What layers go by at the end, where the policy has several rules, with
+    /// how many layers each.
+    rules: BTreeMap<&'a str, usize>,
     forecast: &'a str,
     warm: bool,
     /// That only warmed the caches.
@@ -96,6 +100,7 @@ impl<'a> Line<'a> {
             weights: &subject.weights.words,
             machine: &report.machine,
             policy: &report.policy,
+            rules: report.rules.iter().copied().collect(),
             forecast: &report.forecast,
             warm: report.warm,
             warm_tokens: match asked.warm(subject) {

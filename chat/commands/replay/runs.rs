@@ -53,7 +53,7 @@ pub struct Asked {
     pub policies: Vec<String>,
     pub forecasts: Vec<String>,
     /// What was trained for the model of the traces.
-    predictor: Option<Arc<Trained>>,
+    pub predictor: Option<Arc<Trained>>,
     pub context: u64,
     pub warm: Option<WarmArg>,
 }
@@ -272,7 +272,8 @@ impl Shared {
             told = tokens;
         };
         let machine = &asked.machines[job.machine];
-        let policy = policy::by_name(&asked.policies[job.policy])
+        let tables = asked.predictor.as_ref().and_then(|trained| trained.value.as_ref());
+        let policy = policy::by_name_with(&asked.policies[job.policy], tables)
             .ok_or_else(|| Failure::Internal("a policy without a name".to_string()))?;
         let forecaster = asked.forecaster(job)?;
         let options = &job.options;

@@ -6,7 +6,7 @@ use super::{
     runs::{Asked, Run},
     subject::Subject,
 };
-use crate::output::printable;
+use crate::{output::printable, streaming};
 use pregate_traces::replay::{Cause, Report, Warm};
 use std::fmt::Write;
 use unicode_width::UnicodeWidthStr;
@@ -31,6 +31,9 @@ pub fn about_trace(asked: &Asked, subject: &Subject) -> String {
     add("model", &format!("{model}: {}, {} tokens", subject.shape_words(), subject.tokens));
     add("weights", &subject.weights.line(&subject.header));
     add("counted", &counted);
+    if let Some(trained) = &asked.predictor {
+        add("predictor", &streaming::predictor_words(trained, &asked.forecasts, &asked.policies));
+    }
     out
 }
 

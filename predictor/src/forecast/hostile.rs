@@ -198,5 +198,6 @@ pub fn untrained(shape: &Shape, binding: Binding, sizes: [usize; Dimensions::NUM
         embeddings,
         path_in,
         path_out,
+        value: None,
     }
 }

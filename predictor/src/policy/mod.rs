@@ -39,6 +39,12 @@ pub trait Policy: Send {
     /// Called once, before everything else. `slots` is `[layers]`.
     fn prepare(&mut self, shape: &Shape, slots: &[usize]);
 
+    /// The rules that layers go by now, with how many layers each; empty where
+    /// there is but one. For reports.
+    fn rules(&self) -> Vec<(&'static str, usize)> {
+        Vec::new()
+    }
+
     /// The experts of an event, whether resident or not.
     fn used(&mut self, event: &Event<'_>);
 
@@ -93,10 +99,10 @@ pub const DEFAULT: &str = "adaptive";
 /// The policy called `name`. Belady's is not among them: it must be told the
 /// future.
 pub fn by_name(name: &str) -> Option<Box<dyn Policy>> {
-    let network = learned::Network::universal;
+    if let Some(learned) = learned_by_name(name) {
+        return Some(Box::new(learned));
+    }
     Some(match name {
-        "adaptive" => Box::new(Learned::adaptive(Scope::Pool, network())),
-        "adaptive-layer" => Box::new(Learned::adaptive(Scope::Layer, network())),
         "forecast-aware" => Box::new(Frequency::with_forecasts(None)),
         "forecast-aware-layer" => Box::new(Frequency::with_forecasts(Some(Scope::Layer))),
         "forecast-aware-pool" => Box::new(Frequency::with_forecasts(Some(Scope::Pool))),
@@ -105,12 +111,36 @@ pub fn by_name(name: &str) -> Option<Box<dyn Policy>> {
         "frequency-pool" => Box::new(Frequency::new(Some(Scope::Pool))),
         "lfu" => Box::new(Frequency::with_decay(Scope::Layer, Frequency::DECAY)),
         "lfu-pool" => Box::new(Frequency::with_decay(Scope::Pool, Frequency::DECAY)),
-        "learned" => Box::new(Learned::new(network())),
         "least-stale" => Box::new(LeastStale::new(Scope::Layer)),
         "least-stale-pool" => Box::new(LeastStale::new(Scope::Pool)),
         "lru" => Box::<Lru>::default(),
         _ => return None,
     })
+}
+
+fn learned_by_name(name: &str) -> Option<Learned> {
+    let network = learned::Network::universal;
+    Some(match name {
+        "adaptive" => Learned::adaptive(Scope::Pool, network()),
+        "adaptive-layer" => Learned::adaptive(Scope::Layer, network()),
+        "learned" => Learned::new(network()),
+        _ => return None,
+    })
+}
+
+/// Does [`by_name_with`] use tables under this name?
+pub fn takes_tables(name: &str) -> bool {
+    learned_by_name(name).is_some()
+}
+
+/// The same with tables that were trained on traces of the model, which those
+/// that learned use: `adaptive` where a layer's shadow caches hit more with
+/// them, `learned` always. Tables of another shape are left out.
+pub fn by_name_with(name: &str, fitted: Option<&learned::Fitted>) -> Option<Box<dyn Policy>> {
+    match (learned_by_name(name), fitted) {
+        (Some(learned), Some(fitted)) => Some(Box::new(learned.with(fitted.clone()))),
+        _ => by_name(name),
+    }
 }
 
 /// The scope that measures best with `slots`, `[layers]`: sharing them wins

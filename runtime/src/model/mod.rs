@@ -92,8 +92,9 @@ pub struct Streaming {
     /// One of [`pregate_predictor::forecast::NAMES`], "blend" or "none".
     pub forecast: String,
     /// What was trained from traces of this model; joins the blend, and adds
-    /// [`pregate_predictor::forecast::LEARNED`] to the names. Where a GPU keeps
-    /// a part of each layer's experts for good, it is not used.
+    /// [`pregate_predictor::forecast::LEARNED`] to the names; its tables join
+    /// the policies that learned. Where a GPU keeps a part of each layer's
+    /// experts for good, it is not used.
     pub trained: Option<Arc<Trained>>,
     /// MoE layers that forecasts look ahead.
     pub horizon: usize,
@@ -350,12 +351,14 @@ pub(crate) fn planner(shape: &Shape, streaming: &Streaming) -> Result<Planner> {
     let unknown = |what: &str, name: &str, allowed: String| {
         Error::Request(format!("{what} {name:?}; allowed: {allowed}"))
     };
-    let Some(rule) = policy::by_name(policy) else {
+    let trained = trained.as_ref().filter(|trained| trained.check(shape, None).is_ok());
+    let tables = trained.and_then(|trained| trained.value.as_ref());
+    let Some(rule) = policy::by_name_with(policy, tables) else {
         return Err(unknown("eviction policy", policy, policy::NAMES.join(", ")));
     };
     let cache =
         Cache::new(shape, slots, rule).map_err(|error| Error::Request(error.to_string()))?;
-    let forecaster = match trained.as_ref().filter(|trained| trained.check(shape, None).is_ok()) {
+    let forecaster = match trained {
         Some(trained) => Forecaster::by_name_with(forecast, shape, *horizon, trained),
         None => Forecaster::by_name(forecast, shape, *horizon),
     };

@@ -206,6 +206,9 @@ pub struct Report {
     pub synthetic_from: Option<String>,
     pub machine: String,
     pub policy: String,
+    /// What layers went by at the end, where a policy has several rules, with
+    /// how many layers each.
+    pub rules: Vec<(&'static str, usize)>,
     pub forecast: String,
     pub warm: bool,
     /// The mean over MoE layers, rounded down; [`LayerReport::slots`] has each.

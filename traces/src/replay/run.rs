@@ -218,6 +218,7 @@ fn report(engine: &mut Engine, header: &Header, machine: &Machine, options: &Opt
         synthetic_from,
         machine: machine.name.clone(),
         policy: options.policy.clone(),
+        rules: engine.drive.planner().cache().rules(),
         forecast: options.forecast.clone(),
         warm: !matches!(options.warm, Warm::Cold | Warm::Tokens(0)),
         slots_per_layer: moe.iter().sum::<usize>() / moe.len().max(1),

@@ -4,8 +4,11 @@ use super::corpus::Corpus;
 use super::network::{self, Settings};
 use super::samples::{self, Wanted};
 use super::tokens::{TokenCounts, frequent};
+use super::value::{FARTHEST, Fit, fit};
 use super::{path, tables};
+use crate::Row;
 use pregate_predictor::forecast::learned::{Binding, Dimensions, LIMIT_BYTES, Trained};
+use pregate_predictor::policy::learned::{Fitted, Network, fitted};
 use pregate_predictor::{LayerShape, Shape};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,9 +37,18 @@ const SAMPLE_BYTES: usize = 256 << 20;
 /// One in so many sequences is for the early stop.
 const CHECKED: usize = 12;
 
+/// The tables for eviction may take this share of the file, in percent: wider
+/// models do without, since they grow with experts squared. With 48 layers of
+/// 128 experts they take 37.
+const VALUE_PERCENT: usize = 40;
+/// Tokens that they are trained on, the newest: each takes some 200 us.
+const VALUE_TOKENS: usize = 1 << 17;
+/// Of fewer nothing is learned: most have no future in the trace.
+const VALUE_LEAST: usize = 2 * FARTHEST;
+
 /// Work is counted in percents of a layer; this is all of it.
 pub fn work(corpus: &Corpus) -> usize {
-    100 * (corpus.shape().moe().count() + 1)
+    100 * (corpus.shape().moe().count() + 2)
 }
 
 /// Trains on `sequences`. `told` hears, from any thread, what was done. The
@@ -48,8 +60,12 @@ pub fn train(
     told: &(dyn Fn(usize) + Sync),
 ) -> Trained {
     let ids = frequent(corpus, sequences);
+    let value_bytes = fitted::bytes(corpus.shape());
+    let value_bytes =
+        value_bytes.filter(|bytes| bytes / VALUE_PERCENT <= options.limit_bytes / 100);
     // The header and the layers of the file take some.
-    let room = options.limit_bytes.saturating_sub(1024 + 4 * corpus.shape().layers.len());
+    let others = 1024 + 4 * corpus.shape().layers.len() + value_bytes.unwrap_or(0);
+    let room = options.limit_bytes.saturating_sub(others);
     let dimensions = Dimensions::fitting(corpus.shape(), ids.len(), room);
     let mut ids = ids;
     ids.truncate(dimensions.ids);
@@ -80,10 +96,46 @@ pub fn train(
             });
         }
         path::train(corpus, sequences, &counts, &mut trained, options.seed, &mut |n| told(n));
+        if value_bytes.is_some() {
+            trained.value = value(corpus, sequences, options.seed, told);
+        }
     });
     let networks = networks.into_inner().expect("all threads have ended");
     trained.networks = networks.into_iter().flatten().collect();
     trained
+}
+
+/// The tables for eviction; `None` from too few tokens.
+fn value(
+    corpus: &Corpus,
+    sequences: &[usize],
+    seed: u64,
+    told: &(dyn Fn(usize) + Sync),
+) -> Option<Fitted> {
+    let mut rows: Vec<Row> = Vec::new();
+    for &sequence in sequences.iter().rev() {
+        let range = corpus.range(sequence);
+        if rows.len() + range.len() > VALUE_TOKENS {
+            break;
+        }
+        // Backwards, until all are turned round.
+        rows.extend(range.rev().map(|token| corpus.row(token)));
+        rows.last_mut().expect("a sequence has tokens").starts_sequence = true;
+    }
+    rows.reverse();
+    if rows.len() < VALUE_LEAST {
+        return None;
+    }
+    let options = Fit { seed, ..Fit::default() };
+    let fingerprint = corpus.header.fingerprint;
+    let mut done = 0;
+    let fitted =
+        fit(&rows, corpus.shape(), fingerprint, &Network::universal(), options, &mut |pass, _| {
+            let percents = 100 * (pass + 1) / options.passes - done;
+            done += percents;
+            told(percents);
+        });
+    Some(fitted)
 }
 
 /// Experts and top-k alone.

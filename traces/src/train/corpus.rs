@@ -139,6 +139,14 @@ impl Corpus {
         &experts[..experts.iter().position(|&expert| expert == NONE).unwrap_or(experts.len())]
     }
 
+    /// `token` as a row, without weights.
+    pub fn row(&self, token: usize) -> Row {
+        let mut row = Row::default();
+        (row.token, row.pass_tokens) = (self.ids[token], 1);
+        (0..self.starts.len()).for_each(|layer| row.push_layer(self.experts(token, layer), &[]));
+        row
+    }
+
     /// Their weights; all zero where none were recorded.
     pub fn weights(&self, token: usize, layer: usize) -> &[f32] {
         let start = token * self.stride + self.starts[layer];

@@ -85,6 +85,7 @@ fn a_rule_is_learned_and_holds_on_other_sequences() {
     let bytes = trained.to_bytes();
     assert!(bytes.len() <= 100_000, "{}", bytes.len());
     assert_eq!(Trained::parse(&bytes).unwrap(), trained);
+    assert!(trained.value.as_ref().is_some_and(|value| value.fits(corpus.shape())));
     assert_eq!(trained.ids, [100, 101, 102, 103, 104, 105]);
     let trained = Arc::new(trained);
     let mut forecasts: Vec<Box<dyn Forecast>> = vec![
@@ -229,4 +230,28 @@ fn long_sequences_are_cut_and_other_models_refused() {
     corpus.header.fingerprint = Some([1; 32]);
     let other = Header { fingerprint: Some([2; 32]), ..same };
     assert!(corpus.differs(&other).unwrap().contains("another model"));
+}
+
+/// What the file's tables were fitted to is the training part in its order,
+/// and models that are too wide, or traces too short, do without.
+#[test]
+fn tables_for_eviction_are_those_of_the_training_part() {
+    let corpus = corpus(400, true);
+    let sequences: Vec<usize> = (0..9).collect();
+    let few = Options { epochs: Some(1), ..options() };
+    let trained = train(&corpus, &sequences, &few, &|_| ());
+    let mut source = ruled(400, true);
+    let rows = super::value::read(&mut source, &|sequence| sequence < 9).unwrap();
+    let fit = super::value::Fit { seed: few.seed, ..super::value::Fit::default() };
+    let network = pregate_predictor::policy::learned::Network::universal();
+    let wanted =
+        super::value::fit(&rows, corpus.shape(), None, &network, fit, &mut |_, errors| {
+            assert!(errors[1] < errors[0], "{errors:?}");
+        });
+    assert_eq!(trained.value, Some(wanted));
+    assert_eq!(train(&corpus, &sequences[..7], &few, &|_| ()).value, None, "280 tokens");
+    let small = Options { limit_bytes: 2000, ..few };
+    let trained = train(&corpus, &sequences, &small, &|_| ());
+    assert_eq!(trained.value, None, "they would be more than 40 % of the file");
+    assert!(trained.to_bytes().len() <= 2000);
 }

@@ -3,15 +3,19 @@
 //! Little-endian. Magic, version (u32), CRC-32 of all that follows (u32);
 //! fingerprint (a byte that says whether there is one, 32 bytes), the model's
 //! name (u16 length, UTF-8), layers (u32) with experts and top-k (u16 each, 0:
-//! dense), the sizes (7 x u32), then arrays whose lengths follow from these.
+//! dense), the sizes (7 x u32), the length of the tables for eviction (u32, 0:
+//! none), then arrays whose lengths follow from the sizes, then those tables
+//! ([`Fitted::to_bytes`], with the same fingerprint).
 
 use super::matrix::Matrix;
 use super::sizes::Dimensions;
+use crate::policy::learned::Fitted;
 use crate::{LayerShape, Shape};
 
 const MAGIC: [u8; 8] = *b"pgpredct";
-/// Of the format, and of what the inputs mean.
-pub const VERSION: u32 = 1;
+/// Of the format, of what the inputs mean, and of the universal network that
+/// the tables for eviction stand beside.
+pub const VERSION: u32 = 2;
 /// A file is never larger.
 pub const LIMIT_BYTES: usize = 8 << 20;
 const HEAD: usize = 16;
@@ -49,6 +53,8 @@ pub struct Trained {
     /// `[layers * (hidden + 2)][experts]`: per layer the units' rows, the
     /// trust in the id's odds, and the bias.
     pub path_out: Matrix,
+    /// What this model's experts say of each other's next use, for eviction.
+    pub value: Option<Fitted>,
 }
 
 /// Why bytes are not a file of trained forecasts, or not this model's.
@@ -87,8 +93,11 @@ impl Trained {
         for number in self.dimensions.numbers() {
             body.extend_from_slice(&(number as u32).to_le_bytes());
         }
+        let value = self.value.as_ref().map(Fitted::to_bytes).unwrap_or_default();
+        body.extend_from_slice(&(value.len() as u32).to_le_bytes());
         self.ids.iter().for_each(|id| body.extend_from_slice(&id.to_le_bytes()));
         self.matrices().for_each(|matrix| matrix.write(&mut body));
+        body.extend(value);
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&crc32fast::hash(&body).to_le_bytes());
@@ -134,15 +143,25 @@ impl Trained {
         for number in &mut numbers {
             *number = reader.u32("sizes")? as usize;
         }
+        let at = reader.at;
+        let value_bytes = reader.u32("length of the tables for eviction")? as usize;
         let dimensions = Dimensions::new(&shape, numbers);
-        let Some(wanted) = dimensions.bytes().filter(|_| dimensions.is_valid()) else {
-            return refuse(format!("sizes {numbers:?} at byte {} make no sense", reader.at));
+        let arrays = dimensions.bytes().filter(|_| dimensions.is_valid());
+        let Some(wanted) = arrays.and_then(|bytes| bytes.checked_add(value_bytes)) else {
+            return refuse(format!("sizes {numbers:?} before byte {at} make no sense"));
         };
         if wanted != reader.bytes.len() {
             let found = reader.bytes.len();
-            return refuse(format!("{found} bytes of weights; sizes {numbers:?} ask for {wanted}"));
+            return refuse(format!(
+                "{found} bytes of weights; sizes {numbers:?} and {value_bytes} bytes of tables for \
+                 eviction ask for {wanted}"
+            ));
         }
-        reader.weights(binding, shape, dimensions)
+        let mut trained = reader.weights(binding, shape, dimensions)?;
+        if !reader.bytes.is_empty() {
+            trained.value = Some(reader.value(&trained)?);
+        }
+        Ok(trained)
     }
 
     /// Was this learned from a model with this shape and, where both sides say
@@ -251,8 +270,22 @@ impl<'a> Reader<'a> {
         Ok(Matrix { columns, scales, values: values.iter().map(|&b| b as i8).collect() })
     }
 
+    /// All that is left.
+    fn value(&self, trained: &Trained) -> Result<Fitted, FileError> {
+        let fingerprint = trained.binding.fingerprint;
+        let wrong = |why: &dyn std::fmt::Display| {
+            FileError(format!("tables for eviction at byte {}: {why}", self.at))
+        };
+        let value = Fitted::from_bytes(self.bytes, &trained.shape, fingerprint);
+        let value = value.map_err(|error| wrong(&error))?;
+        if value.fingerprint() != fingerprint {
+            return Err(wrong(&"they are bound to another fingerprint than the file"));
+        }
+        Ok(value)
+    }
+
     fn weights(
-        mut self,
+        &mut self,
         binding: Binding,
         shape: Shape,
         dimensions: Dimensions,
@@ -286,6 +319,7 @@ impl<'a> Reader<'a> {
             embeddings: self.matrix(embeddings)?,
             path_in: self.matrix(path_in)?,
             path_out: self.matrix(path_out)?,
+            value: None,
         })
     }
 }

@@ -125,7 +125,22 @@ pub fn lengths(shape: &Shape) -> Vec<[usize; TABLES + 1]> {
     sizes(shape).into_iter().map(of).collect()
 }
 
+/// Bytes of [`Fitted::to_bytes`] for a model of this shape; `None` beyond
+/// `usize`.
+pub fn bytes(shape: &Shape) -> Option<usize> {
+    let head = shape.layers.len().checked_mul(4)?.checked_add(MAGIC.len() + 32 + 4)?;
+    sizes(shape).into_iter().try_fold(head, |sum, (own, before)| {
+        let rows = own.checked_mul(TABLES - 1)?.checked_add(before)?.checked_add(1)?;
+        sum.checked_add(rows.checked_mul(own)?)?.checked_add(4 * (TABLES + 1))
+    })
+}
+
 impl Fitted {
+    /// Of the model that it was made for, if that is known.
+    pub fn fingerprint(&self) -> Option<[u8; 32]> {
+        self.fingerprint
+    }
+
     /// From tables that were trained, `[layers]`, of [`lengths`].
     pub fn new(
         shape: &Shape,
@@ -153,9 +168,7 @@ impl Fitted {
         fingerprint: Option<[u8; 32]>,
     ) -> Result<Self, FittedError> {
         let mut rest = bytes.strip_prefix(&MAGIC).ok_or(FittedError::Magic)?;
-        let lengths = lengths(shape);
-        let numbers: usize = lengths.iter().flatten().map(|length| 4 + length).sum();
-        let expected = MAGIC.len() + 32 + 4 + 4 * shape.layers.len() + numbers;
+        let expected = self::bytes(shape).unwrap_or(usize::MAX);
         let short = FittedError::Length { found: bytes.len(), expected };
         let mut take = |count: usize| -> Result<&[u8], FittedError> {
             let (head, tail) = rest.split_at_checked(count).ok_or(short)?;
@@ -179,8 +192,11 @@ impl Fitted {
                 return Err(FittedError::Shape { layer, found, expected });
             }
         }
+        if bytes.len() != expected {
+            return Err(short);
+        }
         let mut tables = Vec::new();
-        for (layer, lengths) in lengths.iter().enumerate() {
+        for (layer, lengths) in lengths(shape).iter().enumerate() {
             let mut of_layer: [Table; TABLES + 1] = Default::default();
             for (table, (&length, to)) in lengths.iter().zip(&mut of_layer).enumerate() {
                 to.scale = f32::from_bits(word(take(4)?));
@@ -190,9 +206,6 @@ impl Fitted {
                 to.numbers = take(length)?.iter().map(|&byte| byte as i8).collect();
             }
             tables.push(of_layer);
-        }
-        if !rest.is_empty() {
-            return Err(short);
         }
         Ok(Self::new(shape, made_for, tables))
     }

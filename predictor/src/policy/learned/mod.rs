@@ -34,6 +34,20 @@ pub enum Ranking {
     Recency,
 }
 
+impl Ranking {
+    const ALL: [Self; 4] = [Self::Fitted, Self::Value, Self::Frequency, Self::Recency];
+
+    /// As in [`Policy::rules`].
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Value => "value",
+            Self::Fitted => "value with tables of this model",
+            Self::Frequency => "frequency",
+            Self::Recency => "recency",
+        }
+    }
+}
+
 /// How much a forecast's probability of the next use takes the place of the
 /// network's own.
 const FORECAST_SHARE: f32 = 0.5;
@@ -105,7 +119,7 @@ pub struct Learned {
 impl Learned {
     /// By the network alone.
     pub fn new(network: Network) -> Self {
-        Self::named("learned", Scope::Layer, network, None, false)
+        Self::named("learned", Scope::Layer, network, false)
     }
 
     /// By the network, or by frequency or recency in layers where shadow
@@ -116,7 +130,7 @@ impl Learned {
             Scope::Layer => "adaptive-layer",
             Scope::Pool => "adaptive",
         };
-        Self::named(name, scope, network, None, true)
+        Self::named(name, scope, network, true)
     }
 
     /// As [`Learned::adaptive`], with what was trained on traces of the model
@@ -127,21 +141,23 @@ impl Learned {
             Scope::Layer => "fitted-layer",
             Scope::Pool => "fitted",
         };
-        Self::named(name, scope, network, Some(fitted), true)
+        Self::named(name, scope, network, true).with(fitted)
     }
 
-    fn named(
-        name: &'static str,
-        scope: Scope,
-        network: Network,
-        fitted: Option<Fitted>,
-        watches: bool,
-    ) -> Self {
+    /// The same rule with what was trained on traces of the model; it keeps
+    /// its name. Where layers watch, the tables are one rule more, and the
+    /// first that counts.
+    pub fn with(mut self, fitted: Fitted) -> Self {
+        self.known.fitted = Some(fitted);
+        self
+    }
+
+    fn named(name: &'static str, scope: Scope, network: Network, watches: bool) -> Self {
         Self {
             name,
             scope,
             watches,
-            known: Known { network, fitted, past: Past::default() },
+            known: Known { network, fitted: None, past: Past::default() },
             layers: Vec::new(),
             ones: Vec::new(),
             list: Vec::new(),
@@ -321,8 +337,8 @@ impl Policy for Learned {
         let all: usize = slots.iter().sum();
         // Where slots are many, experts stay long: a farther horizon.
         let horizon = if all.saturating_mul(8) >= experts * 3 { 2 } else { 1 };
-        let all = [Ranking::Fitted, Ranking::Value, Ranking::Frequency, Ranking::Recency];
-        let rankings = if self.known.fitted.is_some() { &all[..] } else { &all[1..] };
+        let first = usize::from(self.known.fitted.is_none());
+        let rankings = &Ranking::ALL[first..];
         let layers = shape.layers.iter().zip(slots).map(|(layer, &slots)| {
             let experts = layer.as_ref().map_or(0, |layer| layer.experts);
             let watched = self.watches && (1..experts).contains(&slots);
@@ -337,6 +353,15 @@ impl Policy for Learned {
             }
         });
         self.layers = layers.collect();
+    }
+
+    fn rules(&self) -> Vec<(&'static str, usize)> {
+        let layers = |ranking| {
+            let moe = (0..self.layers.len()).filter(|&layer| !self.layers[layer].worth.is_empty());
+            moe.filter(|&layer| self.ranking(layer) == ranking).count()
+        };
+        let all = Ranking::ALL.into_iter().map(|ranking| (ranking.name(), layers(ranking)));
+        all.filter(|&(_, layers)| layers > 0).collect()
     }
 
     fn used(&mut self, event: &Event<'_>) {

@@ -10,7 +10,7 @@ use pregate_predictor::policy::learned::fitted::{KEPT, TABLES, Table, lengths};
 use pregate_predictor::policy::learned::{Fitted, HORIZONS, Network, Past};
 
 /// An expert that is not used for so many tokens counts as never used again.
-const FARTHEST: usize = 150;
+pub const FARTHEST: usize = 150;
 
 /// How [`fit`] works.
 #[derive(Clone, Copy, Debug)]

@@ -12,7 +12,7 @@ mod fitted;
 mod network;
 mod samples;
 
-pub use fitted::{Fit, fit};
+pub use fitted::{FARTHEST, Fit, fit};
 pub use network::{Options, train};
 pub use samples::{Collector, Samples};
 
