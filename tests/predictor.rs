@@ -13,8 +13,9 @@ use std::process::{Command, Output, Stdio};
 #[allow(dead_code)]
 mod gpu;
 
-const PROMPTS: [&str; 4] =
-    ["extract a tar.gz archive", "list files by size", "show git status", "find large files"];
+/// The last one is long: tables for eviction take some hundred tokens.
+const PROMPTS: [&str; 3] =
+    ["extract a tar.gz archive", "show git status", include_str!("../LICENSE-MIT")];
 const BY_TABLES: &str = "value with tables of this model";
 
 fn run(arguments: &[&str]) -> Output {
@@ -43,11 +44,11 @@ fn demo() -> String {
 
 /// Bytes that a process with the demo model holds beside most of its experts.
 fn short_of_memory() -> String {
-    let (plan, _) = done(&["plan", "--json", "--model", &demo(), "--ram", "64G", "--context", "512"]);
+    let (plan, _) = done(&["plan", "--json", "--model", &demo(), "--context", "512"]);
     let plan: Value = serde_json::from_str(&plan).unwrap();
-    let part = |name: &str| plan["parts"][name].as_u64().unwrap_or_else(|| panic!("{plan}"));
-    let all: u64 = plan["parts"].as_object().unwrap().values().filter_map(Value::as_u64).sum();
-    (all - part("weights_bytes") / 2).to_string()
+    let parts = plan["parts"].as_object().unwrap_or_else(|| panic!("{plan}"));
+    let all: u64 = parts.values().filter_map(Value::as_u64).sum();
+    (all - 6_000_000).to_string()
 }
 
 /// A trace of each prompt, then a file that was trained from all.
@@ -56,7 +57,7 @@ fn trained(folder: &Path) -> PathBuf {
     for (index, prompt) in PROMPTS.iter().enumerate() {
         let trace = folder.join(format!("{index}.pgtrace")).display().to_string();
         let demo = demo();
-        let options = ["--model", &demo, "--temperature", "0", "--max-tokens", "90"];
+        let options = ["--model", &demo, "--temperature", "0", "--max-tokens", "30"];
         done(&[&["run", "--prompt", prompt, "--record", &trace], &options[..]].concat());
         traces.push(trace);
     }
@@ -84,7 +85,7 @@ fn a_trained_file_changes_no_token_and_says_what_it_is_used_for() {
     assert_eq!((&with, &without), (&whole, &whole));
     assert!(notes.contains("its forecasts are used, its tables for eviction are used"), "{notes}");
     assert!(notes.contains(&format!("by {BY_TABLES}")), "{notes}");
-    assert!(notes.contains("learned-network") || notes.contains("learned-"), "{notes}");
+    assert!(notes.contains("learned-n"), "{notes}");
     let other = ["--predictor", &name, "--policy", "lru", "--forecast", "none"];
     let (with, notes) = done(&[&asked[..], &other].concat());
     assert_eq!(with, whole);
@@ -145,14 +146,15 @@ fn on_a_gpu_some_experts_stay(file: &str) {
             let layers = plan["gpu"][name].as_array().cloned().unwrap_or_default();
             layers.iter().filter_map(Value::as_u64).sum::<u64>()
         };
-        Some((sum("fixed"), sum("slots"), notes))
+        let parts = ["process_bytes", "scratch_bytes", "weights_bytes"];
+        let bytes: u64 = parts.iter().filter_map(|name| plan["parts"][name].as_u64()).sum();
+        Some((sum("fixed"), sum("slots"), bytes, notes))
     };
-    // From room for all on the host downwards.
     let says = "--predictor has no effect: it was trained for all experts of a layer";
-    let Some((fixed, slots, notes)) = plan(4 << 30) else { return };
+    let Some((fixed, slots, bytes, notes)) = plan(4 << 30) else { return };
     assert!(fixed == 0 && slots > 0 && !notes.contains(says), "{notes}");
-    let some = (0..60).map(|step| plan((70 - step) << 20).expect("it was there"));
-    let mut some = some.filter(|(fixed, slots, _)| *fixed > 0 && *slots > 0);
-    let (_, _, notes) = some.next().expect("a size at which the host has no room for all");
+    // The host has room for all experts but some.
+    let (fixed, slots, _, notes) = plan(bytes - 1_500_000).expect("it was there");
+    assert!(fixed > 0 && slots > 0, "{fixed} fixed, {slots} slots: {notes}");
     assert_eq!(notes.matches(says).count(), 1, "{notes}");
 }

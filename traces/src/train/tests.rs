@@ -244,10 +244,9 @@ fn tables_for_eviction_are_those_of_the_training_part() {
     let rows = super::value::read(&mut source, &|sequence| sequence < 9).unwrap();
     let fit = super::value::Fit { seed: few.seed, ..super::value::Fit::default() };
     let network = pregate_predictor::policy::learned::Network::universal();
-    let wanted =
-        super::value::fit(&rows, corpus.shape(), None, &network, fit, &mut |_, errors| {
-            assert!(errors[1] < errors[0], "{errors:?}");
-        });
+    let wanted = super::value::fit(&rows, corpus.shape(), None, &network, fit, &mut |_, errors| {
+        assert!(errors[1] < errors[0], "{errors:?}");
+    });
     assert_eq!(trained.value, Some(wanted));
     assert_eq!(train(&corpus, &sequences[..7], &few, &|_| ()).value, None, "280 tokens");
     let small = Options { limit_bytes: 2000, ..few };
