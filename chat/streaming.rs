@@ -1,7 +1,7 @@
 //! Memory on the command line: how much of it, and how experts come from disk
 //! where a model is larger.
 
-use crate::size::Size;
+use crate::{output::printable, size::Size};
 use clap::{
     Args, ValueEnum,
     builder::{PossibleValue, PossibleValuesParser},
@@ -123,8 +123,8 @@ pub fn predictor(path: &str) -> Result<Arc<Trained>, String> {
 /// gpt-oss-20b; forecasts are used, tables for eviction are not (lru)".
 pub fn predictor_words(trained: &Trained, forecasts: &[String], policies: &[String]) -> String {
     let model = match trained.binding.model.as_str() {
-        "" => "an unnamed model",
-        name => name,
+        "" => "an unnamed model".to_string(),
+        name => printable(name),
     };
     let is_blend = |name: &String| name == "blend" || forecast::LEARNED.contains(&name.as_str());
     let forecasts = match forecasts.iter().any(is_blend) {
