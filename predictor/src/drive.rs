@@ -13,11 +13,13 @@
 //!     foresee(..), prefetch()       what comes next, while something else is computed
 //!     more(..) -> experts           compute them; then
 //!     settle()                      who leaves for them?
+//!     keep(..)                      what an idle wire brings for later tokens
 //!     ... until more() has nothing
 //!     end()                         also after an error
 //! ```
 
 mod event;
+mod keep;
 mod terms;
 
 pub use event::Open;
@@ -38,6 +40,8 @@ pub struct Drive<T> {
     counts: [Vec<LayerCounts>; 2],
     open: Open,
     ahead: Vec<ExpertId>,
+    /// What became of experts that came for later tokens, until it is told.
+    kept: Vec<(ExpertId, Admission)>,
     /// What the tier had moved at this moment.
     link: (Moved, u64),
     /// Of the pass that runs.
@@ -45,6 +49,9 @@ pub struct Drive<T> {
     counts_as_prompt: bool,
     session: u64,
     keeps_ahead: bool,
+    /// A device that is alone reads no frame of the layers before this one any
+    /// more in this pass.
+    passed: usize,
     /// Per class: frames that are no slots.
     rings: Vec<usize>,
 }
@@ -64,11 +71,13 @@ impl<T: Tier> Drive<T> {
             counts: [vec![LayerCounts::default(); layers], vec![LayerCounts::default(); layers]],
             open: Open::default(),
             ahead: Vec::new(),
+            kept: Vec::new(),
             link: (tier.moved(), tier.now_ns()),
             tokens: 1,
             counts_as_prompt: false,
             session: 0,
             keeps_ahead: false,
+            passed: usize::MAX,
             rings,
             shape: shape.clone(),
             planner,
@@ -121,9 +130,12 @@ impl<T: Tier> Drive<T> {
         self.counts_as_prompt = self.tokens != 1;
         self.keeps_ahead = pass.keeps_ahead;
         self.tier.begin_pass(pass.keeps_ahead);
+        // No device is in a pass.
+        self.passed = usize::MAX;
+        self.admit_kept();
         if pass.keeps_ahead {
             self.collect();
-            self.tier.passed(0);
+            self.pass_by(0);
         }
         match *pass.ids {
             [token] => self.planner.begin_token(token),
@@ -140,6 +152,12 @@ impl<T: Tier> Drive<T> {
     /// last one of a prompt.
     pub fn count_as_prompt(&mut self) {
         self.counts_as_prompt = true;
+    }
+
+    /// A device that is alone has passed the layers before `layer`.
+    fn pass_by(&mut self, layer: usize) {
+        self.passed = layer;
+        self.tier.passed(layer);
     }
 
     /// The pass took `ns`.
@@ -248,6 +266,7 @@ impl<T: Tier> Drive<T> {
         match (arrival, urgency) {
             (Arrival::Release, Urgency::Prefetch) => self.drop_early(id),
             (Arrival::Release, Urgency::Demand) => self.drop_unused(id),
+            (Arrival::Keep, _) => self.admit_kept(),
             _ => {}
         }
         arrival
@@ -288,10 +307,14 @@ impl<T: Tier> Drive<T> {
             Admission::Replaced(victim) => self.tier.vacate(victim),
             Admission::Bypassed => self.tier.vacate(id),
         }
+        self.count_admission(id, admission);
+        Some(admission)
+    }
+
+    fn count_admission(&mut self, id: ExpertId, admission: Admission) {
         let counts = self.layer_counts(id.layer());
         counts.evictions += u64::from(matches!(admission, Admission::Replaced(_)));
         counts.bypassed += u64::from(admission == Admission::Bypassed);
-        Some(admission)
     }
 
     /// Reads ahead into frames that nobody needs now. Where a demand cannot

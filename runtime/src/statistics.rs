@@ -2,6 +2,7 @@
 //! where the experts came from. Plain numbers that the expert store fills and
 //! callers print; nothing here reads a clock.
 
+use pregate_predictor::drive::LayerCounts;
 use serde::Serialize;
 use std::ops::{AddAssign, Sub};
 
@@ -37,7 +38,7 @@ impl Time {
 /// that several tokens of a chunk share counts once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LayerStats {
-    /// Experts that were in a slot when their router answered.
+    /// Experts that were in a frame when their router answered.
     pub hits: u64,
     /// Experts that a prefetch was reading when their router answered.
     pub in_flight: u64,
@@ -57,6 +58,26 @@ pub struct LayerStats {
     pub prefetch_wasted: u64,
     /// Waiting for this layer's experts.
     pub stall_ns: u64,
+}
+
+impl From<&LayerCounts> for LayerStats {
+    fn from(counts: &LayerCounts) -> Self {
+        let &LayerCounts { in_flight, misses, left, bytes_demand, bytes_prefetch, .. } = counts;
+        let &LayerCounts { bytes_wasted, prefetch_useful, prefetch_wasted, stall_ns, .. } = counts;
+        let hits = counts.hits + counts.early;
+        Self {
+            hits,
+            in_flight,
+            misses,
+            left,
+            bytes_demand,
+            bytes_prefetch,
+            bytes_wasted,
+            prefetch_useful,
+            prefetch_wasted,
+            stall_ns,
+        }
+    }
 }
 
 impl LayerStats {

@@ -26,6 +26,7 @@ pub struct Open {
     queue: VecDeque<ExpertId>,
     /// Computed without a frame.
     left: Vec<ExpertId>,
+    in_flight_ns: Vec<Option<u64>>,
     /// Handed out last, to be settled when they were computed.
     handed: Vec<ExpertId>,
     /// Computed outside the slots, and who left for them.
@@ -33,14 +34,19 @@ pub struct Open {
     origins: Vec<(u32, Origin)>,
     retire: Retire,
     /// Experts that the tier is bringing.
-    awaited: usize,
-    /// Fills that the event asked for and that landed, and when the last did.
+    pub(super) awaited: usize,
+    /// Fills that the event asked for and that landed, their time with the
+    /// wire, and when the last of them landed.
     copied: usize,
+    copied_ns: u64,
     landed_ns: u64,
+    /// The same of those that were on their way before.
+    waited_for: usize,
+    came_ns: u64,
     began_ns: u64,
     waited_ns: u64,
     bytes: u64,
-    evictions: u64,
+    pub(super) busy_before_ns: u64,
 }
 
 impl Open {
@@ -63,16 +69,27 @@ impl Open {
         &self.request
     }
 
+    /// Handed out and not settled yet.
+    pub fn handed(&self) -> &[ExpertId] {
+        &self.handed
+    }
+
     /// What became of those of the event that were in no slot and were
     /// settled.
     pub fn admitted(&self) -> &[(ExpertId, Admission)] {
         &self.admitted
     }
 
-    /// Fills that the event asked for and that landed, and the time from its
-    /// beginning to the last of them.
+    /// Fills that the event asked for and that landed, and how long the wire
+    /// had at least one of them: not while they waited for a tier below.
     pub fn copied(&self) -> (usize, u64) {
-        (self.copied, self.landed_ns.saturating_sub(self.began_ns))
+        (self.copied, self.copied_ns)
+    }
+
+    /// Fills that were on their way before and landed, and the time from the
+    /// event's beginning to the last of them.
+    pub fn waited_for(&self) -> (usize, u64) {
+        (self.waited_for, self.came_ns.saturating_sub(self.began_ns))
     }
 
     /// On the tier's clock.
@@ -90,9 +107,10 @@ impl Open {
         self.bytes
     }
 
-    /// That left a slot for one of the event.
-    pub fn evictions(&self) -> u64 {
-        self.evictions
+    /// That left a slot for one of those in [`Open::admitted`].
+    pub fn evictions(&self) -> usize {
+        let left = |(_, admission): &&_| matches!(admission, Admission::Replaced(_));
+        self.admitted.iter().filter(left).count()
     }
 
     /// Where each expert was when the event began.
@@ -111,6 +129,19 @@ impl Open {
         &self.origins
     }
 
+    /// A fill landed that the event waited for.
+    fn came(&mut self, id: ExpertId, submitted_ns: u64, ended_ns: u64) {
+        if self.request.missing.contains(&id) {
+            let from = submitted_ns.max(self.landed_ns);
+            self.copied_ns += ended_ns.saturating_sub(from);
+            self.landed_ns = self.landed_ns.max(ended_ns);
+            self.copied += 1;
+        } else {
+            self.came_ns = self.came_ns.max(ended_ns);
+            self.waited_for += 1;
+        }
+    }
+
     /// Ready for the next event.
     fn clear(&mut self) {
         self.ready.clear();
@@ -118,7 +149,9 @@ impl Open {
         self.handed.clear();
         self.left.clear();
         self.admitted.clear();
-        (self.copied, self.waited_ns, self.bytes, self.evictions) = (0, 0, 0, 0);
+        self.in_flight_ns.clear();
+        (self.copied, self.copied_ns, self.waited_for) = (0, 0, 0);
+        (self.awaited, self.waited_ns, self.bytes) = (0, 0, 0);
     }
 }
 
@@ -134,8 +167,8 @@ impl<T: Tier> Drive<T> {
 
     /// Opens a layer's event. `tell` says to the planner what the router chose
     /// for each token ([`Planner::routed`]). With `leave` the experts are
-    /// launched on a device, and of the missing ones it names those that are
-    /// computed without a frame.
+    /// launched on a device, and of those that are not in a frame it names
+    /// those that are computed without one.
     pub fn begin(
         &mut self,
         wanted: Wanted<'_>,
@@ -145,7 +178,7 @@ impl<T: Tier> Drive<T> {
         let Wanted { layer, experts } = wanted;
         debug_assert!(!self.open.is_open, "layer {layer} inside another event");
         if self.keeps_ahead {
-            self.tier.passed(layer);
+            self.pass_by(layer);
         }
         self.collect();
         tell(&mut self.planner);
@@ -154,27 +187,40 @@ impl<T: Tier> Drive<T> {
         self.planner.request(layer, experts, &mut open.request);
         if self.keeps_ahead {
             // What the layer needs stays until the event ends.
-            self.tier.passed(layer + 1);
+            self.pass_by(layer + 1);
         }
         let Request { resident, early, in_flight, missing, retire, .. } = &open.request;
-        for &id in in_flight {
-            self.tier.promote(id);
-        }
         self.give_up(retire);
         self.count(layer, &open.request);
         open.ready.extend(resident.iter().chain(early));
         open.is_launched = leave.is_some();
-        if let Some(leave) = leave.filter(|_| !missing.is_empty()) {
+        if let Some(leave) = leave.filter(|_| !missing.is_empty() || !in_flight.is_empty()) {
             let free = self.tier.free(self.class(layer));
-            open.left = leave(Missing { layer, missing, in_flight, free });
+            let ns = |bytes: u64| self.planner.ledger().demand_ns(bytes);
+            let remaining = |&id: &ExpertId| self.tier.remaining(id).map(ns);
+            open.in_flight_ns.extend(in_flight.iter().map(remaining));
+            let (queue_ns, in_flight_ns) = (ns(self.tier.queued()), &open.in_flight_ns[..]);
+            let asked = experts.len();
+            open.left =
+                leave(Missing { layer, missing, in_flight, in_flight_ns, free, queue_ns, asked });
+        }
+        for &id in in_flight {
+            match open.left.contains(&id) {
+                // It would come late; then it is there for later.
+                true => self.planner.leave(id, 0),
+                false => {
+                    self.tier.promote(id);
+                    open.awaited += 1;
+                }
+            }
         }
         let left = &open.left;
         open.queue.extend(missing.iter().filter(|id| !left.contains(id)));
         self.layer_counts(layer).left += left.len() as u64;
-        open.awaited = in_flight.len();
         (open.layer, open.is_open) = (layer, true);
+        open.busy_before_ns = self.tier.moved().busy_ns;
         open.began_ns = self.tier.now_ns();
-        open.landed_ns = open.began_ns;
+        (open.landed_ns, open.came_ns) = (open.began_ns, open.began_ns);
         self.open = open;
         self.ask();
     }
@@ -262,10 +308,28 @@ impl<T: Tier> Drive<T> {
         let mut handed = std::mem::take(&mut self.open.handed);
         for id in handed.drain(..) {
             let admission = self.settle_one(id);
-            self.open.evictions += u64::from(matches!(admission, Some(Admission::Replaced(_))));
             self.open.admitted.extend(admission.map(|admission| (id, admission)));
         }
         self.open.handed = handed;
+    }
+
+    /// As [`Drive::settle`]; the answer is what became of those that were in
+    /// no slot: of the event, and of what came for later tokens.
+    pub fn settled(&mut self) -> &[(ExpertId, Admission)] {
+        self.settle();
+        self.admit_kept();
+        self.open.admitted.append(&mut self.kept);
+        &self.open.admitted
+    }
+
+    /// Takes what the tier has brought, so that it goes on; hands nothing out.
+    ///
+    /// # Errors
+    /// A demand that failed.
+    pub fn go_on(&mut self) -> Result<(), T::Error> {
+        self.receive(0)?;
+        self.ask();
+        Ok(())
     }
 
     /// Takes what the tier has brought; waits up to `wait_ns` for the first.
@@ -281,10 +345,7 @@ impl<T: Tier> Drive<T> {
             match self.land(&landed) {
                 Arrival::Use => {
                     self.open.awaited -= 1;
-                    if self.open.request.missing.contains(&id) {
-                        self.open.landed_ns = self.open.landed_ns.max(landed.ended_ns);
-                        self.open.copied += 1;
-                    }
+                    self.open.came(id, landed.submitted_ns, landed.ended_ns);
                     self.open.ready.push(id);
                 }
                 // A read-ahead that was given up before it became a demand.

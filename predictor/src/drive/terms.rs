@@ -20,7 +20,10 @@ pub struct Landed<E> {
     pub landing: Landing,
     /// Bytes that were read for it, also those that are of no use any more.
     pub bytes: u64,
-    /// When its last byte came, on the tier's clock.
+    /// From when on the wire could move it, on the tier's clock: when it was
+    /// submitted, or when the tier below had read it.
+    pub submitted_ns: u64,
+    /// When its last byte came.
     pub ended_ns: u64,
     /// Why it failed.
     pub error: Option<E>,
@@ -75,6 +78,17 @@ pub trait Tier {
 
     fn moved(&self) -> Moved;
 
+    /// Bytes that would be moved before a demand submitted now; 0: not known.
+    fn queued(&self) -> u64 {
+        0
+    }
+
+    /// Bytes until the fill of `id` lands, were it a demand from now on;
+    /// `None`: not known, or it is not on its way.
+    fn remaining(&self, _id: ExpertId) -> Option<u64> {
+        None
+    }
+
     /// A pass begins; see [`Pass::keeps_ahead`].
     fn begin_pass(&mut self, _keeps_ahead: bool) {}
 
@@ -104,7 +118,8 @@ pub struct Wanted<'a> {
     pub experts: &'a [u32],
 }
 
-/// Names what is computed without a frame.
+/// Names what is computed without a frame, of what is missing and of what is
+/// on its way.
 pub type Leave<'a> = &'a mut dyn FnMut(Missing<'_>) -> Vec<ExpertId>;
 
 /// What an event did not find in a frame.
@@ -115,8 +130,14 @@ pub struct Missing<'a> {
     pub missing: &'a [ExpertId],
     /// On their way, by a forecast.
     pub in_flight: &'a [ExpertId],
+    /// How long each of these still takes, as demands; `None`: not known.
+    pub in_flight_ns: &'a [Option<u64>],
     /// Frames that a fill can have at once.
     pub free: usize,
+    /// Until the wire would start a demand.
+    pub queue_ns: u64,
+    /// Experts that the event asks for.
+    pub asked: usize,
 }
 
 /// What one layer asked for and what that moved. An expert that several
@@ -131,7 +152,7 @@ pub struct LayerCounts {
     pub in_flight: u64,
     /// Nowhere.
     pub misses: u64,
-    /// Of those, computed without a frame.
+    /// Computed without a frame, of the misses and of those on their way.
     pub left: u64,
     /// That left a slot for one of this layer.
     pub evictions: u64,

@@ -1,20 +1,15 @@
-//! One layer's experts, from the router's answer to the last of them computed.
-//!
-//! The order of work: what is in a frame is handed out first; what is missing
-//! is asked of the mover at once, before anything is computed, and handed out
-//! as it arrives. Bytes go straight into a spare frame. When an expert has
-//! been computed, the planner says who leaves for it, and the frame that is
-//! then free takes the next one.
+//! One layer's experts, as the computation sees them: pinned, as they arrive,
+//! until the last was computed. What happens in which order is the drive's
+//! (`pregate_predictor::drive`).
 
 use super::frames::{FrameId, Pin};
-use super::mover::Urgency;
-use super::{ExpertStore, Inner, key_of};
+use super::{ExpertStore, Inner, Leave};
 use crate::error::{Error, Result};
 use crate::session::Cancel;
 use pregate_kernels::Routes;
+use pregate_predictor::drive::{Tier, Wanted};
 use pregate_predictor::forecast::External;
-use pregate_predictor::{Admission, Arrival, ExpertId, Observer, Origin, Request, Retire, Served};
-use std::collections::VecDeque;
+use pregate_predictor::{Admission, ExpertId, Observer, Planner, Served};
 use std::sync::MutexGuard;
 
 /// How long a wait for the disk lasts before cancelling is looked at.
@@ -37,73 +32,11 @@ impl Arrived {
     }
 }
 
-/// Names what is computed without a frame.
-pub type Leave<'a> = &'a mut dyn FnMut(Missing<'_>) -> Vec<ExpertId>;
-
-/// What an event did not find in a frame.
-#[derive(Clone, Copy)]
-pub struct Missing<'a> {
-    pub layer: usize,
-    /// Nowhere, in the order in which they are wanted.
-    pub missing: &'a [ExpertId],
-    /// On their way, by a forecast.
-    pub in_flight: &'a [ExpertId],
-    /// How long each of these still takes, as demands; `None`: not known.
-    pub in_flight_ns: &'a [Option<u64>],
-    /// Frames that a fill can have at once.
-    pub free: usize,
-    /// Until the link would start a demand.
-    pub queue_ns: u64,
-    /// Experts that the event asks for.
-    pub asked: usize,
-}
-
 /// One layer's experts on their way to the computation. Holds the store: other
 /// sessions wait until it ends.
 pub struct Event<'s> {
-    pub(super) store: &'s ExpertStore,
-    pub(super) inner: MutexGuard<'s, Inner>,
-    pub(super) layer: usize,
-    /// What is handed out is launched on a device, which takes the caller no
-    /// time.
-    is_launched: bool,
-    lists: Lists,
-    /// Experts that the mover is bringing.
-    pub(super) awaited: usize,
-    began_ns: u64,
-    waited_ns: u64,
-    /// Time with the link of the fills that the event asked for, and when the
-    /// last of them landed.
-    link_ns: u64,
-    landed_ns: u64,
-    /// The same of those that were on their way before.
-    came_ns: u64,
-    bytes: u64,
-    pub(super) busy_before_ns: u64,
-    ended: bool,
-}
-
-/// An event's lists of experts; the store keeps them for the next event.
-#[derive(Default)]
-pub(super) struct Lists {
-    /// Where each was when the event began.
-    request: Request,
-    /// In a frame and not handed out yet.
-    ready: Vec<ExpertId>,
-    /// To be asked of the mover when a frame is free, in this order.
-    queue: VecDeque<ExpertId>,
-    /// Computed without a frame.
-    left: Vec<ExpertId>,
-    in_flight_ns: Vec<Option<u64>>,
-    /// Handed out last, to be settled when their pins are back.
-    handed: Vec<ExpertId>,
-    /// Computed outside the slots, and who left for them.
-    admitted: Vec<(ExpertId, Admission)>,
-    /// Fills that the event asked for and that landed, and those that were on
-    /// their way before.
-    copied: usize,
-    waited_for: usize,
-    origins: Vec<(u32, Origin)>,
+    store: &'s ExpertStore,
+    inner: MutexGuard<'s, Inner>,
 }
 
 impl<'s> Event<'s> {
@@ -118,107 +51,56 @@ impl<'s> Event<'s> {
         leave: Option<Leave<'_>>,
     ) -> Self {
         let mut inner = store.lock();
-        if inner.keeps_ahead {
-            inner.passed = layer;
-        }
-        inner.collect(store);
-        inner.tell_routes(layer, routes);
-        let mut lists = std::mem::take(&mut inner.lists);
-        inner.planner.request(layer, experts, &mut lists.request);
-        if inner.keeps_ahead {
-            // What the layer needs stays until the event ends.
-            inner.passed = layer + 1;
-        }
-        let Request { resident, early, in_flight, missing, retire, .. } = &lists.request;
-        inner.give_up(store, retire);
-        inner.count(layer, &lists.request);
-        lists.ready.extend(resident.iter().chain(early));
-        let is_launched = leave.is_some();
-        lists.in_flight_ns.clear();
-        if let Some(leave) = leave.filter(|_| !missing.is_empty() || !in_flight.is_empty()) {
-            let free = inner.free_frames(store, layer);
-            let ns = |bytes: u64| inner.planner.ledger().demand_ns(bytes);
-            let remaining = |&id: &ExpertId| inner.mover.remaining(key_of(id)).map(ns);
-            lists.in_flight_ns.extend(in_flight.iter().map(remaining));
-            let (queue_ns, in_flight_ns) = (ns(inner.mover.queued()), &lists.in_flight_ns[..]);
-            let asked = experts.len();
-            lists.left =
-                leave(Missing { layer, missing, in_flight, in_flight_ns, free, queue_ns, asked });
-        }
-        let mut awaited = 0;
-        for &id in in_flight {
-            match lists.left.contains(&id) {
-                // It would come late; then it is there for later.
-                true => inner.planner.leave(id, 0),
-                false => {
-                    inner.mover.promote(key_of(id));
-                    awaited += 1;
-                }
+        let Inner { drive, experts: ids, weights, .. } = &mut *inner;
+        // What the router chose for each token.
+        let mut tell = |planner: &mut Planner| {
+            for token in 0..routes.tokens() {
+                let choices = routes.of(token);
+                ids.clear();
+                ids.extend(choices.iter().map(|choice| choice.expert));
+                weights.clear();
+                weights.extend(choices.iter().map(|choice| choice.weight));
+                planner.routed(layer, ids, weights);
             }
-        }
-        let left = &lists.left;
-        lists.queue.extend(missing.iter().filter(|id| !left.contains(id)));
-        inner.layer_stats(layer).left += left.len() as u64;
-        let busy_before_ns = inner.mover.counters().busy_ns;
-        let began_ns = inner.mover.now_ns();
-        let mut event = Self {
-            store,
-            inner,
-            layer,
-            is_launched,
-            lists,
-            awaited,
-            began_ns,
-            waited_ns: 0,
-            link_ns: 0,
-            landed_ns: began_ns,
-            came_ns: began_ns,
-            bytes: 0,
-            busy_before_ns,
-            ended: false,
         };
-        event.ask();
-        event
+        drive.begin(Wanted { layer, experts }, &mut tell, leave);
+        Self { store, inner }
     }
 
     /// Of the model.
     pub fn layer(&self) -> usize {
-        self.layer
+        self.inner.drive.open().layer()
     }
 
     /// Experts that are computed without a frame.
     pub fn left(&self) -> &[ExpertId] {
-        &self.lists.left
+        self.inner.drive.open().left()
     }
 
     /// Whether [`Event::next`] has something to hand out at once.
     pub fn has_ready(&self) -> bool {
-        !self.lists.ready.is_empty()
+        self.inner.drive.open().has_ready()
     }
 
     /// Is a forecast for `layer` worth its time now?
     pub fn wants(&self, layer: usize) -> bool {
-        self.inner.planner.wants(layer)
+        self.inner.drive.planner().wants(layer)
     }
 
     /// Scores that a forecast gave for a layer ahead.
     pub fn foresee(&mut self, external: &External<'_>) {
-        self.inner.planner.external(external);
+        self.inner.drive.foresee(external);
     }
 
     /// Forecasting for `layers` took the token's thread `ns`.
     pub fn spent(&mut self, layers: &[usize], ns: u64) {
-        let share = ns / layers.len().max(1) as u64;
-        layers.iter().for_each(|&layer| self.inner.planner.spent(layer, share));
+        self.inner.drive.spent(layers, ns);
     }
 
     /// Asks the mover for what the forecasts say comes next, if no demand
     /// waits for a frame.
     pub fn prefetch(&mut self) {
-        self.ask();
-        if self.lists.queue.is_empty() {
-            self.inner.prefetch(self.store);
-        }
+        self.inner.drive.prefetch();
     }
 
     /// Settles what was handed out last, and hands out what is in a frame now:
@@ -226,7 +108,7 @@ impl<'s> Event<'s> {
     /// Empty when all experts were handed out. The caller drops the answer
     /// before it asks again.
     pub fn next(&mut self, cancel: &Cancel) -> Result<Vec<Arrived>> {
-        self.settle();
+        self.inner.drive.settle();
         let mut there = Vec::new();
         self.more(cancel, &mut there)?;
         Ok(there)
@@ -235,60 +117,19 @@ impl<'s> Event<'s> {
     /// As [`Event::next`], but what was handed out before is still in use: the
     /// rest goes behind it, to `there`. How many those are.
     pub fn more(&mut self, cancel: &Cancel, there: &mut Vec<Arrived>) -> Result<usize> {
-        self.prefetch();
-        self.receive(0)?;
-        // A read that was given up has landed: it is asked for again before
-        // anything waits.
-        self.ask();
-        while self.lists.ready.is_empty() && (self.awaited > 0 || !self.lists.queue.is_empty()) {
-            if cancel.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
-            self.receive(WAIT_NS)?;
-            self.ask();
-        }
-        let before = self.lists.handed.len();
-        self.hand_out();
-        let handed = &self.lists.handed[before..];
-        there.extend(handed.iter().map(|&id| self.pin(id)));
-        Ok(handed.len())
-    }
-
-    /// Which of the experts that are there are computed next? A token's all at
-    /// once.
-    ///
-    /// Of a chunk's, those in the ring first, since reads wait for their
-    /// frames, and of these half a ring: the other half is read into
-    /// meanwhile. Then those in slots: where the caller computes them, in parts
-    /// as long as anything is on its way, so that the mover does not wait long
-    /// for its next frame. The last ones leave the ring to the next layer's.
-    fn hand_out(&mut self) {
-        let Lists { ready, handed, left, queue, .. } = &mut self.lists;
-        // What is computed without a frame is computed by the caller, beside
-        // what it is given first.
-        if self.inner.tokens <= 1 || !left.is_empty() {
-            handed.append(ready);
-            return;
-        }
-        let cache = self.inner.planner.cache();
-        ready.sort_by_key(|&id| cache.contains(id));
-        let in_ring = ready.partition_point(|&id| !cache.contains(id));
-        let is_waiting = self.awaited > 0 || !queue.is_empty();
-        let half = (self.inner.ring_of(self.store, self.layer) / 2).max(1);
-        let count = match in_ring {
-            0 if is_waiting && !self.is_launched => half.min(ready.len()),
-            0 => ready.len(),
-            in_ring => half.min(in_ring),
+        let mut may_wait = || match cancel.is_cancelled() {
+            true => Err(Error::Cancelled),
+            false => Ok(()),
         };
-        handed.extend(ready.drain(..count));
+        let count = self.inner.drive.more(WAIT_NS, &mut may_wait)?.len();
+        let handed = self.inner.drive.open().handed();
+        there.extend(handed[handed.len() - count..].iter().map(|&id| self.pin(id)));
+        Ok(count)
     }
 
     fn pin(&self, id: ExpertId) -> Arrived {
-        let pin = self
-            .inner
-            .places
-            .get(id)
-            .and_then(|place| self.store.frames.pin(place.frame, place.generation));
+        let place = self.inner.drive.tier().places.get(id);
+        let pin = place.and_then(|place| self.store.frames.pin(place.frame, place.generation));
         match pin {
             Some(pin) => Arrived { expert: id.expert, pin },
             // Nobody takes a frame from an expert of the event that runs.
@@ -296,165 +137,83 @@ impl<'s> Event<'s> {
         }
     }
 
-    /// The planner decides who leaves for the experts that were computed.
-    fn settle(&mut self) {
-        for id in self.lists.handed.drain(..) {
-            let admission = self.inner.settle(self.store, id);
-            self.lists.admitted.extend(admission.map(|admission| (id, admission)));
-        }
-    }
-
     /// Takes what the mover has brought, so that it goes on; hands nothing out.
     pub fn go_on(&mut self) -> Result<()> {
-        self.receive(0)?;
-        self.ask();
-        Ok(())
+        self.inner.drive.go_on()
     }
 
     /// Settles what was handed out; the answer is what became of those that
     /// were in no slot: of the event, and of what came for later tokens.
     pub fn settled(&mut self) -> &[(ExpertId, Admission)] {
-        self.settle();
-        self.inner.admit_kept(self.store);
-        self.lists.admitted.append(&mut self.inner.admitted);
-        &self.lists.admitted
+        self.inner.drive.settled()
+    }
+
+    /// Copies that may be ordered now with nobody waiting for them.
+    pub fn room_to_keep(&self) -> usize {
+        self.inner.drive.room_to_keep()
+    }
+
+    /// Orders copies of `wanted` for later tokens, which are computed without a
+    /// frame now; each with what its next use saves, in ns.
+    pub fn keep(&mut self, wanted: impl IntoIterator<Item = (ExpertId, u64)>) {
+        self.inner.drive.keep(wanted);
+    }
+
+    /// The chance that a token misses something in `layer`, which is ahead;
+    /// `None`: no forecast says so.
+    pub fn miss_chance(&self, layer: usize) -> Option<f64> {
+        self.inner.drive.planner().miss_chance(layer)
+    }
+
+    /// Time, since the event began, in which the link moved anything.
+    pub fn link_busy_ns(&self) -> u64 {
+        self.inner.drive.link_busy_ns()
     }
 
     /// Fills that the event asked for and that landed, and how long the link
     /// had at least one of them: not while they waited for a tier below.
     pub fn copied(&self) -> (usize, u64) {
-        (self.lists.copied, self.link_ns)
+        self.inner.drive.open().copied()
     }
 
     /// The same of fills that were on their way before.
     pub fn waited_for(&self) -> (usize, u64) {
-        (self.lists.waited_for, self.came_ns.saturating_sub(self.began_ns))
+        self.inner.drive.open().waited_for()
     }
 
     /// When the event began, as [`Event::now_ns`] counts.
     pub fn began_ns(&self) -> u64 {
-        self.began_ns
-    }
-
-    /// Gives waiting demands to the mover while frames are free.
-    fn ask(&mut self) {
-        while let Some(&next) = self.lists.queue.front() {
-            if !self.inner.submit(self.store, next, Urgency::Demand) {
-                break;
-            }
-            self.inner.planner.filling(next);
-            self.lists.queue.pop_front();
-            self.awaited += 1;
-        }
-    }
-
-    /// Takes what the mover has brought; waits up to `wait_ns` for the first.
-    fn receive(&mut self, wait_ns: u64) -> Result<()> {
-        let before = self.inner.mover.now_ns();
-        let mut next = self.inner.mover.next(wait_ns);
-        if wait_ns > 0 {
-            self.waited_ns += self.inner.mover.now_ns() - before;
-        }
-        while let Some(done) = next {
-            self.bytes += done.bytes;
-            let (submitted_ns, ended_ns) = (done.submitted_ns, done.ended_ns);
-            let (id, arrival, result) = self.inner.land(self.store, done);
-            match arrival {
-                Arrival::Use => {
-                    self.awaited -= 1;
-                    if self.lists.request.missing.contains(&id) {
-                        let from = submitted_ns.max(self.landed_ns);
-                        self.link_ns += ended_ns.saturating_sub(from);
-                        self.landed_ns = self.landed_ns.max(ended_ns);
-                        self.lists.copied += 1;
-                    } else {
-                        self.came_ns = self.came_ns.max(ended_ns);
-                        self.lists.waited_for += 1;
-                    }
-                    self.lists.ready.push(id);
-                }
-                // A read-ahead that was given up before it became a demand.
-                Arrival::Again => {
-                    self.awaited -= 1;
-                    self.lists.queue.push_front(id);
-                }
-                Arrival::Fail => {
-                    self.awaited -= 1;
-                    result?;
-                }
-                Arrival::Keep | Arrival::Release | Arrival::Nothing => {}
-            }
-            next = self.inner.mover.next(0);
-        }
-        Ok(())
+        self.inner.drive.open().began_ns()
     }
 
     /// Time waited for the disk so far, in nanoseconds.
     pub fn waited_ns(&self) -> u64 {
-        self.waited_ns
+        self.inner.drive.open().waited_ns()
     }
 
     pub fn now_ns(&self) -> u64 {
-        self.inner.mover.now_ns()
+        self.inner.drive.tier().now_ns()
     }
 
     /// Ends the event after the last expert was computed, and tells the
     /// observer what it took.
     pub fn finish(mut self, first_position: usize, tokens: usize, observer: &mut dyn Observer) {
-        self.settle();
-        self.end();
-        let left = |(_, admission): &&_| matches!(admission, Admission::Replaced(_));
-        let evictions = self.lists.admitted.iter().filter(left).count();
+        let drive = &mut self.inner.drive;
+        drive.settle();
+        drive.end();
+        let open = drive.open_mut();
+        let (layer, evictions) = (open.layer(), open.evictions());
+        let (bytes, stall_ns) = (open.bytes(), open.waited_ns());
+        let experts = open.origins();
         observer.served(&Served {
-            layer: self.layer,
+            layer,
             first_position,
             tokens,
-            experts: self.lists.origins(),
+            experts,
             evictions,
-            bytes: self.bytes,
-            stall_ns: self.waited_ns,
+            bytes,
+            stall_ns,
         });
-    }
-
-    fn end(&mut self) {
-        if std::mem::replace(&mut self.ended, true) {
-            return;
-        }
-        let mut retire = Retire::default();
-        let worked_ns = (self.now_ns() - self.began_ns).saturating_sub(self.waited_ns);
-        self.inner.planner.end(self.layer, self.waited_ns, worked_ns, &mut retire);
-        self.inner.abandon(self.store, &retire);
-        let stats = self.inner.layer_stats(self.layer);
-        stats.stall_ns += self.waited_ns;
-        self.inner.prefetch(self.store);
-    }
-}
-
-impl Lists {
-    fn origins(&mut self) -> &[(u32, Origin)] {
-        let Request { resident, early, in_flight, missing, fixed, .. } = &self.request;
-        self.origins.clear();
-        for (ids, origin) in [
-            (fixed, Origin::Hit),
-            (resident, Origin::Hit),
-            (early, Origin::Early),
-            (in_flight, Origin::InFlight),
-            (missing, Origin::Miss),
-        ] {
-            self.origins.extend(ids.iter().map(|id| (id.expert, origin)));
-        }
-        &self.origins
-    }
-
-    /// Ready for the next event.
-    fn clear(&mut self) {
-        self.ready.clear();
-        self.queue.clear();
-        self.handed.clear();
-        self.left.clear();
-        self.admitted.clear();
-        self.copied = 0;
-        self.waited_for = 0;
     }
 }
 
@@ -464,8 +223,6 @@ impl Drop for Event<'_> {
     /// pins are gone with the caller's [`Arrived`], and the planner gives up
     /// what it asked for.
     fn drop(&mut self) {
-        self.end();
-        self.lists.clear();
-        self.inner.lists = std::mem::take(&mut self.lists);
+        self.inner.drive.end();
     }
 }

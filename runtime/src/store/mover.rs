@@ -11,6 +11,7 @@
 use super::frames::{FrameId, Ticket};
 use super::slot::Generation;
 use pregate_kernels::cuda::CudaError;
+pub use pregate_predictor::drive::Urgency;
 use std::{
     fmt, io,
     path::{Path, PathBuf},
@@ -44,15 +45,6 @@ impl Piece {
     pub fn end(&self) -> u64 {
         self.offset + self.len as u64
     }
-}
-
-/// Who waits for a fill. In the order of service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Urgency {
-    /// The token being computed.
-    Demand,
-    /// Nobody yet; a forecast asked for it.
-    Prefetch,
 }
 
 /// One expert to bring.

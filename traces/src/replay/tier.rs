@@ -209,8 +209,8 @@ impl VirtualTier {
             let class = self.class(flight.id);
             self.free[class] += 1;
         }
-        let (id, bytes) = (flight.id, flight.read_bytes);
-        self.landed.push_back(Landed { id, landing, bytes, ended_ns, error: None });
+        let Flight { id, read_bytes: bytes, ready_ns: submitted_ns, .. } = flight;
+        self.landed.push_back(Landed { id, landing, bytes, submitted_ns, ended_ns, error: None });
     }
 
     /// The open event waited from now to `until`: for what?
