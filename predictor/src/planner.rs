@@ -186,9 +186,11 @@ impl Planner {
     }
 
     /// The pass that ran took `ns`, all in all: what decides in the end whether
-    /// reading ahead pays.
+    /// reading ahead pays. Without a forecaster there is nothing to decide.
     pub fn passed(&mut self, ns: u64) {
-        self.ledger.passed(ns);
+        if self.forecaster.is_some() {
+            self.ledger.passed(ns);
+        }
     }
 
     /// A token enters the first layer.

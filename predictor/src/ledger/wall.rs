@@ -27,6 +27,13 @@ const LONGEST_REST: u64 = 8192;
 /// What trials so far weigh beside a new one.
 const KEPT: f64 = 0.5;
 
+/// A token counts as at most so many usual ones: on a real machine something
+/// else holds one up now and then, which would decide a trial.
+const LONGEST_TOKEN: f64 = 2.0;
+
+/// Tokens that the usual one remembers.
+const USUAL_MEMORY: f64 = 16.0;
+
 /// Decides for all layers. Deterministic in what it is told; until it is told
 /// anything it is on.
 ///
@@ -40,6 +47,8 @@ pub struct Wall {
     left: u64,
     /// ns of the pair of blocks that runs, with and without.
     pair: [f64; 2],
+    /// What a token takes, lately, in ns; 0 before the first.
+    usual_ns: f64,
     /// Of this trial and, decayed, those before it.
     seen: Seen,
     trial: Seen,
@@ -97,6 +106,7 @@ impl Default for Wall {
             phase: Phase::Rest { is_on: true },
             left: FIRST,
             pair: [0.0; 2],
+            usual_ns: 0.0,
             seen: Seen::default(),
             trial: Seen::default(),
             rest: FIRST_REST,
@@ -121,7 +131,8 @@ impl Wall {
 
     /// A token took `ns`.
     pub fn token(&mut self, ns: u64) {
-        self.pair[usize::from(!self.on())] += ns as f64;
+        let ns = self.bounded(ns as f64);
+        self.pair[usize::from(!self.on())] += ns;
         self.left = self.left.saturating_sub(1);
         if self.left > 0 {
             return;
@@ -145,6 +156,15 @@ impl Wall {
                 }
             }
         }
+    }
+
+    fn bounded(&mut self, ns: f64) -> f64 {
+        if self.usual_ns == 0.0 {
+            self.usual_ns = ns;
+        }
+        let ns = ns.min(LONGEST_TOKEN * self.usual_ns);
+        self.usual_ns += (ns - self.usual_ns) / USUAL_MEMORY;
+        ns
     }
 
     /// A pair of blocks begins with the one that reads ahead.
@@ -218,6 +238,18 @@ mod tests {
             wall.token((noise() * if wall.on() { 1.03 } else { 1.0 }) as u64);
         }
         assert!(on < 6000, "{on}");
+    }
+
+    #[test]
+    fn tokens_that_something_else_held_up_decide_nothing() {
+        // One in 31 takes a hundred times as long, with and without.
+        let (mut wall, mut on) = (Wall::default(), 0);
+        for token in 0..12_000 {
+            on += u64::from(wall.on());
+            let ns = if wall.on() { 900 } else { 1000 };
+            wall.token(if token % 31 == 20 { 100 * ns } else { ns });
+        }
+        assert!(on > 11_000, "{on}");
     }
 
     #[test]

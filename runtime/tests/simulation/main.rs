@@ -32,6 +32,7 @@ mod machine;
 mod prompts;
 mod random;
 mod seeds;
+mod wall;
 mod world;
 
 #[path = "../support/gguf_builder.rs"]
