@@ -84,8 +84,8 @@ impl Spread {
     /// The spread, after seeing these.
     pub fn after(&mut self, scores: &[f32]) -> f32 {
         let share = 1.0 / scores.len().max(1) as f32;
-        let mean = scores.iter().sum::<f32>() * share;
-        let variance = scores.iter().map(|s| (s - mean) * (s - mean)).sum::<f32>() * share;
+        let mean = fast::sum(scores) * share;
+        let variance = fast::squares(scores, mean) * share;
         let spread = variance.sqrt();
         let keep = if self.0 == 0.0 { 0.0 } else { 1.0 - SPREAD_SHARE };
         self.0 = keep * self.0 + (1.0 - keep) * spread;
@@ -154,10 +154,10 @@ impl Weights {
                 *weight = weight.clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT);
             }
         };
-        let all: f32 = errors.iter().sum();
+        let all = fast::sum(errors);
         step(&mut self.bias, &mut self.bias_energy, all * norm);
         for (feature, values) in features.answered() {
-            let gradient: f32 = values.iter().zip(errors).map(|(x, e)| x * e).sum();
+            let gradient = fast::dot(values, errors);
             step(&mut self.weights[feature], &mut self.energy[feature], gradient * norm);
         }
     }

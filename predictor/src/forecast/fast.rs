@@ -36,6 +36,57 @@ pub fn sigmoid(z: f32) -> f32 {
     1.0 / (1.0 + exp(-z))
 }
 
+/// Sums go to so many lanes, element `i` to lane `i % LANES`, which a tree adds
+/// up: the same order on every machine, and no chain of additions.
+const LANES: usize = 8;
+
+#[inline(always)]
+fn lanes(pairs: (&[f32], &[f32]), of: impl Fn(f32, f32) -> f32) -> f32 {
+    let (a, b) = pairs;
+    let mut sums = [0.0; LANES];
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] += of(a[lane], b[lane]);
+        }
+    }
+    for ((sum, &a), &b) in sums.iter_mut().zip(rest_a).zip(rest_b) {
+        *sum += of(a, b);
+    }
+    for half in [4, 2, 1] {
+        for lane in 0..half {
+            sums[lane] += sums[lane + half];
+        }
+    }
+    sums[0]
+}
+
+pub fn sum(values: &[f32]) -> f32 {
+    lanes((values, values), |value, _| value)
+}
+
+/// The sum of squared distances from `mean`.
+pub fn squares(values: &[f32], mean: f32) -> f32 {
+    lanes((values, values), |value, _| (value - mean) * (value - mean))
+}
+
+/// Of as many elements each.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    lanes((a, b), |a, b| a * b)
+}
+
+/// The largest, at least `least`; no element may be NaN.
+pub fn largest(values: &[f32], least: f32) -> f32 {
+    let mut most = [least; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            most[lane] = if chunk[lane] > most[lane] { chunk[lane] } else { most[lane] };
+        }
+    }
+    most.iter().chain(rest).fold(least, |most, &value| if value > most { value } else { most })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,5 +104,18 @@ mod tests {
             assert!((f64::from(sigmoid(z)) - exact).abs() < 1e-4, "sigmoid {z}");
         }
         assert!(sigmoid(f32::MAX) <= 1.0 && sigmoid(f32::MIN) >= 0.0);
+    }
+
+    #[test]
+    fn lanes_lose_no_element() {
+        for length in 0..40 {
+            // Whole numbers, so that every order gives the same sum.
+            let a: Vec<f32> = (0..length).map(|i| ((i * 37 + 5) % 23) as f32 - 11.0).collect();
+            let b: Vec<f32> = (0..length).map(|i| ((i * 29 + 3) % 17) as f32 - 8.0).collect();
+            assert_eq!(sum(&a), a.iter().sum::<f32>());
+            assert_eq!(dot(&a, &b), a.iter().zip(&b).map(|(a, b)| a * b).sum::<f32>());
+            assert_eq!(squares(&a, 2.0), a.iter().map(|a| (a - 2.0) * (a - 2.0)).sum::<f32>());
+            assert_eq!(largest(&a, -3.0), a.iter().copied().fold(-3.0, f32::max));
+        }
     }
 }

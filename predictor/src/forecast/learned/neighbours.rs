@@ -17,11 +17,16 @@ const SAME_TOKEN: f32 = 2.0;
 const SHARPNESS: [f32; Neighbours::ANSWERS] = [1.5, 5.0];
 /// A neighbour that counts less than this share of the nearest is left out.
 const LEAST: f32 = 0.02;
+/// Of an exponent: `e^-FARTHEST` is below [`LEAST`].
+const FARTHEST: f32 = 4.0;
 const NO_EXPERT: u16 = u16::MAX;
+/// Bits of a set of tokens.
+const WORDS: usize = ROOM / 64;
 
 /// The last tokens' ways, and how like each is to the token that runs.
 ///
-/// Memory: 2 bytes for each expert of a token, 512 tokens.
+/// Memory, 512 tokens: 2 bytes for each expert of a token, and a bit for each
+/// expert of the model.
 pub struct Neighbours {
     /// Per layer of the model.
     layers: Vec<Option<Ways>>,
@@ -33,8 +38,6 @@ pub struct Neighbours {
     at: usize,
     /// `[ROOM]`: to the running token.
     likeness: Vec<f32>,
-    /// `[widest]`, zero between calls.
-    marks: Vec<f32>,
     now: Weighed,
     next: Weighed,
 }
@@ -43,17 +46,44 @@ struct Ways {
     top_k: usize,
     /// `[ROOM][top_k]`.
     experts: Vec<u16>,
+    /// `[experts]`: who used it, a bit for each token.
+    users: Vec<[u64; WORDS]>,
 }
 
-/// The nearest tokens with what each counts, per sharpness.
+impl Ways {
+    fn new(layer: &crate::LayerShape) -> Self {
+        let top_k = layer.top_k;
+        let users = vec![[0; WORDS]; layer.experts];
+        Self { top_k, experts: vec![NO_EXPERT; ROOM * top_k], users }
+    }
+
+    /// The token at `slot` used `experts`, not what is written there.
+    fn write(&mut self, slot: usize, experts: impl Iterator<Item = u32>) {
+        let way = &mut self.experts[slot * self.top_k..(slot + 1) * self.top_k];
+        let (word, bit) = (slot / 64, 1 << (slot % 64));
+        for &expert in &*way {
+            if let Some(users) = self.users.get_mut(usize::from(expert)) {
+                users[word] &= !bit;
+            }
+        }
+        way.fill(NO_EXPERT);
+        for (to, expert) in way.iter_mut().zip(experts) {
+            *to = u16::try_from(expert).unwrap_or(NO_EXPERT);
+            if let Some(users) = self.users.get_mut(usize::from(*to)) {
+                users[word] |= bit;
+            }
+        }
+    }
+}
+
+/// The nearest tokens with what each counts.
 #[derive(Default)]
 struct Weighed {
     fresh: bool,
     /// `[ROOM]`, scratch.
     powers: Vec<f32>,
-    nearest: [Vec<(u32, f32)>; Neighbours::ANSWERS],
-    /// One over the sum of the weights.
-    scale: [f32; Neighbours::ANSWERS],
+    /// Slot, and the share that it counts for each sharpness.
+    nearest: Vec<(u32, [f32; Neighbours::ANSWERS])>,
     /// The likeness of the nearest.
     best: f32,
 }
@@ -63,18 +93,12 @@ impl Neighbours {
     pub const ANSWERS: usize = 2;
 
     pub fn new(shape: &Shape) -> Self {
-        let ways = |layer: &Option<crate::LayerShape>| {
-            let top_k = layer.as_ref()?.top_k;
-            Some(Ways { top_k, experts: vec![NO_EXPERT; ROOM * top_k] })
-        };
-        let widest = shape.moe().map(|(_, layer)| layer.experts).max().unwrap_or(0);
         Self {
-            layers: shape.layers.iter().map(ways).collect(),
+            layers: shape.layers.iter().map(|layer| layer.as_ref().map(Ways::new)).collect(),
             ids: vec![None; ROOM],
             held: 0,
             at: 0,
             likeness: vec![0.0; ROOM],
-            marks: vec![0.0; widest],
             now: Weighed::default(),
             next: Weighed::default(),
         }
@@ -93,7 +117,7 @@ impl Neighbours {
         }
         self.ids[self.at] = id;
         for ways in self.layers.iter_mut().flatten() {
-            ways.experts[self.at * ways.top_k..(self.at + 1) * ways.top_k].fill(NO_EXPERT);
+            ways.write(self.at, std::iter::empty());
         }
         self.changed();
     }
@@ -102,21 +126,18 @@ impl Neighbours {
     /// weight, which add up to one.
     pub fn routed(&mut self, layer: usize, experts: &[(u32, f32)]) {
         let Some(Some(ways)) = self.layers.get_mut(layer) else { return };
+        self.likeness.iter_mut().for_each(|likeness| *likeness *= FADE);
         for &(expert, share) in experts {
-            self.marks[expert as usize] = share;
+            let Some(users) = ways.users.get(expert as usize) else { continue };
+            for (&word, likeness) in users.iter().zip(self.likeness.chunks_exact_mut(64)) {
+                let mut left = word;
+                while left != 0 {
+                    likeness[left.trailing_zeros() as usize % 64] += share;
+                    left &= left - 1;
+                }
+            }
         }
-        let marks = &self.marks;
-        for (likeness, way) in self.likeness.iter_mut().zip(ways.experts.chunks_exact(ways.top_k)) {
-            let shared = way.iter().map(|&e| marks.get(usize::from(e)).copied().unwrap_or(0.0));
-            *likeness = FADE * *likeness + shared.sum::<f32>();
-        }
-        let own = &mut ways.experts[self.at * ways.top_k..(self.at + 1) * ways.top_k];
-        for (to, &(expert, _)) in own.iter_mut().zip(experts) {
-            *to = u16::try_from(expert).unwrap_or(NO_EXPERT);
-        }
-        for &(expert, _) in experts {
-            self.marks[expert as usize] = 0.0;
-        }
+        ways.write(self.at, experts.iter().map(|&(expert, _)| expert));
         self.changed();
     }
 
@@ -135,14 +156,14 @@ impl Neighbours {
         if !weighed.fresh {
             weighed.weigh(&self.likeness, held, at, usize::from(next));
         }
-        let experts = answers.len() / Self::ANSWERS;
-        for (index, answer) in answers.chunks_exact_mut(experts.max(1)).enumerate() {
-            for &(slot, weight) in &weighed.nearest[index] {
-                let way = slot as usize * ways.top_k;
-                for &expert in &ways.experts[way..way + ways.top_k] {
-                    if let Some(answer) = answer.get_mut(usize::from(expert)) {
-                        *answer += weight * weighed.scale[index];
-                    }
+        let (soft, sharp) = answers.split_at_mut(answers.len() / Self::ANSWERS);
+        for &(slot, shares) in &weighed.nearest {
+            let way = slot as usize * ways.top_k;
+            for &expert in &ways.experts[way..way + ways.top_k] {
+                let expert = usize::from(expert);
+                if let (Some(soft), Some(sharp)) = (soft.get_mut(expert), sharp.get_mut(expert)) {
+                    *soft += shares[0];
+                    *sharp += shares[1];
                 }
             }
         }
@@ -151,8 +172,8 @@ impl Neighbours {
 
     /// Bytes that it holds.
     pub fn memory_bytes(&self) -> usize {
-        self.layers.iter().flatten().map(|ways| 2 * ways.experts.len()).sum::<usize>()
-            + (12 + 16 * Self::ANSWERS) * ROOM
+        let ways = |ways: &Ways| 2 * ways.experts.len() + 8 * WORDS * ways.users.len();
+        self.layers.iter().flatten().map(ways).sum::<usize>() + (20 + 8 * Self::ANSWERS) * ROOM
     }
 }
 
@@ -165,29 +186,31 @@ impl Weighed {
         // The running token is nobody's neighbour, and the last one has none
         // behind it; slots that were never used lie behind `at`.
         let others = held.saturating_sub(1 + behind);
-        for (slot, likeness) in self.powers.iter_mut().enumerate() {
-            let age = if slot <= at { at - slot } else { at + ROOM - slot };
-            if age <= behind || age > others + behind || age + 1 >= ROOM {
-                *likeness = f32::MIN;
-            }
+        let ages = (0..=behind).chain((others + behind + 1).min(ROOM - 1)..ROOM);
+        for age in ages {
+            self.powers[(at + ROOM - age) % ROOM] = f32::MIN;
         }
-        self.best = self.powers.iter().copied().fold(0.0, f32::max);
-        let mut weights = [0.0; ROOM];
-        for (index, sharpness) in SHARPNESS.iter().enumerate() {
-            // All of them: without a branch this is a few vector operations.
-            for (weight, likeness) in weights.iter_mut().zip(&self.powers) {
-                *weight = fast::exp(sharpness * (likeness - self.best).max(-20.0));
-            }
-            let nearest = &mut self.nearest[index];
-            nearest.clear();
-            let mut sum = 0.0;
-            for (slot, &weight) in weights.iter().enumerate().filter(|(_, w)| **w > LEAST) {
-                if self.powers[slot] > f32::MIN {
-                    sum += weight;
-                    nearest.push((((slot + behind) % ROOM) as u32, weight));
-                }
-            }
-            self.scale[index] = 1.0 / f32::max(sum, 1.0);
+        self.best = fast::largest(&self.powers, 0.0);
+        // Who is farther counts less than `LEAST` at every sharpness.
+        let cut = self.best - FARTHEST / SHARPNESS[0];
+        let (mut slots, mut near, mut count) = ([0u32; ROOM], [0f32; ROOM], 0);
+        for (slot, &likeness) in self.powers.iter().enumerate() {
+            (slots[count], near[count]) = (slot as u32, likeness);
+            count += usize::from(likeness > cut);
+        }
+        self.nearest.clear();
+        let mut sums = [0.0; Neighbours::ANSWERS];
+        for (&slot, &likeness) in slots[..count].iter().zip(&near[..count]) {
+            let weights = SHARPNESS.map(|sharpness| {
+                let weight = fast::exp(sharpness * (likeness - self.best));
+                if weight > LEAST { weight } else { 0.0 }
+            });
+            sums.iter_mut().zip(weights).for_each(|(sum, weight)| *sum += weight);
+            self.nearest.push((((slot as usize + behind) % ROOM) as u32, weights));
+        }
+        let scales = sums.map(|sum| 1.0 / f32::max(sum, 1.0));
+        for (_, weights) in &mut self.nearest {
+            weights.iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
         }
     }
 }

@@ -3,7 +3,6 @@
 
 use super::input::{FIELDS, Input, Rows, USES};
 use super::matrix::Matrix;
-use crate::forecast::fast;
 
 /// The sizes of one layer's network.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -133,42 +132,6 @@ pub fn forward(sizes: &Sizes, weights: &[f32], input: &Input, base: &[f32], sums
         *unit = unit.max(0.0);
         if *unit > 0.0 {
             add_scaled(answer, *unit, row);
-        }
-    }
-}
-
-/// One step downhill at running time, of the weights that lead straight to the
-/// answer: what a model does now counts more than what a trace said. `sums`
-/// holds the answer of [`forward`] to `input`; after this, its errors.
-pub fn adapt(
-    sizes: &Sizes,
-    weights: &mut [f32],
-    input: &Input,
-    sums: &mut [f32],
-    experts: &[u32],
-    rates: (f32, f32),
-) {
-    let [_, _, straight, out, _] = sizes.parts();
-    let (hidden, width) = (sizes.hidden, sizes.width());
-    let (units, errors) = sums.split_at_mut(hidden);
-    errors.iter_mut().for_each(|odds| *odds = fast::sigmoid(*odds));
-    for &expert in experts {
-        errors[expert as usize] -= 1.0;
-    }
-    for &(row, value) in &input.sparse {
-        let row = &mut weights[row as usize * width + hidden..(row as usize + 1) * width];
-        add_scaled(row, -rates.0 * value, errors);
-    }
-    add_scaled(&mut weights[out - sizes.experts..out], -rates.0, errors);
-    let direct = weights[straight..out].chunks_exact_mut(sizes.experts.max(1));
-    for (weights, values) in direct.zip(input.dense.chunks_exact(sizes.experts.max(1))) {
-        for ((weight, value), error) in weights.iter_mut().zip(values).zip(&*errors) {
-            *weight -= rates.1 * value * error;
-        }
-    }
-    for (unit, row) in units.iter().zip(weights[out..].chunks_exact_mut(sizes.experts.max(1))) {
-        if *unit > 0.0 {
-            add_scaled(row, -rates.1 * unit, errors);
         }
     }
 }

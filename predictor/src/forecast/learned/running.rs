@@ -1,13 +1,14 @@
 //! The networks at work: one per layer, asked for one target at a time.
 
 use super::Trained;
+use super::at_work::AtWork;
 use super::input::{Context, Input, Situation, TOKEN_FIELD};
-use super::network::{Sizes, adapt, forward, uses};
+use super::network::Sizes;
 use super::tables::Places;
 use crate::forecast::{Forecast, Known};
 use std::sync::Arc;
 
-/// Steps of [`adapt`]: rows of experts, and what every question shares.
+/// Steps of [`AtWork::adapt`]: rows of experts, and what every question shares.
 pub const RATES: (f32, f32) = (0.02, 0.002);
 
 /// A network per layer, which goes on learning in its last part.
@@ -24,11 +25,11 @@ pub struct LearnedNetwork {
 }
 
 struct Layer {
-    weights: Vec<f32>,
-    /// `[hidden]`: what decayed use gives to the units; good until the layer
-    /// runs.
-    base: Vec<f32>,
+    network: AtWork,
+    /// See [`AtWork::uses`].
     is_base_fresh: bool,
+    /// See [`AtWork::add_token`].
+    is_token_fresh: bool,
     /// The newest question about the running token, and its answer.
     asked: Question,
     /// A question about the next token.
@@ -53,9 +54,9 @@ impl LearnedNetwork {
         }
         let question = || Question { sums: vec![0.0; sizes.sums()], ..Question::default() };
         let layer = |parts| Layer {
-            weights: sizes.to_weights(parts),
-            base: vec![0.0; sizes.hidden],
+            network: AtWork::new(sizes, parts),
             is_base_fresh: false,
+            is_token_fresh: false,
             asked: question(),
             next: question(),
         };
@@ -83,21 +84,24 @@ impl Forecast for LearnedNetwork {
             Some(_) => Situation::Ahead(self.places.ahead(place, known)),
         };
         let layer = &mut self.layers[place];
-        let question = match situation {
-            Situation::NextToken => &mut layer.next,
-            Situation::Ahead(_) => &mut layer.asked,
+        let (question, is_ahead) = match situation {
+            Situation::NextToken => (&mut layer.next, false),
+            Situation::Ahead(_) => (&mut layer.asked, true),
         };
         let input = &mut question.input;
         self.context.look(target, situation, input);
-        if let (Some(row), Situation::Ahead(_)) = (self.row, situation) {
+        if let (Some(row), true) = (self.row, is_ahead) {
             let field = &mut input.dense[TOKEN_FIELD * self.sizes.experts..];
             self.trained.add_odds(row, place, 1.0, field);
         }
-        if !layer.is_base_fresh {
-            layer.is_base_fresh = true;
-            uses(&self.sizes, &layer.weights, &input.dense, &mut layer.base);
+        if !std::mem::replace(&mut layer.is_base_fresh, true) {
+            layer.network.uses(input);
         }
-        forward(&self.sizes, &layer.weights, input, &layer.base, &mut question.sums);
+        let has_token = is_ahead && self.row.is_some();
+        if has_token && !std::mem::replace(&mut layer.is_token_fresh, true) {
+            layer.network.add_token(input);
+        }
+        layer.network.forward(input, has_token, &mut question.sums);
         question.waits = true;
         let answer = &question.sums[self.sizes.hidden..];
         scores.copy_from_slice(&answer[..scores.len()]);
@@ -109,15 +113,17 @@ impl Forecast for LearnedNetwork {
         let state = &mut self.layers[place];
         let Question { waits, input, sums } = &mut state.asked;
         if std::mem::take(waits) && self.learns {
-            adapt(&self.sizes, &mut state.weights, input, sums, experts, RATES);
+            state.network.adapt(input, sums, experts, RATES);
         }
-        state.is_base_fresh = false;
+        (state.is_base_fresh, state.is_token_fresh) = (false, false);
         self.context.routed(layer, experts, weights);
     }
 
     fn begin_token(&mut self, token: u32) {
         self.row = self.trained.row(token);
-        self.layers.iter_mut().for_each(|layer| layer.asked.waits = false);
+        for layer in &mut self.layers {
+            (layer.asked.waits, layer.is_token_fresh) = (false, false);
+        }
         self.context.begin_token(Some(token));
     }
 
@@ -125,13 +131,13 @@ impl Forecast for LearnedNetwork {
         self.row = None;
         for layer in &mut self.layers {
             layer.asked.waits = false;
-            layer.is_base_fresh = false;
+            (layer.is_base_fresh, layer.is_token_fresh) = (false, false);
         }
         self.context.new_sequence();
     }
 
     fn memory_bytes(&self) -> usize {
-        let weights = |layer: &Layer| 4 * (layer.weights.len() + layer.base.len());
-        self.layers.iter().map(weights).sum::<usize>() + self.context.memory_bytes()
+        let layers = self.layers.iter().map(|layer| layer.network.memory_bytes());
+        layers.sum::<usize>() + self.context.memory_bytes()
     }
 }
