@@ -47,10 +47,13 @@ pub fn plainly(table: Table<'_>, rows: &[Times], sums: &mut [i32]) {
     }
 }
 
+#[cfg(test)]
+type Way = fn(Table<'_>, &[Times], &mut [i32]);
+
 /// All ways that this machine knows.
 #[cfg(test)]
-pub fn ways() -> Vec<fn(Table<'_>, &[Times], &mut [i32])> {
-    let mut ways: Vec<fn(Table<'_>, &[Times], &mut [i32])> = vec![add];
+pub fn ways() -> Vec<Way> {
+    let mut ways: Vec<Way> = vec![add];
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every x86-64 processor has SSE2.
     ways.push(|table, rows, sums| unsafe { x86::sse2(table, rows, sums) });
