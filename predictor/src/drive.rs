@@ -133,6 +133,10 @@ impl<T: Tier> Drive<T> {
         // No device is in a pass.
         self.passed = usize::MAX;
         self.admit_kept();
+        let mut leaving = std::mem::take(&mut self.ahead);
+        self.planner.let_go(&mut leaving);
+        leaving.iter().for_each(|&id| self.tier.vacate(id));
+        self.ahead = leaving;
         if pass.keeps_ahead {
             self.collect();
             self.pass_by(0);

@@ -5,6 +5,7 @@
 //! No GPU, no file, no clock, no thread.
 
 pub mod cache;
+pub mod decider;
 pub mod drive;
 pub mod forecast;
 pub mod ledger;

@@ -366,17 +366,31 @@ impl Planner {
     pub fn admit(&mut self, id: ExpertId, pinned: &dyn Fn(ExpertId) -> bool) -> Admission {
         assert_eq!(self.state(id), State::InUse, "{id} is admitted");
         self.cache.computed(id);
-        let outlook: &dyn Outlook = match &self.forecaster {
-            // Who does not pay has no say in who leaves either.
-            Some(forecaster) if !self.limits.priced || self.ledger.pays() => forecaster,
-            _ => &NoOutlook,
-        };
-        let admission = self.cache.admit(id, pinned, outlook);
+        let admission = self.take_in(id, pinned);
         self.set(id, State::Absent);
         if let Admission::Replaced(victim) = admission {
             self.kept.wasted(victim, &self.shape, &mut self.ledger);
         }
         admission
+    }
+
+    /// Who leaves for `id`, as far as forecasts may say so.
+    fn take_in(&mut self, id: ExpertId, pinned: &dyn Fn(ExpertId) -> bool) -> Admission {
+        let outlook: &dyn Outlook = match &self.forecaster {
+            // Who does not pay has no say in who leaves either.
+            Some(forecaster) if !self.limits.priced || self.ledger.pays() => forecaster,
+            _ => &NoOutlook,
+        };
+        self.cache.admit(id, pinned, outlook)
+    }
+
+    /// No device is in a pass: those leave that were to leave before and could
+    /// not (see [`Cache::let_go`]); their frames are free.
+    pub fn let_go(&mut self, out: &mut Vec<ExpertId>) {
+        self.cache.let_go(out);
+        for &id in &*out {
+            self.kept.wasted(id, &self.shape, &mut self.ledger);
+        }
     }
 
     /// The event of `layer` is over, after `stall_ns` of waiting and

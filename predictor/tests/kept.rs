@@ -3,8 +3,8 @@
 
 use pregate_predictor::policy;
 use pregate_predictor::{
-    Admission, Ahead, Arrival, Cache, ExpertId, Landing, LayerShape, Planner, Request, Retire,
-    Shape,
+    Admission, Ahead, Arrival, Cache, Event, ExpertId, Landing, LayerShape, NoOutlook, Planner,
+    Request, Retire, Shape,
 };
 
 const SAVES_NS: u64 = 1_000_000;
@@ -160,4 +160,66 @@ fn the_books_stop_what_loses() {
     assert!((12..32).contains(&kept), "{kept}");
     let price = planner.ledger().kept_prices()[0];
     assert!(!price.on && price.switched_off == 1, "{price:?}");
+}
+
+fn used(cache: &mut Cache, layer: usize, experts: &[u32]) {
+    let counts = &vec![1; experts.len()];
+    cache.used(&Event { layer, experts, counts, tokens: 1 });
+}
+
+/// Layers that share six slots: two experts of layer 0 and two of layer 1 that
+/// are used often, and two of layer 1 that were used once.
+fn pool() -> Cache {
+    let layer = LayerShape { experts: 8, top_k: 2, expert_bytes: 1, class: 0 };
+    let shape = Shape { layers: vec![Some(layer); 2] };
+    let mut cache = Cache::new(&shape, &[3; 2], policy::by_name("lfu-pool").unwrap()).unwrap();
+    let add = |cache: &mut Cache, layer, expert| {
+        let got = cache.admit(ExpertId::new(layer, expert), &|_| false, &NoOutlook);
+        assert_eq!(got, Admission::Added);
+    };
+    for token in 0..8 {
+        cache.next_token();
+        for layer in 0..2 {
+            used(&mut cache, layer, &[0, 1]);
+            (0..2).filter(|_| token == 0).for_each(|expert| add(&mut cache, layer, expert));
+        }
+    }
+    used(&mut cache, 1, &[2, 3]);
+    (2..4).for_each(|expert| add(&mut cache, 1, expert));
+    cache
+}
+
+/// Layer 0 asks for a new one, while the device may still find what layer 1
+/// has: one of its own leaves.
+fn ask(cache: &mut Cache) {
+    cache.next_token();
+    used(cache, 0, &[0, 2]);
+    let got = cache.admit(id(2), &|other| other.layer() > 0, &NoOutlook);
+    assert_eq!(got, Admission::Replaced(id(1)));
+}
+
+#[test]
+fn who_was_pinned_and_worth_less_leaves_between_two_tokens() {
+    let (mut cache, mut out) = (pool(), Vec::new());
+    ask(&mut cache);
+    assert_eq!((cache.len(0), cache.len(1)), (2, 4));
+    cache.let_go(&mut out);
+    assert!(matches!(out[..], [one] if one.layer() == 1 && one.expert >= 2), "{out:?}");
+    assert!(!cache.contains(out[0]));
+    // Once, and the slot is for whoever comes first.
+    cache.let_go(&mut out);
+    assert_eq!(out, []);
+    used(&mut cache, 0, &[0, 1]);
+    assert_eq!(cache.admit(id(1), &|other| other.layer() > 0, &NoOutlook), Admission::Added);
+    assert_eq!((cache.len(0), cache.len(1)), (3, 3));
+}
+
+#[test]
+fn who_was_pinned_and_used_again_stays() {
+    let (mut cache, mut out) = (pool(), Vec::new());
+    ask(&mut cache);
+    used(&mut cache, 1, &[2, 3]);
+    cache.let_go(&mut out);
+    assert_eq!(out, []);
+    assert_eq!((cache.len(0), cache.len(1)), (2, 4));
 }

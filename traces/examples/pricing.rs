@@ -1,70 +1,138 @@
 //! Does a forecast that prices itself ever lose?
 //!
-//! `cargo run --release -p pregate-traces --example pricing -- TRACE.json... MACHINE.toml...`
+//! `cargo run --release -p pregate-traces --example pricing -- TRACE... MACHINE...`
 //!
-//! Replays every trace on every machine at 12.5, 25, 50 and 75 % of the experts, without
-//! and with each forecast, and prints tokens per second, the forecasts' as a
-//! share of the speed without. Fails where one is more than 1 % slower.
-//! `EXPERT_BYTES` and `DENSE_BYTES` stand for what a trace does not say;
-//! `TOKENS` cuts the traces, `POLICY` is another one than
-//! the default. In brackets are hit ratio and million accesses per second.
+//! Replays every trace on every machine (a preset's name, a `.toml` file, or
+//! `all` presets) at 12.5, 25, 50 and 75 % of the experts, with each policy, without
+//! and with each forecast. Prints tokens per second without one, hits in
+//! percent with LRU's and Belady's behind, and for each forecast the speed as
+//! a share of that without, with its hits. Fails where one is more than 1 %
+//! slower. From the environment: `POLICY`, `FORECAST` and `SHARES` (lists with
+//! commas), `TOKENS` cuts the traces, `JOBS` replays at once. Bytes of experts
+//! and of what else is read are those of the model that the trace names;
+//! `EXPERT_BYTES` and `DENSE_BYTES` stand for them.
 
 use pregate_predictor::forecast::{NAMES, USEFUL};
 use pregate_predictor::policy::DEFAULT;
-use pregate_traces::replay::{Machine, MemoryTrace, Options, Slots, replay};
+use pregate_traces::replay::{
+    Machine, MemoryTrace, Options, Report, Slots, models, presets, replay,
+};
+use std::error::Error;
 use std::path::Path;
-use std::time::Instant;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Of the experts that each layer has.
+const SHARES: &str = "0.125,0.25,0.5,0.75";
+
+fn text(name: &str, otherwise: &str) -> String {
+    std::env::var(name).unwrap_or(otherwise.to_string())
+}
 
 fn number(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn list(text: &str) -> Vec<String> {
+    text.split(',').map(str::to_string).collect()
+}
+
+/// A row: all forecasts of one trace, machine, policy and size.
+struct Row<'a> {
+    trace: &'a (String, MemoryTrace),
+    machine: &'a Machine,
+    policy: &'a str,
+    share: f64,
+}
+
+/// The words of a row, and its slowest forecast's share of the speed without.
+fn run(row: &Row<'_>, forecasts: &[String]) -> Result<(String, f64, String), String> {
+    let (name, trace) = row.trace;
+    let mut trace = MemoryTrace::new(trace.header.clone(), trace.rows.clone());
+    let model = models::by_name(&trace.header.model);
+    let expert = model.map_or(13_219_200, |model| model.expert_bytes());
+    let dense = model.map_or(1_300_000_000, |model| model.other_bytes());
+    let title = format!("{name} {} {} {}", row.machine.name, row.policy, row.share);
+    let mut of = |forecast: &str, bracket: bool| -> Result<Report, String> {
+        let options = Options {
+            slots: Slots::Share(row.share),
+            forecast: forecast.to_string(),
+            expert_bytes: Some(number("EXPERT_BYTES", expert)),
+            dense_bytes: number("DENSE_BYTES", dense),
+            policy: row.policy.to_string(),
+            bracket,
+            ..Options::default()
+        };
+        replay(&mut trace, row.machine, &options, &mut |_| {}).map_err(|error| error.to_string())
+    };
+    let none = of("none", true)?;
+    let percent = |hits: u64| hits as f64 / none.accesses.max(1) as f64 * 100.0;
+    let bracket = none.bracket.unwrap_or_default();
+    let mut words = format!(
+        "{title}: {:.2} tok/s, {:.1} ({:.1}-{:.1}) |",
+        none.tok_s,
+        percent(none.hits),
+        percent(bracket.lru_hits),
+        percent(bracket.belady_hits),
+    );
+    let mut worst = (f64::INFINITY, String::new());
+    for forecast in forecasts {
+        let report = of(forecast, false)?;
+        let ratio = report.tok_s / none.tok_s;
+        words += &format!(" {forecast} {ratio:.4} ({:.1})", percent(report.hits));
+        if ratio < worst.0 {
+            worst = (ratio, format!("{title} {forecast}"));
+        }
+    }
+    Ok((words, worst.0, worst.1))
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
     let (mut traces, mut machines) = (Vec::new(), Vec::new());
     for arg in std::env::args().skip(1) {
-        match arg.ends_with(".toml") {
-            true => machines.push(Machine::from_toml(&std::fs::read_to_string(&arg)?)?),
-            false => {
-                let mut source = pregate_traces::open(Path::new(&arg))?;
-                let most = number("TOKENS", u64::MAX) as usize;
-                traces.push((arg, MemoryTrace::read(&mut *source, most)?));
-            }
+        if arg == "all" {
+            machines.extend(presets::names().filter_map(presets::preset));
+        } else if let Some(machine) = presets::preset(&arg) {
+            machines.push(machine);
+        } else if arg.ends_with(".toml") {
+            machines.push(presets::read(Path::new(&arg))?);
+        } else {
+            let mut source = pregate_traces::open(Path::new(&arg))?;
+            let most = number("TOKENS", u64::MAX) as usize;
+            traces.push((arg, MemoryTrace::read(&mut *source, most)?));
         }
     }
-    let mut worst = (f64::INFINITY, String::new());
-    for (name, trace) in &mut traces {
+    let policies = list(&text("POLICY", DEFAULT));
+    let usual: Vec<&str> = ["blend"].into_iter().chain(NAMES[..USEFUL].iter().copied()).collect();
+    let forecasts = list(&text("FORECAST", &usual.join(",")));
+    let shares: Result<Vec<f64>, _> =
+        list(&text("SHARES", SHARES)).iter().map(|s| s.parse()).collect();
+    let mut rows = Vec::new();
+    for trace in &traces {
         for machine in &machines {
-            for share in [0.125, 0.25, 0.5, 0.75] {
-                let mut without = 0.0;
-                print!("{name} {} {share}:", machine.name);
-                for forecast in ["none", "blend"].iter().chain(&NAMES[..USEFUL]) {
-                    let options = Options {
-                        slots: Slots::Share(share),
-                        forecast: forecast.to_string(),
-                        expert_bytes: Some(number("EXPERT_BYTES", 13_219_200)),
-                        dense_bytes: number("DENSE_BYTES", 1_300_000_000),
-                        policy: std::env::var("POLICY").unwrap_or(DEFAULT.to_string()),
-                        bracket: false,
-                        ..Options::default()
-                    };
-                    let start = Instant::now();
-                    let report = replay(trace, machine, &options, &mut |_| {})?;
-                    let rate = report.accesses as f64 / 1e6 / start.elapsed().as_secs_f64();
-                    if *forecast == "none" {
-                        without = report.tok_s;
-                        print!(" none {without:.2} tok/s ({:.3}, {rate:.1} M/s)", report.hit_ratio);
-                        continue;
-                    }
-                    let ratio = report.tok_s / without;
-                    print!(" {forecast} {ratio:.4} ({:.3}, {rate:.2})", report.hit_ratio);
-                    if ratio < worst.0 {
-                        worst = (ratio, format!("{name} {} {share} {forecast}", machine.name));
-                    }
-                }
-                println!();
+            for policy in &policies {
+                let row = |&share| Row { trace, machine, policy, share };
+                rows.extend(shares.clone()?.iter().map(row));
             }
         }
     }
-    println!("worst: {:.4} {}", worst.0, worst.1);
-    if worst.0 < 0.99 { Err("a forecast is more than 1 % slower than none".into()) } else { Ok(()) }
+    let (next, worst) = (AtomicUsize::new(0), Mutex::new((f64::INFINITY, String::new())));
+    let work = || -> Result<(), String> {
+        while let Some(row) = rows.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let (words, ratio, which) = run(row, &forecasts)?;
+            println!("{words}");
+            let mut worst = worst.lock().expect("nobody panics with it");
+            if ratio < worst.0 {
+                *worst = (ratio, which);
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| -> Result<(), String> {
+        let jobs: Vec<_> = (0..number("JOBS", 2)).map(|_| scope.spawn(work)).collect();
+        jobs.into_iter().try_for_each(|job| job.join().expect("replay does not panic"))
+    })?;
+    let (ratio, which) = worst.into_inner()?;
+    println!("worst of {} rows: {ratio:.4} {which}", rows.len());
+    if ratio < 0.99 { Err("a forecast is more than 1 % slower than none".into()) } else { Ok(()) }
 }

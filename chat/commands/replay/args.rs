@@ -27,11 +27,12 @@ a clock that are simulated, so nothing of the model is needed but the sizes of i
 
 hits: experts that were in a slot when their router asked. Beside them what LRU and Belady's rule
 (which knows the future) hit in the same slots, and how much of the way from one to the other this
-policy went. Where a GPU shares its misses with the processor, what that computes takes no slot
-and is no hit; so the bracket holds for machines without one. waits: for what was asked for
+policy went (below LRU: none of it). LRU and Belady take every miss in; where a GPU shares its
+misses with the processor, an expert that the processor computed comes to a slot only where its
+copy pays, so hits may lie below LRU's and tokens come sooner. waits: for what was asked for
 (demand), behind what was read ahead, for that coming late, for the processor, and for host and
-GPU to hear of each other. bound: what the slowest wire of the machine allows with the bytes that these hits
-leave it. Everything is counted cold, from the first token on, unless --warm says otherwise.";
+GPU to hear of each other. bound: what the slowest wire of the machine allows with the bytes that
+these hits leave it. Everything is counted cold, from the first token on, unless --warm says otherwise.";
 
 #[derive(Clone, Debug, Args)]
 pub struct ReplayArgs {

@@ -98,7 +98,11 @@ fn gap(report: &Report) -> Option<String> {
     let bracket = report.bracket?;
     let gap = bracket.belady_hits.saturating_sub(bracket.lru_hits);
     let is_wide = gap as f64 >= LEAST_GAP * report.accesses as f64;
-    bracket.closed().filter(|_| is_wide).map(|closed| format!("{:.0}", closed * 100.0))
+    let cell = |closed: f64| match closed < 0.0 {
+        true => "below LRU".to_string(),
+        false => format!("{:.0}", closed * 100.0),
+    };
+    bracket.closed().filter(|_| is_wide).map(cell)
 }
 
 /// Of the accesses.

@@ -39,6 +39,10 @@ pub struct Open {
     /// wire, and when the last of them landed.
     copied: usize,
     copied_ns: u64,
+    /// When the wire would begin with a demand, as expected at the event's
+    /// beginning, and what the first of those fills waited for it.
+    free_ns: u64,
+    delay_ns: u64,
     landed_ns: u64,
     /// The same of those that were on their way before.
     waited_for: usize,
@@ -84,6 +88,11 @@ impl Open {
     /// had at least one of them: not while they waited for a tier below.
     pub fn copied(&self) -> (usize, u64) {
         (self.copied, self.copied_ns)
+    }
+
+    /// What the first of them waited before, for the wire to be free.
+    pub fn delay_ns(&self) -> u64 {
+        self.delay_ns
     }
 
     /// Fills that were on their way before and landed, and the time from the
@@ -132,8 +141,14 @@ impl Open {
     /// A fill landed that the event waited for.
     fn came(&mut self, id: ExpertId, submitted_ns: u64, ended_ns: u64) {
         if self.request.missing.contains(&id) {
-            let from = submitted_ns.max(self.landed_ns);
-            self.copied_ns += ended_ns.saturating_sub(from);
+            // What it waited for before was not its own time: what came first,
+            // and what the wire was at, which is not known as exactly.
+            let half_ns = submitted_ns.midpoint(ended_ns);
+            let free_ns = self.landed_ns.max(self.came_ns).max(self.free_ns.min(half_ns));
+            if self.copied == 0 {
+                self.delay_ns = free_ns.saturating_sub(self.began_ns);
+            }
+            self.copied_ns += ended_ns.saturating_sub(free_ns.max(submitted_ns));
             self.landed_ns = self.landed_ns.max(ended_ns);
             self.copied += 1;
         } else {
@@ -150,7 +165,7 @@ impl Open {
         self.left.clear();
         self.admitted.clear();
         self.in_flight_ns.clear();
-        (self.copied, self.copied_ns, self.waited_for) = (0, 0, 0);
+        (self.copied, self.copied_ns, self.delay_ns, self.waited_for) = (0, 0, 0, 0);
         (self.awaited, self.waited_ns, self.bytes) = (0, 0, 0);
     }
 }
@@ -194,12 +209,14 @@ impl<T: Tier> Drive<T> {
         self.count(layer, &open.request);
         open.ready.extend(resident.iter().chain(early));
         open.is_launched = leave.is_some();
+        let mut queue_ns = 0;
         if let Some(leave) = leave.filter(|_| !missing.is_empty() || !in_flight.is_empty()) {
             let free = self.tier.free(self.class(layer));
             let ns = |bytes: u64| self.planner.ledger().demand_ns(bytes);
             let remaining = |&id: &ExpertId| self.tier.remaining(id).map(ns);
             open.in_flight_ns.extend(in_flight.iter().map(remaining));
-            let (queue_ns, in_flight_ns) = (ns(self.tier.queued()), &open.in_flight_ns[..]);
+            queue_ns = ns(self.tier.queued());
+            let in_flight_ns = &open.in_flight_ns[..];
             let asked = experts.len();
             open.left =
                 leave(Missing { layer, missing, in_flight, in_flight_ns, free, queue_ns, asked });
@@ -221,6 +238,7 @@ impl<T: Tier> Drive<T> {
         open.busy_before_ns = self.tier.moved().busy_ns;
         open.began_ns = self.tier.now_ns();
         (open.landed_ns, open.came_ns) = (open.began_ns, open.began_ns);
+        open.free_ns = open.began_ns + queue_ns;
         self.open = open;
         self.ask();
     }
@@ -381,5 +399,40 @@ impl<T: Tier> Drive<T> {
         let counts = self.layer_counts(layer);
         counts.stall_ns += waited_ns;
         self.prefetch_free();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(expert: u32) -> ExpertId {
+        ExpertId::new(0, expert)
+    }
+
+    fn opened(began_ns: u64, free_ns: u64) -> Open {
+        let mut open = Open { began_ns, free_ns, ..Open::default() };
+        (open.landed_ns, open.came_ns) = (began_ns, began_ns);
+        open.request.missing.extend([id(0), id(1)]);
+        open
+    }
+
+    #[test]
+    fn a_copys_time_is_without_what_came_before_it() {
+        // A read-ahead that was on its way lands first.
+        let mut open = opened(100, 150);
+        open.came(id(5), 90, 400);
+        open.came(id(0), 100, 700);
+        open.came(id(1), 100, 1000);
+        assert_eq!((open.waited_for(), open.copied()), ((1, 300), (2, 600)));
+        assert_eq!(open.delay_ns(), 300);
+        // The wire was at something that nobody waits for.
+        let mut open = opened(100, 180);
+        open.came(id(0), 100, 340);
+        assert_eq!((open.copied(), open.delay_ns()), ((1, 160), 80));
+        // It was shorter than expected.
+        let mut open = opened(100, 900);
+        open.came(id(0), 100, 340);
+        assert_eq!((open.copied(), open.delay_ns()), ((1, 120), 120));
     }
 }

@@ -42,6 +42,12 @@ impl Planner {
         self.forecaster.is_some() && (!self.limits.priced || self.ledger.allows(layer))
     }
 
+    /// May read-aheads follow, now that the layer that was routed last is known?
+    pub fn reads_ahead(&self) -> bool {
+        let Some(forecaster) = &self.forecaster else { return false };
+        forecaster.ahead(self.after).iter().any(|&layer| self.wants(layer))
+    }
+
     /// Forecasting for `layer` took the token's thread `ns`: a price that its
     /// read-aheads have to earn.
     pub fn spent(&mut self, layer: usize, ns: u64) {

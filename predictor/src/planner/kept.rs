@@ -4,7 +4,7 @@
 use super::{Planner, Purpose, Request, State};
 use crate::cache::Admission;
 use crate::ledger::Ledger;
-use crate::vocabulary::{ExpertId, NoOutlook, Outlook, Shape};
+use crate::vocabulary::{ExpertId, Shape};
 
 /// A demand overtakes at the border of a chunk: so much of a copy that nobody
 /// waits for may be with the device before it.
@@ -155,11 +155,7 @@ impl Planner {
     /// As [`Planner::admit`], of what [`Planner::next_kept`] says.
     pub fn admit_kept(&mut self, id: ExpertId, pinned: &dyn Fn(ExpertId) -> bool) -> Admission {
         assert_eq!(self.state(id), State::Early, "{id} is admitted");
-        let outlook: &dyn Outlook = match &self.forecaster {
-            Some(forecaster) => forecaster,
-            None => &NoOutlook,
-        };
-        let admission = self.cache.admit(id, pinned, outlook);
+        let admission = self.take_in(id, pinned);
         self.set(id, State::Absent);
         match admission {
             Admission::Added => {}

@@ -176,6 +176,11 @@ impl<'s> Event<'s> {
         self.inner.drive.open().copied()
     }
 
+    /// What the first of them waited before, for the link to be free.
+    pub fn delay_ns(&self) -> u64 {
+        self.inner.drive.open().delay_ns()
+    }
+
     /// The same of fills that were on their way before.
     pub fn waited_for(&self) -> (usize, u64) {
         self.inner.drive.open().waited_for()

@@ -3,7 +3,7 @@
 use super::count::Lru;
 use super::host::{self, Host};
 use super::machine::{Cpu, Machine};
-use super::options::{Misses, Options, ReplayError};
+use super::options::{Options, ReplayError};
 use super::passes::Pass;
 use super::report::{Bound, PhaseReport};
 use super::run::bound_of;
@@ -11,7 +11,7 @@ use super::tier::{Below, Rate, VirtualTier};
 use super::totals::Totals;
 use pregate_predictor::drive::{Drive, LayerCounts, Missing, Pass as Begun, Tier, Wanted};
 use pregate_predictor::forecast::Forecaster;
-use pregate_predictor::{Cache, ExpertId, LayerShape, Planner, Policy, Shape};
+use pregate_predictor::{Cache, LayerShape, Planner, Policy, Shape};
 
 /// Frames of a class that are no slots, where nobody says how many: the
 /// runtime's number.
@@ -136,10 +136,8 @@ impl Engine {
             self.drive.count_as_prompt();
         }
         self.totals.begin_pass(is_start, is_prompt);
-        if let Some(host) = &mut self.host
-            && tokens == 1
-        {
-            host.split.next_token();
+        if let Some(host) = self.host.as_mut().filter(|_| tokens == 1) {
+            host.next_token();
         }
         let first = self.shape.moe().next().map(|(index, _)| index);
         for layer in 0..self.shape.layers.len() {
@@ -150,6 +148,9 @@ impl Engine {
             let ns = self.dense_ns(tokens);
             self.drive.tier_mut().work(ns);
             self.layer(pass, layer);
+        }
+        if let Some(host) = &mut self.host {
+            host.hear(&mut self.drive, None);
         }
         let passed_ns = self.now() - began_ns;
         self.drive.passed(passed_ns);
@@ -286,22 +287,22 @@ impl Engine {
         self.count_tokens(pass, layer);
         let Self { drive, experts, weights, ids, counts, .. } = self;
         let rows = pass.rows();
-        if rows.len() == 1 {
-            host.split.routed(layer, experts);
+        let tokens = rows.len();
+        if tokens == 1 {
+            host.hear(drive, Some((layer, experts)));
         }
-        let (tokens, bounded) = (rows.len(), rows.len() == 1);
-        let mut leave = |missing: Missing<'_>| -> Vec<ExpertId> {
-            host.leave(&missing, counts, (tokens, bounded))
-        };
+        let mut leave = |missing: Missing<'_>| host.leave(&missing, counts, tokens);
         let mut tell = |planner: &mut Planner| tell_routes(planner, rows, layer, (ids, weights));
         drive.begin(Wanted { layer, experts }, &mut tell, Some(&mut leave));
-        host.serve(drive, layer, counts, tokens);
-        drive.end();
+        match tokens {
+            1 => host.serve(drive, layer, counts),
+            _ => host.serve_chunk(drive, layer, counts),
+        }
     }
 }
 
 /// What the CPU takes for `many` experts of `bytes` that `uses` tokens share.
-pub(super) fn cpu_ns(cpu: &Cpu, (bytes, many): (f64, f64), uses: u64, is_beside: bool) -> u64 {
+fn cpu_ns(cpu: &Cpu, (bytes, many): (f64, f64), uses: u64, is_beside: bool) -> u64 {
     let gbs = match is_beside {
         true => cpu.expert_gbs_beside.value.min(cpu.expert_gbs.value),
         false => cpu.expert_gbs.value,
@@ -330,12 +331,5 @@ fn tell_routes(
             recorded => weights.extend_from_slice(recorded),
         }
         planner.routed(layer, ids, weights);
-    }
-}
-
-impl Misses {
-    /// Whether the split decides.
-    pub(super) fn is_auto(self) -> bool {
-        self == Misses::Auto
     }
 }

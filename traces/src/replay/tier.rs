@@ -73,6 +73,8 @@ struct Flight {
 struct Chunk {
     id: ExpertId,
     bytes: u64,
+    /// It may begin later than now.
+    starts_ns: u64,
     ends_ns: u64,
 }
 
@@ -82,8 +84,8 @@ pub struct VirtualTier {
     wire: Rate,
     pub below: Option<Below>,
     now: u64,
-    /// The CPU computes until then.
-    pub cpu_until_ns: u64,
+    /// The CPU computes until then, or a little shorter.
+    cpu_until_ns: u64,
     /// Waiting until then would have been for the GPU anyway.
     pub hidden_until_ns: u64,
     pub stall: Stall,
@@ -126,6 +128,22 @@ impl VirtualTier {
         self.run();
     }
 
+    /// The CPU computes for what takes it `alone_ns`, and while the wire moves
+    /// anything `slower` times as long; the wire goes on.
+    pub fn compute(&mut self, alone_ns: f64, slower: f64) {
+        let (mut left, slower) = (alone_ns, slower.max(1.0));
+        while left > 0.0 {
+            self.cpu_until_ns = self.now + (left * slower) as u64;
+            self.run();
+            let beside = self.next_end().map(|ends_ns| (ends_ns - self.now) as f64);
+            let ns = beside.map_or(left, |ns| ns.min(left * slower));
+            left -= beside.map_or(left, |_| ns / slower);
+            self.now += ns.ceil().max(1.0) as u64;
+        }
+        self.cpu_until_ns = self.now;
+        self.run();
+    }
+
     /// Is anything on its way?
     pub fn is_busy(&self) -> bool {
         self.current.is_some()
@@ -144,6 +162,14 @@ impl VirtualTier {
 
     fn class(&self, id: ExpertId) -> usize {
         self.shape.layer(id.layer()).map_or(0, |layer| layer.class)
+    }
+
+    /// Bytes that are moved before a demand of now: the chunk that moves, and
+    /// demands other than `but`.
+    fn before(&self, but: Option<ExpertId>) -> u64 {
+        let moves = self.current.as_ref().map_or(0, |chunk| chunk.bytes);
+        let waits = |flight: &&Flight| flight.urgency == Urgency::Demand && Some(flight.id) != but;
+        moves + self.flights.iter().filter(waits).map(|flight| flight.left_bytes).sum::<u64>()
     }
 
     /// Everything that the wire does up to now.
@@ -183,11 +209,11 @@ impl VirtualTier {
         };
         let ns = start_ns + ((bytes as f64 * each) as u64).max(1);
         self.moved.busy_ns += ns;
-        self.current = Some(Chunk { id: flight.id, bytes, ends_ns: at + ns });
+        self.current = Some(Chunk { id: flight.id, bytes, starts_ns: at, ends_ns: at + ns });
     }
 
     fn end_chunk(&mut self) {
-        let Some(Chunk { id, bytes, ends_ns }) = self.current.take() else { return };
+        let Some(Chunk { id, bytes, ends_ns, .. }) = self.current.take() else { return };
         self.moved.bytes += bytes;
         let index = self.flights.iter().position(|flight| flight.id == id);
         let index = index.expect("a chunk belongs to a fill");
@@ -311,7 +337,18 @@ impl Tier for VirtualTier {
     }
 
     fn moved(&self) -> Moved {
-        self.moved
+        let ahead = |chunk: &Chunk| chunk.ends_ns.saturating_sub(chunk.starts_ns.max(self.now));
+        let ahead_ns = self.current.as_ref().map_or(0, ahead);
+        Moved { busy_ns: self.moved.busy_ns - ahead_ns, ..self.moved }
+    }
+
+    fn queued(&self) -> u64 {
+        self.before(None)
+    }
+
+    fn remaining(&self, id: ExpertId) -> Option<u64> {
+        let flight = self.flights.iter().find(|flight| flight.id == id)?;
+        Some(self.before(Some(id)) + flight.left_bytes)
     }
 
     fn begin_pass(&mut self, _keeps_ahead: bool) {
@@ -325,3 +362,6 @@ impl Tier for VirtualTier {
         self.passed = layer;
     }
 }
+
+#[cfg(test)]
+mod tests;

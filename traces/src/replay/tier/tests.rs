@@ -1,0 +1,52 @@
+use super::*;
+use pregate_predictor::LayerShape;
+
+/// Experts of 1000 bytes; a byte a nanosecond, two beside the processor.
+fn tier() -> VirtualTier {
+    let layer = LayerShape { experts: 8, top_k: 2, expert_bytes: 1000, class: 0 };
+    let shape = Shape { layers: vec![Some(layer)] };
+    let figure = |value: f64| Figure::from(value);
+    let wire = Rate::new(&figure(1.0), &figure(0.5), &figure(0.0));
+    VirtualTier::new(&shape, wire, &[4])
+}
+
+fn id(expert: u32) -> ExpertId {
+    ExpertId::new(0, expert)
+}
+
+#[test]
+fn the_processor_is_slower_while_the_wire_moves_something() {
+    let mut tier = tier();
+    tier.compute(600.0, 3.0);
+    assert_eq!(tier.now_ns(), 600, "nothing moves");
+    tier.submit(id(0), Urgency::Prefetch);
+    // It began alone: 1000 ns, in which a third of the work is done.
+    tier.compute(600.0, 3.0);
+    assert_eq!(tier.now_ns(), 600 + 1000 + 267);
+    let landed = tier.next(0).expect("it has landed meanwhile");
+    assert_eq!((landed.id, landed.ended_ns), (id(0), 1600));
+    assert_eq!(tier.moved().busy_ns, 1000);
+    // One that begins beside the processor takes twice as long.
+    tier.submit(id(1), Urgency::Prefetch);
+    tier.submit(id(2), Urgency::Prefetch);
+    tier.compute(5000.0, 1.0);
+    let ends: Vec<u64> = std::iter::from_fn(|| tier.next(0)).map(|one| one.ended_ns).collect();
+    assert_eq!(ends, [1867 + 1000, 1867 + 3000]);
+}
+
+#[test]
+fn the_wire_says_what_comes_before_a_demand() {
+    let mut tier = tier();
+    assert_eq!((tier.queued(), tier.remaining(id(0))), (0, None));
+    tier.submit(id(0), Urgency::Prefetch);
+    tier.submit(id(1), Urgency::Prefetch);
+    // The chunk that moves; the other would be overtaken.
+    assert_eq!(tier.queued(), 1000);
+    tier.submit(id(2), Urgency::Demand);
+    assert_eq!(tier.queued(), 2000);
+    assert_eq!(tier.remaining(id(1)), Some(3000));
+    assert_eq!(tier.remaining(id(2)), Some(2000));
+    // Busy is what was, not what is to come.
+    tier.work(250);
+    assert_eq!(tier.moved().busy_ns, 250);
+}
