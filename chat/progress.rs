@@ -17,20 +17,27 @@ pub struct Progress {
 impl Progress {
     /// `unit` is what is counted: "tokens".
     pub fn new(doing: &'static str, unit: &str, total: usize) -> Self {
-        Self::with(doing, total, &format!("{{pos}}/{{len}} {unit}, {{eta}} left"))
+        let template = format!("{{msg}} {{bar:30}} {{pos}}/{{len}} {unit}, {{eta}} left");
+        Self::with(doing, Some(total as u64), &template)
     }
 
-    /// The same, with how many a second.
-    pub fn with_rate(doing: &'static str, unit: &str, total: usize) -> Self {
-        let counts = format!("{{human_pos}}/{{human_len}} {unit}, {{rate}} a second, {{eta}} left");
-        Self::with(doing, total, &counts)
+    /// The same, with how many a second. Without a `total` there is no bar, as
+    /// nobody knows how much is left.
+    pub fn with_rate(doing: &'static str, unit: &str, total: Option<u64>) -> Self {
+        let rate = "{rate} a second";
+        match total {
+            Some(_) => {
+                let counts = format!("{{human_pos}}/{{human_len}} {unit}, {rate}, {{eta}} left");
+                Self::with(doing, total, &format!("{{msg}} {{bar:30}} {counts}"))
+            }
+            None => Self::with(doing, None, &format!("{{msg}} {{human_pos}} {unit}, {rate}")),
+        }
     }
 
-    fn with(doing: &'static str, total: usize, counts: &str) -> Self {
-        let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::hidden());
-        let template = format!("{{msg}} {{bar:30}} {counts}");
+    fn with(doing: &'static str, total: Option<u64>, template: &str) -> Self {
+        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::hidden());
         // The template is ours; a wrong one would show in the first test.
-        if let Ok(style) = ProgressStyle::with_template(&template) {
+        if let Ok(style) = ProgressStyle::with_template(template) {
             let rate = |state: &ProgressState, to: &mut dyn std::fmt::Write| {
                 // A failed write leaves a gap in the bar.
                 let _ = write!(to, "{}", HumanCount(state.per_sec() as u64));

@@ -1,9 +1,12 @@
 //! `--record FILE`: what routers choose goes to a trace file meanwhile.
 
-use crate::{exit::Failure, model};
+use crate::{exit::Failure, model, save};
 use pregate_predictor::{NoObserver, Observer, Shape};
 use pregate_runtime::{Model, store::layout::ModelLayout};
-use pregate_traces::{Header, Provenance, record::Recorder};
+use pregate_traces::{
+    Header, Provenance,
+    record::{Recorder, Recording},
+};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -28,6 +31,8 @@ impl Record {
             shape: shape(model),
             source: Provenance::Recorded,
         };
+        let files = model.files().paths().iter().map(PathBuf::as_path);
+        save::refuse_same(path, files, "a file of the model")?;
         let recorder = Recorder::create(path, &header)?;
         let recorder = Arc::new(Mutex::new(Some(recorder)));
         Ok(Some(Self { path: path.to_path_buf(), recorder }))
@@ -63,16 +68,24 @@ impl Record {
         if let Some(error) = recording.error {
             eprintln!("warning: the recording ended early: {error}");
         }
-        let dropped = recording.dropped;
-        if dropped.passes > 0 {
-            eprintln!(
-                "warning: the disk was too slow for the recording: {} passes of {} tokens are \
-                 missing from it",
-                dropped.passes, dropped.tokens
-            );
-        }
+        missing(&recording).iter().for_each(|text| eprintln!("warning: {text}"));
         eprintln!("recorded {} tokens to {name}", recording.tokens);
     }
+}
+
+/// What is not in the file, and why.
+fn missing(recording: &Recording) -> Option<String> {
+    let (dropped, odd) = (recording.dropped, recording.odd_passes);
+    let why = match (dropped.passes, odd) {
+        (0, _) => return None,
+        (all, odd) if all == odd => "their weights are not finite numbers of 16 bits".to_string(),
+        (_, 0) => "the disk was too slow".to_string(),
+        (_, odd) => {
+            format!("the disk was too slow, and {odd} had weights that are not finite")
+        }
+    };
+    let (passes, tokens) = (dropped.passes, dropped.tokens);
+    Some(format!("{passes} passes of {tokens} tokens are missing from the recording: {why}"))
 }
 
 /// Of the experts that come and go, else of those in the files.

@@ -41,7 +41,37 @@ pub fn write_whole(
 /// Whether two names are of one file, which then is there.
 pub fn is_same_file(one: &Path, other: &Path) -> bool {
     let real = |path: &Path| path.canonicalize().ok();
-    real(one).is_some_and(|one| real(other) == Some(one))
+    let is_one = real(one).is_some_and(|one| real(other) == Some(one));
+    is_one || is_same_link(one, other).unwrap_or(false)
+}
+
+/// Hard links are two names of one file.
+#[cfg(unix)]
+fn is_same_link(one: &Path, other: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let (one, other) = (fs::metadata(one)?, fs::metadata(other)?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
+}
+
+#[cfg(not(unix))]
+fn is_same_link(_: &Path, _: &Path) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// Refuses to write to `out` where that is one of the files that are read:
+/// creating it would empty them first. `what` they are: "the trace that is
+/// read".
+pub fn refuse_same<'p>(
+    out: &Path,
+    inputs: impl IntoIterator<Item = &'p Path>,
+    what: &str,
+) -> Result<(), Failure> {
+    match inputs.into_iter().any(|input| is_same_file(out, input)) {
+        true => {
+            Err(Failure::Usage(format!("{} is {what}; another name is needed", out.display())))
+        }
+        false => Ok(()),
+    }
 }
 
 fn temporary_path(path: &Path) -> Option<PathBuf> {
@@ -89,6 +119,25 @@ mod tests {
         assert!(result.is_err());
         assert_eq!(fs::read_to_string(&file).unwrap(), "old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_that_is_read_is_not_written_by_any_of_its_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("model"), "weights").unwrap();
+        fs::hard_link(at("model"), at("hard")).unwrap();
+        fs::write(at("other"), "").unwrap();
+        let refused = |out: &str| {
+            let inputs = [at("other"), at("model")];
+            refuse_same(&at(out), inputs.iter().map(PathBuf::as_path), "what is read").is_err()
+        };
+        for name in ["model", "hard", "./model", "other"] {
+            assert!(refused(name), "{name}");
+        }
+        assert!(!refused("new"));
+        fs::write(at("old"), "").unwrap();
+        assert!(!refused("old"), "an older file of the user's may be replaced");
     }
 
     #[test]

@@ -14,7 +14,8 @@ pub enum TraceCommand {
 Tables are read by the names of their columns: layer and expert are enough; token (or step),
 rank (or slot), weight, phase, sequence (or turn) and token_id are used where they are. Experts
 may also be a list in one cell. Answers are those of servers started with
---enable-return-routed-experts: base64 of an .npy file or of 32-bit numbers, or lists.")]
+--enable-return-routed-experts: base64 of an .npy file or of 32-bit numbers, or lists. Also read
+are rtrace-1 (its digests are checked), our own JSON lines, and moe-cache-eval's manifest.json.")]
     Import(ImportArgs),
     /// Write a trace in another format: .pgtrace, .json (rtrace-1), .jsonl, .csv
     #[command(after_help = "Examples:
@@ -63,7 +64,7 @@ pub struct TraceHints {
     /// Name of the model
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
-    /// MoE layers, where the file does not say
+    /// Layers of the model, dense ones too, where the file does not say
     #[arg(long, value_name = "N")]
     pub layers: Option<usize>,
     /// Experts of a layer [default: what the file says, else one more than the largest chosen]
@@ -133,10 +134,16 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub layers: u32,
     /// How long the trace becomes
-    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    #[arg(
+        long, value_name = "N", default_value_t = 10_000,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000_000_000),
+    )]
     pub tokens: u64,
     /// Bytes of an expert, as replay counts them
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(
+        long, value_name = "N", default_value_t = 0,
+        value_parser = clap::value_parser!(u64).range(..=pregate_traces::MAX_EXPERT_BYTES),
+    )]
     pub expert_bytes: u64,
     /// Same seed, same trace
     #[arg(long, value_name = "N", default_value_t = 0)]

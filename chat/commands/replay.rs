@@ -43,6 +43,13 @@ pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
         eprintln!("note: this trace is synthetic, {}", printable(&subject));
     }
     let runs = runs::all(&asked)?;
+    for (trace, subject) in asked.subjects.iter().enumerate() {
+        // All runs of a trace have read the same file.
+        let of_trace = runs.iter().find(|run| run.job.trace == trace);
+        if let Some(notice) = of_trace.and_then(|run| run.notice.as_deref()) {
+            eprintln!("warning: {}: {notice}", table::printable(&subject.name));
+        }
+    }
     let all: Vec<&Run> = runs.iter().collect();
     // Pictures first: a reader of the table may close the pipe.
     if let Some(path) = &args.plot {

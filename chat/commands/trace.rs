@@ -7,9 +7,10 @@ use crate::{
     exit::Failure,
     output::{self, printable},
     progress::Progress,
+    save,
 };
 use pregate_traces::{
-    Header, Provenance, Row, Source, TraceError, export,
+    Header, Provenance, Row, Source, TraceError, export, hex,
     import::{self, Hints},
     stats::{LAGS, SHARES, Stats},
 };
@@ -30,62 +31,60 @@ pub fn run(command: &TraceCommand) -> Result<(), Failure> {
 }
 
 /// Opens any trace: ours, rtrace-1, a table, or answers of a server.
-fn open(path: &Path, form: ImportForm, hints: &TraceHints) -> Result<Box<dyn Source>, Failure> {
+fn open(path: &Path) -> Result<Box<dyn Source>, Failure> {
+    open_as(path, ImportForm::Auto, &TraceHints::default())
+}
+
+fn open_as(path: &Path, form: ImportForm, hints: &TraceHints) -> Result<Box<dyn Source>, Failure> {
     let hints = Hints {
         model: hints.model.clone(),
         layers: hints.layers,
         experts: hints.experts,
         top_k: hints.top_k,
     };
-    let has = |name: &str| path.extension() == Some(OsStr::new(name));
-    let form = match form {
-        ImportForm::Auto if has("csv") || has("tsv") => ImportForm::Csv,
-        form => form,
-    };
     let opened: Result<Box<dyn Source>, TraceError> = match form {
         ImportForm::Csv => import::csv::open(path, &hints).map(|table| Box::new(table) as _),
         ImportForm::Responses => {
             import::responses::open(path, &hints).map(|answers| Box::new(answers) as _)
         }
-        ImportForm::Auto => match pregate_traces::open(path) {
-            // Both are JSON; what the first reader misses the second may find.
-            Err(error @ TraceError::Format { .. }) => import::responses::open(path, &hints)
-                .map(|answers| Box::new(answers) as _)
-                .map_err(|_| error),
-            opened => opened,
-        },
+        ImportForm::Auto => pregate_traces::open_any(path, &hints),
     };
     opened.map_err(Failure::from)
 }
 
-/// A bar over the tokens, where their number is known.
+/// Tokens and their rate; a bar where their number is known.
 fn with_bar<T>(
     doing: &'static str,
     tokens: Option<u64>,
     work: impl FnOnce(&mut dyn FnMut(u64)) -> T,
 ) -> T {
-    let mut bar = tokens.map(|tokens| Progress::new(doing, "tokens", tokens as usize));
+    let mut bar = Progress::with_rate(doing, "tokens", tokens);
     work(&mut |done| {
         // A token takes less time than looking at the clock.
-        if let Some(bar) = bar.as_mut().filter(|_| done % 1024 == 0) {
-            bar.set(done as usize);
+        if done % 1024 == 0 {
+            bar.set(usize::try_from(done).unwrap_or(usize::MAX));
         }
     })
 }
 
 fn import(args: &ImportArgs) -> Result<(), Failure> {
-    let mut source = open(&args.file, args.form, &args.hints)?;
+    let mut source = open_as(&args.file, args.form, &args.hints)?;
+    source.verify()?;
     write(source.as_mut(), &args.file, &args.out)
 }
 
 fn export(args: &ExportArgs) -> Result<(), Failure> {
-    let mut source = open(&args.file, ImportForm::Auto, &TraceHints::default())?;
+    let mut source = open(&args.file)?;
     if args.out == Path::new("-") {
         let (path, out) = (Path::new("standard output"), io::stdout().lock());
-        let written = export::jsonl(source.as_mut(), path, out, &mut |_| {});
+        let written = export::jsonl(source.as_mut(), path, BufWriter::new(out), &mut |_| {});
         return match written {
-            Err(TraceError::Io { source, .. }) => Err(Failure::output(source)),
-            written => written.map(|_| ()).map_err(Failure::from),
+            Err(TraceError::Io { path: of, source }) if of == path => Err(Failure::output(source)),
+            Err(error) => Err(error.into()),
+            Ok(_) => {
+                notice(source.as_ref());
+                Ok(())
+            }
         };
     }
     write(source.as_mut(), &args.file, &args.out)
@@ -93,15 +92,12 @@ fn export(args: &ExportArgs) -> Result<(), Failure> {
 
 /// Writes what the name of `out` says.
 fn write(source: &mut dyn Source, from: &Path, out: &Path) -> Result<(), Failure> {
-    let same = |path: &Path| path.canonicalize().ok();
-    if same(from).is_some() && same(from) == same(out) {
-        return Err(Failure::Usage(format!("{} is the trace that is read", out.display())));
-    }
+    save::refuse_same(out, [from], "the trace that is read")?;
     let create = || {
         let file = File::create(out);
         file.map(BufWriter::new).map_err(|error| Failure::io(out.display().to_string(), error))
     };
-    let tokens = with_bar("writing", source.tokens(), |tell| {
+    let exported = with_bar("writing", source.tokens(), |tell| {
         match out.extension().and_then(OsStr::to_str) {
             Some("pgtrace") => export::own(source, out, tell).map_err(Failure::from),
             Some("json") => export::rtrace(source, out, tell).map_err(Failure::from),
@@ -114,7 +110,8 @@ fn write(source: &mut dyn Source, from: &Path, out: &Path) -> Result<(), Failure
         }
     })?;
     notice(source);
-    output::line(&format!("{tokens} tokens to {}", out.display()))
+    exported.left_out.iter().for_each(|what| eprintln!("warning: left out: {what}"));
+    output::line(&format!("{} tokens to {}", exported.tokens, out.display()))
 }
 
 /// What is missing from the trace, on standard error.
@@ -148,8 +145,8 @@ fn provenance(header: &Header) -> String {
 }
 
 fn stats(args: &StatsArgs) -> Result<(), Failure> {
-    let mut source = open(&args.file, ImportForm::Auto, &TraceHints::default())?;
-    let twice = source.tokens().map(|tokens| tokens * 2);
+    let mut source = open(&args.file)?;
+    let twice = source.tokens().map(|tokens| tokens.saturating_mul(2));
     let found = with_bar("reading", twice, |tell| Stats::of(source.as_mut(), tell));
     let found = found.map_err(Failure::from)?;
     notice(source.as_ref());
@@ -177,10 +174,6 @@ fn stats(args: &StatsArgs) -> Result<(), Failure> {
         return output::line(&report.to_string());
     }
     report(header, &found).iter().try_for_each(|line| output::line(line))
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn report(header: &Header, found: &Stats) -> Vec<String> {
@@ -220,7 +213,7 @@ fn report(header: &Header, found: &Stats) -> Vec<String> {
 }
 
 fn head(args: &HeadArgs) -> Result<(), Failure> {
-    let mut source = open(&args.file, ImportForm::Auto, &TraceHints::default())?;
+    let mut source = open(&args.file)?;
     let header = source.header().clone();
     if !args.json {
         output::line(&format!("{}, {}", model(&header), provenance(&header)))?;
@@ -232,7 +225,11 @@ fn head(args: &HeadArgs) -> Result<(), Failure> {
             break;
         }
         if args.json {
-            output::line(&export::line(&row).to_string())?;
+            let mut line = export::line(&row);
+            if let Provenance::Synthetic { from, .. } = &header.source {
+                line["synthetic_from"] = from.as_str().into();
+            }
+            output::line(&line.to_string())?;
             continue;
         }
         let start = if row.starts_sequence { "sequence starts; " } else { "" };

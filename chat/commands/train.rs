@@ -12,7 +12,10 @@ use pregate_predictor::forecast::{
     self, Forecast, Forecaster, LEARNED, LEARNED_USEFUL, NAMES, USEFUL,
     learned::{LIMIT_BYTES, Trained},
 };
-use pregate_traces::train::{self, Corpus, evaluate};
+use pregate_traces::{
+    Provenance,
+    train::{self, Corpus, evaluate},
+};
 use std::path::{Path, PathBuf};
 use std::sync::{
     Arc, Mutex,
@@ -89,6 +92,12 @@ fn gather(traces: &[PathBuf], limit: usize) -> Result<(Corpus, Vec<&Path>), Fail
         }
         if !corpus.add(source.as_mut(), limit)? {
             cut.push(path);
+        }
+        if let Provenance::Synthetic { .. } = source.header().source {
+            eprintln!("note: {} is SYNTHETIC: nobody's routing", path.display());
+        }
+        if let Some(notice) = source.notice() {
+            eprintln!("warning: {}: {notice}", path.display());
         }
     }
     let corpus = corpus.ok_or_else(|| Failure::Usage("no trace was given".to_string()))?;

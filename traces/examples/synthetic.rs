@@ -19,7 +19,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("{path}: {:?}", found.weights);
         for (index, name) in Figures::NAMES.iter().enumerate() {
             let (wanted, reached) = (target.values[index], found.reached.values[index]);
-            println!("  {name:<18} {wanted:.3} {reached:.3}");
+            let words = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.3}"));
+            println!("  {name:<18} {} {}", words(wanted), words(reached));
         }
     }
     Ok(())

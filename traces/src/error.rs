@@ -1,5 +1,6 @@
 //! What can be wrong with a trace.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// Names the file, the place, what was found and what is allowed.
@@ -7,9 +8,29 @@ use std::path::{Path, PathBuf};
 pub enum TraceError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
-    /// `offset` counts bytes, or lines in a text file.
-    #[error("{}: at {offset}: {what}", path.display())]
-    Format { path: PathBuf, offset: u64, what: String },
+    #[error("{}: {place}{what}", path.display())]
+    Format { path: PathBuf, place: Place, what: String },
+}
+
+/// Where in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere in particular.
+    Whole,
+    /// So many bytes from its start.
+    Byte(u64),
+    /// Of a text; the first is 1.
+    Line(u64),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Whole => Ok(()),
+            Self::Byte(offset) => write!(f, "byte {offset}: "),
+            Self::Line(number) => write!(f, "line {number}: "),
+        }
+    }
 }
 
 impl TraceError {
@@ -17,7 +38,19 @@ impl TraceError {
         Self::Io { path: path.to_path_buf(), source }
     }
 
-    pub(crate) fn format(path: &Path, offset: u64, what: impl Into<String>) -> Self {
-        Self::Format { path: path.to_path_buf(), offset, what: what.into() }
+    pub(crate) fn whole(path: &Path, what: impl Into<String>) -> Self {
+        Self::at(path, Place::Whole, what)
+    }
+
+    pub(crate) fn byte(path: &Path, offset: u64, what: impl Into<String>) -> Self {
+        Self::at(path, Place::Byte(offset), what)
+    }
+
+    pub(crate) fn line(path: &Path, number: u64, what: impl Into<String>) -> Self {
+        Self::at(path, Place::Line(number), what)
+    }
+
+    fn at(path: &Path, place: Place, what: impl Into<String>) -> Self {
+        Self::Format { path: path.to_path_buf(), place, what: what.into() }
     }
 }

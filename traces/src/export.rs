@@ -4,7 +4,8 @@ mod rtrace;
 
 pub use rtrace::rtrace;
 
-use crate::{Row, Source, TraceError, format};
+use crate::format::{self, Dropped};
+use crate::{Provenance, Row, Source, TraceError, hex};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -13,38 +14,109 @@ use std::path::Path;
 /// Told the tokens written so far.
 pub type Tell<'a> = &'a mut dyn FnMut(u64);
 
-/// Hands every row of `source` to `write`, from its beginning.
+/// What became of a trace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exported {
+    pub tokens: u64,
+    /// What was left out, beyond what the format never has.
+    pub left_out: Vec<String>,
+}
+
+impl From<u64> for Exported {
+    fn from(tokens: u64) -> Self {
+        Self { tokens, left_out: Vec::new() }
+    }
+}
+
+/// What a trace consists of.
+enum Item<'r> {
+    Row(&'r Row),
+    /// Missing here.
+    Gap(Dropped),
+}
+
+/// Hands everything in `source` to `write`, from its beginning.
+fn items(
+    source: &mut dyn Source,
+    tell: Tell<'_>,
+    mut write: impl FnMut(Item<'_>) -> Result<(), TraceError>,
+) -> Result<u64, TraceError> {
+    source.rewind()?;
+    let (mut row, mut known) = (Row::default(), Dropped::default());
+    let mut tokens = 0;
+    loop {
+        let is_there = source.next(&mut row)?;
+        let dropped = source.dropped();
+        if dropped != known {
+            write(Item::Gap(dropped.since(known)))?;
+            known = dropped;
+        }
+        if !is_there {
+            return Ok(tokens);
+        }
+        write(Item::Row(&row))?;
+        tokens += 1;
+        tell(tokens);
+    }
+}
+
+/// The same for formats that cannot say that something is missing.
 fn rows(
     source: &mut dyn Source,
     tell: Tell<'_>,
     mut write: impl FnMut(&Row) -> Result<(), TraceError>,
 ) -> Result<u64, TraceError> {
-    source.rewind()?;
-    let mut row = Row::default();
-    let mut tokens = 0;
-    while source.next(&mut row)? {
-        write(&row)?;
-        tokens += 1;
-        tell(tokens);
-    }
-    Ok(tokens)
+    items(source, tell, |item| match item {
+        Item::Row(row) => write(row),
+        Item::Gap(_) => Ok(()),
+    })
 }
 
-/// A file of our own. Answers the tokens.
+/// A file of our own, with the gaps of the recording. A pass that a recording
+/// was cut off in is left out: nothing follows it, and it would look as if it
+/// had been shorter.
 ///
 /// # Errors
 /// Those of `source` and of the file.
-pub fn own(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<u64, TraceError> {
+pub fn own(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<Exported, TraceError> {
     let io = |error| TraceError::io(path, error);
+    let whole = match source.may_end_within_pass() {
+        true => whole_passes(source)?,
+        false => u64::MAX,
+    };
     let file = BufWriter::new(File::create(path).map_err(io)?);
     let header = source.header().clone();
     let mut writer = format::Writer::new(file, &header, source.sequences()).map_err(io)?;
-    let tokens = rows(source, tell, |row| writer.push(row).map_err(io))?;
+    let read = items(source, tell, |item| match item {
+        Item::Row(_) if writer.tokens() == whole => Ok(()),
+        Item::Row(row) => writer.push(row).map_err(io),
+        Item::Gap(dropped) => writer.gap(dropped).map_err(io),
+    })?;
+    let tokens = writer.tokens();
     writer.finish().map_err(io)?;
-    Ok(tokens)
+    let left_over = read - tokens;
+    let what = "of a pass that the recording was cut off in are left out";
+    let left_out = (left_over > 0).then(|| format!("the last {left_over} tokens {what}"));
+    Ok(Exported { tokens, left_out: left_out.into_iter().collect() })
 }
 
-/// One line of JSON about the trace, then one for each token.
+/// Tokens up to the end of the last whole pass.
+fn whole_passes(source: &mut dyn Source) -> Result<u64, TraceError> {
+    source.rewind()?;
+    let mut row = Row::default();
+    let (mut tokens, mut whole, mut left) = (0, 0, 0);
+    while source.next(&mut row)? {
+        left = row.pass_tokens.max(left).max(1) - 1;
+        tokens += 1;
+        if left == 0 {
+            whole = tokens;
+        }
+    }
+    Ok(whole)
+}
+
+/// One line of JSON about the trace, then one for each token and each gap;
+/// [`crate::import::jsonl`] reads them.
 ///
 /// # Errors
 /// Those of `source` and of `out`, which is called `path`.
@@ -53,27 +125,41 @@ pub fn jsonl(
     path: &Path,
     mut out: impl Write,
     tell: Tell<'_>,
-) -> Result<u64, TraceError> {
+) -> Result<Exported, TraceError> {
     let io = |error| TraceError::io(path, error);
     let header = source.header();
     let layers: Vec<Value> = header
         .shape
         .layers
         .iter()
-        .map(|layer| layer.map_or(Value::Null, |layer| {
-            json!({"experts": layer.experts, "top_k": layer.top_k, "expert_bytes": layer.expert_bytes})
-        }))
+        .map(|layer| {
+            layer.map_or(Value::Null, |layer| {
+                json!({
+                    "experts": layer.experts, "top_k": layer.top_k,
+                    "expert_bytes": layer.expert_bytes, "class": layer.class,
+                })
+            })
+        })
         .collect();
     let about = json!({
         "format": "pregate-trace-jsonl-1",
         "model": header.model,
-        "provenance": format!("{:?}", header.source),
+        "fingerprint": header.fingerprint.map(|digest| hex(&digest)),
+        "provenance": header.source,
         "layers": layers,
     });
     writeln!(out, "{about}").map_err(io)?;
-    let tokens = rows(source, tell, |row| writeln!(out, "{}", line(row)).map_err(io))?;
+    let tokens = items(source, tell, |item| {
+        let line = match item {
+            Item::Row(row) => line(row),
+            Item::Gap(Dropped { passes, tokens }) => {
+                json!({"dropped": {"passes": passes, "tokens": tokens}})
+            }
+        };
+        writeln!(out, "{line}").map_err(io)
+    })?;
     out.flush().map_err(io)?;
-    Ok(tokens)
+    Ok(tokens.into())
 }
 
 /// A token as JSON.
@@ -116,13 +202,18 @@ pub fn csv(
     path: &Path,
     mut out: impl Write,
     tell: Tell<'_>,
-) -> Result<u64, TraceError> {
+) -> Result<Exported, TraceError> {
     let io = |error| TraceError::io(path, error);
     let shape = &source.header().shape;
     let experts = shape.moe().map(|(_, layer)| layer.experts).max().unwrap_or(0);
     let top_k = shape.moe().map(|(_, layer)| layer.top_k).max().unwrap_or(0);
     let layers = shape.layers.len();
     writeln!(out, "# n_layer={layers} n_expert={experts} n_expert_used={top_k}").map_err(io)?;
+    if let Provenance::Synthetic { from, seed } = &source.header().source {
+        writeln!(out, "# synthetic_seed={seed}").map_err(io)?;
+        // As JSON has it: whatever the name is, it stays on its line.
+        writeln!(out, "# synthetic_from={}", json!(from)).map_err(io)?;
+    }
     writeln!(out, "sequence,phase,token,token_id,layer,rank,expert,weight").map_err(io)?;
     let mut sequence = 0u64;
     let tokens = rows(source, tell, |row| {
@@ -144,5 +235,5 @@ pub fn csv(
         Ok(())
     })?;
     out.flush().map_err(io)?;
-    Ok(tokens)
+    Ok(tokens.into())
 }

@@ -6,7 +6,9 @@ mod belady;
 mod error;
 pub mod export;
 pub mod format;
+mod hex;
 pub mod import;
+mod limits;
 mod open;
 mod random;
 pub mod record;
@@ -17,8 +19,10 @@ pub mod synthetic;
 pub mod train;
 
 pub use belady::{AccessLog, Hits};
-pub use error::TraceError;
-pub use open::open;
+pub use error::{Place, TraceError};
+pub use hex::hex;
+pub use limits::{MAX_EXPERT_BYTES, MAX_EXPERTS};
+pub use open::{open, open_any};
 pub use row::{Header, LayerServed, Provenance, Row, Sequence, Source};
 
 use pregate_predictor::Observer;

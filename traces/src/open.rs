@@ -1,27 +1,98 @@
 //! One door for every file that is a trace.
 
-use crate::{Source, TraceError, format, import::rtrace};
+use crate::import::{self, Hints, csv, jsonl, responses, rtrace, toy};
+use crate::{Source, TraceError, format};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufReader, Read};
 use std::path::Path;
 
-const NEITHER: &str = "not a trace: neither a file of pregate nor a manifest of rtrace-1; \
-     pregate trace import reads others";
+const NEITHER: &str = "not a trace: neither a file of pregate (.pgtrace, .jsonl) nor a manifest \
+     of rtrace-1 or moe-cache-eval; pregate trace import reads others";
 
-/// Opens a trace by what it begins with: a file of ours, or an rtrace-1
-/// manifest (`.json`).
+/// What a file is, by what it begins with.
+enum Kind {
+    Own,
+    Rtrace,
+    Lines,
+    Toy,
+    /// JSON, and none of these.
+    Answers,
+    Other,
+}
+
+/// Of the first value of a JSON file, what tells formats apart.
+#[derive(Deserialize)]
+struct Probe {
+    #[serde(default)]
+    format: Option<String>,
+    #[serde(default)]
+    scheduler_steps: Option<IgnoredAny>,
+}
+
+/// Opens a trace by what it begins with: a file of ours, an rtrace-1 manifest
+/// (`.json`), our JSON lines, or a manifest of moe-cache-eval.
 ///
 /// # Errors
 /// A file that cannot be read or is none of these.
 pub fn open(path: &Path) -> Result<Box<dyn Source>, TraceError> {
+    let kind = kind(path)?;
+    known(path, &kind)?.ok_or_else(|| TraceError::whole(path, NEITHER))
+}
+
+/// The same, and what else [`import`] reads: tables by their name (`.csv`,
+/// `.tsv`), answers of servers.
+///
+/// # Errors
+/// A file that cannot be read or is none of these.
+pub fn open_any(path: &Path, hints: &Hints) -> Result<Box<dyn Source>, TraceError> {
+    let has = |name: &str| path.extension() == Some(OsStr::new(name));
+    if has("csv") || has("tsv") {
+        return Ok(Box::new(csv::open(path, hints)?));
+    }
+    match kind(path)? {
+        Kind::Answers => Ok(Box::new(responses::open(path, hints)?)),
+        kind => known(path, &kind)?.ok_or_else(|| TraceError::whole(path, NEITHER)),
+    }
+}
+
+fn known(path: &Path, kind: &Kind) -> Result<Option<Box<dyn Source>>, TraceError> {
+    Ok(match kind {
+        Kind::Own => Some(Box::new(format::Reader::open(path)?)),
+        Kind::Rtrace => Some(Box::new(rtrace::open(path)?)),
+        Kind::Lines => Some(Box::new(jsonl::open(path)?)),
+        Kind::Toy => Some(Box::new(toy::open(path)?)),
+        Kind::Answers | Kind::Other => None,
+    })
+}
+
+fn kind(path: &Path) -> Result<Kind, TraceError> {
+    let io = |source| TraceError::io(path, source);
+    let mut file = BufReader::with_capacity(1 << 16, File::open(path).map_err(io)?);
     let mut start = Vec::new();
-    let file = File::open(path).map_err(|source| TraceError::io(path, source))?;
-    file.take(64).read_to_end(&mut start).map_err(|source| TraceError::io(path, source))?;
+    file.by_ref().take(64).read_to_end(&mut start).map_err(io)?;
     if start.starts_with(&format::MAGIC) {
-        return Ok(Box::new(format::Reader::open(path)?));
+        return Ok(Kind::Own);
     }
     match start.iter().find(|byte| !byte.is_ascii_whitespace()) {
-        Some(b'{') => Ok(Box::new(rtrace::open(path)?)),
-        _ => Err(TraceError::format(path, 0, NEITHER)),
+        Some(b'{') => {}
+        Some(b'[') => return Ok(Kind::Answers),
+        _ => return Ok(Kind::Other),
     }
+    let all = start.chain(file.take(import::MAX_JSON));
+    // Only the first value: others may follow on lines of their own.
+    let first = serde_json::Deserializer::from_reader(all).into_iter::<Probe>().next();
+    let Some(probe) = first else { return Ok(Kind::Other) };
+    let probe = probe.map_err(|error| {
+        TraceError::line(path, error.line() as u64, format!("{NEITHER} (JSON: {error})"))
+    })?;
+    Ok(match probe {
+        Probe { format: Some(format), .. } if format == jsonl::FORMAT => Kind::Lines,
+        // Which checks the rest of the name.
+        Probe { format: Some(_), .. } => Kind::Rtrace,
+        Probe { scheduler_steps: Some(_), .. } => Kind::Toy,
+        Probe { .. } => Kind::Answers,
+    })
 }

@@ -1,7 +1,9 @@
 //! What a trace holds, whatever file it came from: a header, and one row per
 //! token.
 
+use crate::format::Dropped;
 use pregate_predictor::{Origin, Shape};
+use serde::{Deserialize, Serialize};
 
 /// What is known about all tokens of a trace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,7 +20,8 @@ pub struct Header {
 }
 
 /// How a trace came to be.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Provenance {
     /// Routers of a model answered, here.
     #[default]
@@ -157,6 +160,27 @@ pub trait Source {
     /// that was cut off, passes that are missing.
     fn notice(&self) -> Option<String> {
         None
+    }
+
+    /// What is missing before and behind the rows that were read so far, since
+    /// the beginning. What is missing right before a row counts with it.
+    fn dropped(&self) -> Dropped {
+        Dropped::default()
+    }
+
+    /// May the last pass have fewer tokens than it says, since the file was
+    /// cut off?
+    fn may_end_within_pass(&self) -> bool {
+        false
+    }
+
+    /// Compares the files with the digests that came with them, if any did;
+    /// reads all of them then.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or has another digest.
+    fn verify(&self) -> Result<(), crate::TraceError> {
+        Ok(())
     }
 
     /// Begins again.

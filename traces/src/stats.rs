@@ -15,6 +15,9 @@ pub const LAGS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 pub const SHARES: [f64; 3] = [0.1, 0.25, 0.5];
 /// Layers with more experts have no table of transitions: a million numbers.
 const MOST_EXPERTS: usize = 1024;
+/// Of all tables; layers behind that have none. Three times what the largest
+/// published model needs.
+const MOST_CELLS: usize = 32 << 20;
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stats {
@@ -32,7 +35,8 @@ pub struct Stats {
     pub static_hits: [Option<f64>; SHARES.len()],
     /// Share of a layer's experts among the top-k likeliest after the layer
     /// before: by the sum of `P(expert | expert before)`, learned on the first
-    /// half and tested on the second.
+    /// half and tested on the second; over the layers of at most 1024 experts,
+    /// as many as 128 MiB of counts are enough for.
     pub transition: Option<f64>,
     /// The same among twice as many.
     pub transition_2k: Option<f64>,
@@ -53,8 +57,9 @@ impl Stats {
         mean(self.layers.iter().map(|layer| layer.entropy))
     }
 
-    /// Reads `source` twice from its beginning. `tell` is called with the
-    /// tokens read so far, of both readings.
+    /// Reads `source` twice from its beginning, or three times where it does
+    /// not say how many tokens it has. `tell` is called with the tokens read so
+    /// far, of all readings.
     ///
     /// # Errors
     /// Those of `source`.
@@ -63,13 +68,16 @@ impl Stats {
         let mut counts = Counts::new(&shape);
         let mut row = Row::default();
         source.rewind()?;
+        let mut read = 0;
         let total = match source.tokens() {
             Some(tokens) => tokens,
             None => {
                 let mut tokens = 0;
                 while source.next(&mut row)? {
                     tokens += 1;
+                    tell(tokens);
                 }
+                read = tokens;
                 source.rewind()?;
                 tokens
             }
@@ -82,7 +90,7 @@ impl Stats {
             counts.learn(&row, stats.tokens < half);
             reuse.token(&row, &shape);
             stats.tokens += 1;
-            tell(stats.tokens);
+            tell(read + stats.tokens);
         }
         counts.rank();
         source.rewind()?;
@@ -93,7 +101,7 @@ impl Stats {
             if token >= half {
                 counts.test(&row);
             }
-            tell(stats.tokens + token);
+            tell(read + stats.tokens + token);
         }
         stats.reuse = reuse.shares();
         counts.tell(&mut stats);
@@ -143,10 +151,12 @@ struct Counts {
 
 impl Counts {
     fn new(shape: &Shape) -> Self {
-        let mut before = None;
+        let (mut before, mut left) = (None, MOST_CELLS);
         let layers = shape.moe().map(|(index, layer)| {
             let experts = layer.experts;
             let cells = before.replace(experts).filter(|&n| n.max(experts) <= MOST_EXPERTS);
+            let cells = cells.filter(|&n| n * experts <= left);
+            left -= cells.map_or(0, |n| n * experts);
             Layer {
                 index,
                 experts,

@@ -2,8 +2,11 @@
 //! file can do more than end in an error.
 
 use pregate_predictor::{LayerShape, Origin, Shape};
+use pregate_traces::export::{self, Exported};
 use pregate_traces::format::{Dropped, Ending, Reader, Writer};
-use pregate_traces::{Header, LayerServed, Provenance, Row, Sequence, Source, TraceError};
+use pregate_traces::{
+    Header, LayerServed, MAX_EXPERT_BYTES, Provenance, Row, Sequence, Source, TraceError,
+};
 use proptest::prelude::*;
 use std::fs;
 use std::path::Path;
@@ -20,8 +23,9 @@ fn header(layers: Vec<Option<LayerShape>>) -> Header {
 
 /// A dense layer, and two kinds of others.
 fn mixed() -> Header {
-    let layer =
-        |experts, top_k, class| Some(LayerShape { experts, top_k, expert_bytes: 1 << 40, class });
+    let layer = |experts, top_k, class| {
+        Some(LayerShape { experts, top_k, expert_bytes: MAX_EXPERT_BYTES, class })
+    };
     header(vec![None, layer(33, 3, 0), layer(1, 1, 1), layer(33, 3, 0), layer(33, 3, 0)])
 }
 
@@ -180,6 +184,86 @@ fn a_cut_is_read_up_to_the_last_whole_block() {
     assert!(lengths.len() > 2);
 }
 
+/// Of two tokens, and the first of a pass of four, which was written in part.
+fn cut_within_a_pass(header: &Header, gap: Dropped) -> Vec<u8> {
+    let mut all = rows(&[5, 10, 15, 20], header);
+    for (row, pass_tokens) in all.iter_mut().zip([1, 1, 4, 0]) {
+        row.starts_sequence = pass_tokens == 1;
+        (row.pass_tokens, row.served) = (pass_tokens, Vec::new());
+    }
+    let mut bytes = Vec::new();
+    let mut writer = Writer::new(&mut bytes, header, &[]).unwrap();
+    writer.push(&all[0]).unwrap();
+    writer.gap(gap).unwrap();
+    all[1..].iter().for_each(|row| writer.push(row).unwrap());
+    writer.flush().unwrap();
+    let within = writer.gap(gap).unwrap_err().to_string();
+    assert!(within.contains("2 tokens of a pass are left"), "{within}");
+    let alone = writer.push(&all[0]).unwrap_err().to_string();
+    assert!(alone.contains("a pass of 1 tokens where 2 of another are left"), "{alone}");
+    let error = writer.finish().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::InvalidData, "{error}");
+    bytes
+}
+
+#[test]
+fn a_copy_of_a_recording_that_was_cut_off_can_be_read_and_says_what_is_missing() {
+    let (header, gap) = (mixed(), Dropped { passes: 2, tokens: 300 });
+    let cut = file(&cut_within_a_pass(&header, gap));
+    let (found, mut reader) = read(cut.path()).unwrap();
+    assert_eq!((found.len(), reader.ending()), (4, Some(Ending::CutOff)));
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let exported = export::own(&mut reader, &at("a.pgtrace"), &mut |_| {}).unwrap();
+    assert_eq!(exported.tokens, 2);
+    assert!(exported.left_out[0].contains("last 2 tokens"), "{exported:?}");
+    let (copied, copy) = read(&at("a.pgtrace")).unwrap();
+    assert_eq!((&copied[..], copy.ending()), (&found[..2], Some(Ending::Whole)));
+    assert_eq!(copy.dropped(), gap, "gaps are copied");
+    assert!(copy.notice().unwrap().contains("2 passes of 300 tokens"));
+    // A whole file loses nothing, and one that is cut off between passes too.
+    let mut bytes = written(&header, &found[..1], false);
+    let export = |bytes: &[u8]| {
+        let mut reader = Reader::open(file(bytes).path()).unwrap();
+        export::own(&mut reader, &at("b.pgtrace"), &mut |_| {}).unwrap()
+    };
+    assert_eq!(export(&bytes), Exported { tokens: 1, left_out: Vec::new() });
+    bytes = written(&header, &found[..1], true);
+    assert_eq!(export(&bytes), Exported { tokens: 1, left_out: Vec::new() });
+}
+
+#[test]
+fn a_row_of_the_largest_size_can_be_read_wherever_it_stands() {
+    let layer = |experts| Some(LayerShape { experts, top_k: experts, expert_bytes: 0, class: 0 });
+    let wide = |wide: usize| {
+        let layers = (0..4096).map(|index| layer(if index < wide { 256 } else { 255 })).collect();
+        let header = header(layers);
+        let row = |position, is_full: bool| {
+            let mut row = Row::default();
+            (row.starts_sequence, row.pass_tokens, row.position) =
+                (position < 1 << 31, 1, position);
+            for layer in header.shape.layers.iter().flatten() {
+                let ids = experts(if is_full { layer.experts } else { 0 }, layer.experts, 0);
+                row.push_layer(&ids, &[]);
+            }
+            row
+        };
+        let rows = [row((1 << 31) - 1, false), row(1 << 31, true)];
+        let mut bytes = Vec::new();
+        let mut writer = Writer::new(&mut bytes, &header, &[]).unwrap();
+        writer.push(&rows[0]).unwrap();
+        writer.push(&rows[1]).map_err(|error| error.to_string())?;
+        writer.finish().unwrap();
+        assert_eq!(read(file(&bytes).path()).unwrap().0, rows);
+        Ok::<(), String>(())
+    };
+    // 255 bytes of ids in each of 4096 layers, and one more in some; flags,
+    // and the length of the pass.
+    wide((1 << 20) - 5 - 2 - 4096 * 255).unwrap();
+    let error = wide((1 << 20) - 2 - 4096 * 255).unwrap_err();
+    assert!(error.contains("1048571 are allowed"), "{error}");
+}
+
 #[test]
 fn gaps_are_counted_and_start_a_sequence() {
     let header = mixed();
@@ -299,11 +383,23 @@ fn heads_that_lie_are_refused() {
             r#"{{"count":{count},"experts":{experts},"top_k":{top_k},"expert_bytes":0,"class":0}}"#
         )
     };
-    head(&layer("4096", "65536", "65536")).unwrap();
+    head(&layer("16", "65534", "65534")).unwrap();
+    head(&layer("4096", "256", "8")).unwrap();
+    let bytes =
+        |bytes: u64| head(&layer("1", "2", "1").replace("bytes\":0", &format!("bytes\":{bytes}")));
+    bytes(MAX_EXPERT_BYTES).unwrap();
+    for bytes_too_many in [MAX_EXPERT_BYTES + 1, u64::MAX] {
+        assert!(bytes(bytes_too_many).unwrap_err().contains("experts of"));
+    }
     for (layers, message) in [
         (layer("4097", "2", "1"), "more than 4096 layers"),
         (layer("18446744073709551615", "2", "1"), "more than 4096 layers"),
-        (layer("1", "65537", "1"), "65537 experts"),
+        // Ids of 16 bits, of which one means none.
+        (layer("1", "65535", "1"), "65535 experts"),
+        (layer("1", "65536", "1"), "65536 experts"),
+        // A few bytes that ask for gigabytes.
+        (layer("17", "65534", "1"), "experts; 1048576 are allowed"),
+        (layer("4096", "257", "1"), "experts; 1048576 are allowed"),
         (layer("1", "0", "0"), "0 experts"),
         (layer("1", "2", "3"), "top-3"),
         (layer("1", "-2", "3"), "the header"),

@@ -1,8 +1,14 @@
 //! Traces of other programs, in and out.
 
+use pregate_predictor::{LayerShape, Origin, Shape};
+use pregate_traces::export::Exported;
+use pregate_traces::format::{Dropped, Writer};
 use pregate_traces::import::{Hints, csv, responses};
+use pregate_traces::replay::MemoryTrace;
 use pregate_traces::replay::count::Count;
-use pregate_traces::{Provenance, Row, Source, TraceError, export, open};
+use pregate_traces::{
+    Header, LayerServed, Provenance, Row, Source, TraceError, export, open, open_any,
+};
 use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::{NamedTempFile, TempDir};
@@ -143,11 +149,15 @@ fn tables_that_are_wrong_name_their_line() {
         ("a,b\n1,2\n", "no column of the Layer"),
         ("token,layer\n1,2\n", "no column of the Expert"),
         ("token,layer,expert\n", "no lines"),
-        ("token,layer,expert\n0,0,1\n0,x,1\n", "at 3: \"x\""),
-        ("token,layer,expert\n0,0,65536\n", "at 2: \"65536\""),
-        ("token,layer,expert\n0,4096,1\n", "at 2: \"4096\""),
-        ("token,layer,expert\n0,0,-1\n", "at 2: \"-1\""),
-        ("token,layer,expert\n0,0\n", "at 2: no expert"),
+        ("token,layer,expert\n0,0,1\n0,x,1\n", "line 3: the layer \"x\""),
+        ("token,layer,expert\n0,0,65536\n", "line 2: the expert \"65536\""),
+        ("token,layer,expert\n0,4096,1\n", "line 2: the layer \"4096\""),
+        ("token,layer,expert\n0,0,-1\n", "line 2: the expert \"-1\""),
+        ("token,layer,expert\n0,0\n", "line 2: no expert"),
+        ("layer,rank,expert\n0,18446744073709551615,1 2\n", "the rank"),
+        ("# n_expert=1000000000000\ntoken,layer,expert\n0,0,1\n", "1000000000000 experts"),
+        ("# n_layer=2\ntoken,layer,expert\n0,2,1\n", "2 layers, and layer 2 chose experts"),
+        ("token,layer,expert,weight\n0,0,1,0.5\n0,0,2,\n", "expert 2 has no weight"),
         ("token,layer,expert,weight\n0,0,1,inf\n", "the weight \"inf\""),
         ("token,layer,expert\n0,0,1\n0,0,1\n", "expert 1 twice"),
         ("# n_expert=4\ntoken,layer,expert\n0,0,4\n", "4 experts, top-1, and expert 4"),
@@ -155,6 +165,36 @@ fn tables_that_are_wrong_name_their_line() {
         let found = error(text);
         assert!(found.contains(message), "{text:?}: {found}");
     }
+    let path = NamedTempFile::new().unwrap();
+    fs::write(path.path(), b"token,layer,expert\n0,0,1\n0,\xff,1\n").unwrap();
+    let found = csv::open(path.path(), &Hints::default()).err().unwrap().to_string();
+    assert!(found.contains("line 3: byte 2 of the line is not UTF-8"), "{found}");
+}
+
+/// Ids of a prompt's tokens, an empty one where there is none, and a label.
+#[test]
+fn a_table_keeps_ids_of_a_chunk_and_its_label() {
+    let text = "# synthetic_seed=9
+# synthetic_from=\"a b=c\\nd\"
+phase,token,token_id,layer,expert
+prompt,0,70,0,1
+prompt,1,71,0,2
+prompt,2,,0,2
+prompt,0,70,1,1
+prompt,1,71,1,2
+prompt,2,,1,2
+decode,3,-1,0,1
+decode,3,-1,1,1
+";
+    let all = table(text, &Hints::default()).unwrap();
+    assert_eq!(
+        all.iter().map(|row| row.token).collect::<Vec<_>>(),
+        [Some(70), Some(71), None, None]
+    );
+    assert_eq!(all[0].pass_tokens, 3);
+    let table = csv::open(file(text).path(), &Hints::default()).unwrap();
+    let from = "a b=c\nd".to_string();
+    assert_eq!(table.header().source, Provenance::Synthetic { from, seed: 9 });
 }
 
 /// Arrays as numpy saved them: layer 0 all zero, then [t, 9 - t] and
@@ -218,6 +258,20 @@ fn sglang_and_dynamo_answers() {
     check(&answers(&text, &Hints::default()).unwrap(), 1);
 }
 
+/// Dynamo leaves out what another answer has told.
+#[test]
+fn an_answer_that_begins_later_keeps_its_positions() {
+    let text = format!(
+        r#"{{"prompt_token_ids":[1,2,3,4,5,6,7],"choices":[{{"token_ids":[8,9],"routed_experts":{{"data":"{WIDE}","shape":[5,3,2],"dtype":"uint16","start":4}}}}],"usage":{{"prompt_tokens":7}}}}"#
+    );
+    let all = answers(&text, &Hints::default()).unwrap();
+    check(&all, 1);
+    let said = |row: &Row| (row.position, row.is_prompt, row.token.unwrap());
+    let wanted = [(4, true, 5), (5, true, 6), (6, true, 7), (7, false, 8), (8, false, 9)];
+    assert_eq!(all.iter().map(said).collect::<Vec<_>>(), wanted);
+    assert!(all[0].starts_sequence && all[0].pass_tokens == 3);
+}
+
 #[test]
 fn answers_that_are_wrong_are_refused() {
     let cut = &NPY[..40];
@@ -227,9 +281,17 @@ fn answers_that_are_wrong_are_refused() {
         ("{}".to_string(), "no routed_experts"),
         (format!(r#"{{"routed_experts":"{cut}"}}"#), "within its head"),
         (r#"{"routed_experts":"!"}"#.to_string(), "base64"),
-        (r#"{"routed_experts":7}"#.to_string(), "neither text nor a list"),
+        (r#"{"routed_experts":7}"#.to_string(), "expected routed experts"),
         (r#"{"routed_experts":[[[1],[2]],[[1]]]}"#.to_string(), "different numbers of layers"),
-        (r#"{"routed_experts":[[[70000]]]}"#.to_string(), "experts"),
+        (r#"{"routed_experts":[[[70000]]]}"#.to_string(), "expert 70000"),
+        (r#"{"routed_experts":[[]]}"#.to_string(), "or of none"),
+        (r#"{"routed_experts":[[[]]]}"#.to_string(), "or of none"),
+        // Twice the same expert: rows were cut where none begin.
+        (
+            "{}\n{\"routed_experts\":[[[1,2]],[[3,3]]]}".to_string(),
+            "line 2: answer 1: token 1, layer 0 has expert 3 twice",
+        ),
+        (r#"{"choices":[{"routed_experts":[[[1,0,0]]]}]}"#.to_string(), "expert 0 twice"),
         (r#"{"routed_experts":{"data":"AAAA","shape":[9223372036854775807,3,4]}}"#.to_string(), ""),
         (
             r#"{"routed_experts":{"data":"AAAAAA==","shape":[2,1,1]}}"#.to_string(),
@@ -239,6 +301,17 @@ fn answers_that_are_wrong_are_refused() {
         let found = answers(&text, &Hints::default()).expect_err(&text).to_string();
         assert!(found.contains(message), "{text}: {found}");
     }
+    // A layer that was not computed for a token is all zero.
+    let all = answers(r#"{"routed_experts":[[[1,2]],[[0,0]]]}"#, &Hints::default()).unwrap();
+    assert_eq!((all[0].experts(0), all[1].experts(0)), (&[1, 2][..], &[][..]));
+    // What the command line says is not passed over.
+    let hints = Hints { layers: Some(2), ..Hints::default() };
+    let error = answers(r#"{"routed_experts":[[[1,2]]]}"#, &hints).unwrap_err().to_string();
+    assert!(error.contains("1 layers and top-2") && error.contains("say 2 and 2"), "{error}");
+    // Flat ids cut into rows of another length.
+    let hints = Hints { layers: Some(4), top_k: Some(5), ..Hints::default() };
+    let error = answers(&format!(r#"{{"routed_experts":"{FLAT}"}}"#), &hints).unwrap_err();
+    assert!(error.to_string().contains("--layers counts dense ones too"), "{error}");
     // A hole is not an expert.
     let all = answers(r#"{"routed_experts":[[[1,-1]]]}"#, &Hints::default()).unwrap();
     assert_eq!(all[0].experts(0), [1]);
@@ -252,7 +325,7 @@ fn what_goes_out_comes_back() {
     let wanted = rows(cut.as_mut());
     let mut last = 0;
     let tokens = export::own(cut.as_mut(), &at("a.pgtrace"), &mut |done| last = done).unwrap();
-    assert_eq!((tokens, last), (313, 313));
+    assert_eq!((tokens, last), (Exported { tokens: 313, left_out: Vec::new() }, 313));
     let mut own = open(&at("a.pgtrace")).unwrap();
     assert_eq!(rows(own.as_mut()), wanted);
     assert_eq!(own.header().source, Provenance::Imported { format: "rtrace-1".into() });
@@ -278,4 +351,175 @@ fn what_goes_out_comes_back() {
         .collect();
     assert_eq!((lines.len(), &lines[0]["format"]), (314, &"pregate-trace-jsonl-1".into()));
     assert_eq!(lines[1]["experts"][0], serde_json::json!(wanted[0].experts(0)));
+}
+
+/// Everything that a row can hold, with a gap.
+fn everything(path: &Path) -> Vec<Row> {
+    let layer = LayerShape { experts: 9, top_k: 2, expert_bytes: 7, class: 1 };
+    let header = Header {
+        model: "m".into(),
+        fingerprint: Some([9; 32]),
+        shape: Shape { layers: vec![Some(layer), None, Some(layer)] },
+        source: Provenance::Synthetic { from: "a\nb".into(), seed: u64::MAX },
+    };
+    let mut writer = Writer::new(fs::File::create(path).unwrap(), &header, &[]).unwrap();
+    let mut all = Vec::new();
+    for (position, pass_tokens) in [(0, 2), (1, 0), (2, 1), (7, 1)] {
+        let mut row = Row::default();
+        (row.position, row.pass_tokens) = (position, pass_tokens);
+        (row.starts_sequence, row.is_prompt) = (position % 7 == 0, position < 2);
+        row.token = (position < 7).then_some(50 + position);
+        let first = position as u16;
+        row.push_layer(&[first, first + 1], &[0.75, 0.1 + 0.000_1]);
+        row.push_layer(&[], &[]);
+        row.push_layer(&[8], &[0.5]);
+        if pass_tokens == 2 {
+            row.served = vec![LayerServed {
+                layer: 2,
+                origins: vec![(8, Origin::InFlight), (3, Origin::Hit)],
+                evictions: 1,
+                bytes: u64::MAX,
+                stall_ns: 5,
+            }];
+        }
+        if position == 7 {
+            writer.gap(Dropped { passes: 3, tokens: 4 }).unwrap();
+        }
+        writer.push(&row).unwrap();
+        all.push(row);
+    }
+    writer.finish().unwrap();
+    all
+}
+
+#[test]
+fn json_lines_hold_everything() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    everything(&at("a.pgtrace"));
+    let mut own = open(&at("a.pgtrace")).unwrap();
+    let wanted = rows(own.as_mut());
+    let mut text = Vec::new();
+    export::jsonl(own.as_mut(), &at("a.jsonl"), &mut text, &mut |_| {}).unwrap();
+    fs::write(at("a.jsonl"), &text).unwrap();
+    let mut lines = open(&at("a.jsonl")).unwrap();
+    assert_eq!(lines.header(), own.header());
+    assert_eq!((rows(lines.as_mut()), lines.dropped()), (wanted, own.dropped()));
+    export::own(lines.as_mut(), &at("b.pgtrace"), &mut |_| {}).unwrap();
+    assert_eq!(fs::read(at("a.pgtrace")).unwrap(), fs::read(at("b.pgtrace")).unwrap());
+
+    let text = String::from_utf8(text).unwrap();
+    for (from, to, message) in [
+        ("[0,1]", "[0,0]", "line 2: layer 0 of 9 experts"),
+        ("[0,1]", "[0,9]", "line 2: layer 0 of 9 experts"),
+        ("[0,1]", "[0]", "2 weights of 1 experts"),
+        ("0.75", "1e9", "the weight 1000000000"),
+        ("[8,\"InFlight\"]", "[8,\"Lost\"]", "unknown variant `Lost`"),
+        ("\"experts\":9", "\"experts\":65535", "line 1: layer 0 has 65535 experts"),
+        ("[],[8]]", "[8]]", "line 2: experts of 2 layers"),
+        ("\"position\":0", "\"position\":-1", "line 2: not a line of pregate-trace-jsonl-1"),
+    ] {
+        assert!(text.contains(from), "{from}: {text}");
+        fs::write(at("bad.jsonl"), text.replacen(from, to, 1)).unwrap();
+        let mut row = Row::default();
+        let read = open(&at("bad.jsonl")).and_then(|mut lines| lines.next(&mut row));
+        let error = read.err().unwrap_or_else(|| panic!("{to} was read")).to_string();
+        assert!(error.contains(message), "{to}: {error}");
+    }
+}
+
+/// rtrace-1 has weights of all tokens or of none.
+#[test]
+fn weights_and_labels_go_out_and_come_back() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let wanted = everything(&at("a.pgtrace"));
+    let mut own = open(&at("a.pgtrace")).unwrap();
+    // What an older export left there does not become a part of this one.
+    fs::write(at("b.tok.u32"), [0; 16]).unwrap();
+    let exported = export::rtrace(own.as_mut(), &at("b.json"), &mut |_| {}).unwrap();
+    assert_eq!(exported.tokens, 4);
+    assert!(exported.left_out.len() == 1 && exported.left_out[0].contains("token ids"));
+    assert!(exported.left_out[0].contains("token 3"), "{exported:?}");
+    assert!(!at("b.tok.u32").exists() && at("b.w.f16").exists());
+    let mut back = open(&at("b.json")).unwrap();
+    back.verify().unwrap();
+    assert_eq!(back.header().source, own.header().source, "SYNTHETIC");
+    for (row, wanted) in rows(back.as_mut()).iter().zip(&wanted) {
+        assert_eq!((row.experts(0), row.experts(2)), (wanted.experts(0), wanted.experts(2)));
+        let half = |weight: &f32| half::f16::from_f32(*weight).to_f32();
+        let halves: Vec<f32> = wanted.weights(0).iter().map(half).collect();
+        assert_eq!((row.weights(0), row.weights(2)), (&halves[..], wanted.weights(2)));
+        assert_eq!(row.token, None);
+    }
+    let mut text = Vec::new();
+    export::csv(own.as_mut(), &at("c.csv"), &mut text, &mut |_| {}).unwrap();
+    fs::write(at("c.csv"), text).unwrap();
+    let mut table = csv::open(&at("c.csv"), &Hints::default()).unwrap();
+    assert_eq!(table.header().source, own.header().source, "SYNTHETIC");
+    for (row, wanted) in rows(&mut table).iter().zip(&rows(own.as_mut())) {
+        assert_eq!((row.token, row.weights(0)), (wanted.token, wanted.weights(0)));
+    }
+
+    // Weights from the second token on.
+    let header = Header { shape: Shape::uniform(1, 4, 1, 0), ..Header::default() };
+    let mut late = MemoryTrace::new(header, Vec::new());
+    for weights in [&[][..], &[0.5]] {
+        let mut row = Row::default();
+        (row.pass_tokens, row.starts_sequence) = (1, weights.is_empty());
+        row.push_layer(&[1], weights);
+        late.rows.push(row);
+    }
+    let exported = export::rtrace(&mut late, &at("d.json"), &mut |_| {}).unwrap();
+    assert!(exported.left_out[0].contains("weights: some tokens have them"), "{exported:?}");
+    late.rows.reverse();
+    let exported = export::rtrace(&mut late, &at("d.json"), &mut |_| {}).unwrap();
+    assert!(exported.left_out[0].contains("such as token 1"), "{exported:?}");
+    assert!(!at("d.w.f16").exists());
+    assert!(
+        rows(open(&at("d.json")).unwrap().as_mut()).iter().all(|row| row.weights(0).is_empty())
+    );
+    late.rows[0].push_layer(&[], &[]);
+    let mut wide = Row::default();
+    wide.push_layer(&[1, 2], &[]);
+    late.rows[1] = wide;
+    let error = export::rtrace(&mut late, &at("d.json"), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("token 1, layer 0 has 2 experts"), "{error}");
+}
+
+#[test]
+fn a_file_is_known_by_what_is_in_it() {
+    let toy = data("conformance_toy/manifest.json");
+    if toy.exists() {
+        let mut toy = open(&toy).unwrap();
+        let hits = Count { slots: &[2; 3], warm_up: 0 }.lru(toy.as_mut()).unwrap();
+        assert_eq!((hits.requests, hits.hits), (30, 12));
+    }
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("x.json");
+    let error = |text: &str, any: bool| {
+        fs::write(&path, text).unwrap();
+        let opened = if any { open_any(&path, &Hints::default()) } else { open(&path) };
+        opened.err().unwrap_or_else(|| panic!("{text} was read")).to_string()
+    };
+    // The reader that the file is for says what is wrong.
+    let answer = format!(r#"{{"meta_info":{{"routed_experts":"{FLAT}"}}}}"#);
+    assert!(error(&answer, true).contains("pregate trace import needs --layers and --top-k"));
+    assert!(error(r#"{"format":"rtrace-1","tokens":1}"#, true).contains("missing field `layers`"));
+    assert!(error(r#"{"model":"x"}"#, true).contains("no routed_experts"));
+    assert!(error(&answer, false).contains("pregate trace import reads others"));
+    assert!(error("{\n\"a\"", true).contains("line 2"));
+}
+
+/// A hundred choices share a prompt's array, and lists of nothing take none.
+#[test]
+fn choices_share_their_prompt() {
+    let prompt = vec!["[[1,2]]"; 2000].join(",");
+    let choices = vec![r#"{"routed_experts":[[[5,6]]]}"#; 3].join(",");
+    let text = format!(r#"{{"prompt_routed_experts":[{prompt}],"choices":[{choices}]}}"#);
+    let all = answers(&text, &Hints::default()).unwrap();
+    assert_eq!(all.len(), 3 * 2001);
+    assert_eq!((all[4001].experts(0), all[4002].experts(0)), (&[1, 2][..], &[1, 2][..]));
+    assert_eq!((all[2000].experts(0), all[2000].pass_tokens), (&[5, 6][..], 1));
+    assert_eq!((all[2001].pass_tokens, all[2001].starts_sequence), (2000, true));
 }

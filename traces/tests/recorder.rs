@@ -206,6 +206,53 @@ fn a_full_disk_ends_the_recording_and_not_the_run() {
     (0..20).for_each(|n| pass(&mut recorder, 1, n * big.len(), &big));
     let recording = recorder.finish();
     assert!(recording.error.unwrap().to_string().contains("no storage space"), "the cause");
+    assert_eq!(recording.tokens, 0, "none of which is in the file");
+}
+
+#[test]
+fn what_the_disk_took_before_it_was_full_is_what_was_recorded() {
+    let disk = Disk::default();
+    let gate = Gate { disk: disk.clone(), open: None };
+    let mut recorder = Recorder::new(gate, &header(), Queue::default()).unwrap();
+    let big: Vec<u32> = (0..20_000).collect();
+    pass(&mut recorder, 1, 0, &big);
+    // Handed over, and written all but its last rows.
+    recorder.fed(&Fed { session: 1, first_position: 20_000, tokens: &[1] });
+    let started = Instant::now();
+    while disk.bytes.lock().unwrap().len() < 200_000 && started.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    *disk.fails.lock().unwrap() = true;
+    pass(&mut recorder, 1, 20_000, &big);
+    let recording = recorder.finish();
+    assert!(recording.error.is_some());
+    let (rows, _) = rows(&disk);
+    assert!(!rows.is_empty() && rows.len() as u64 == recording.tokens, "{recording:?}");
+}
+
+#[test]
+fn a_pass_with_a_weight_that_is_no_number_is_left_out_and_counted() {
+    let disk = Disk::default();
+    let gate = Gate { disk: disk.clone(), open: None };
+    let mut recorder = Recorder::new(gate, &header(), Queue::default()).unwrap();
+    pass(&mut recorder, 5, 0, &[40]);
+    for weight in [f32::NAN, f32::INFINITY, 1e9] {
+        recorder.fed(&Fed { session: 5, first_position: 1, tokens: &[9] });
+        for layer in [1, 2] {
+            recorder.routed(layer, 1, &[0, 1], &[0.5, weight]);
+        }
+    }
+    // This one was cancelled as well: it is no part of the sequence.
+    recorder.fed(&Fed { session: 5, first_position: 4, tokens: &[9] });
+    recorder.routed(1, 4, &[0, 1], &[0.5, f32::NAN]);
+    pass(&mut recorder, 5, 4, &[44]);
+    let recording = recorder.finish();
+    assert!(recording.error.is_none(), "the recording went on: {recording:?}");
+    let dropped = Dropped { passes: 3, tokens: 3 };
+    assert_eq!((recording.tokens, recording.dropped, recording.odd_passes), (2, dropped, 3));
+    let (rows, reader) = rows(&disk);
+    assert!(rows.len() == 2 && rows[1].starts_sequence, "a gap is before it");
+    assert_eq!(reader.dropped(), dropped);
 }
 
 #[test]

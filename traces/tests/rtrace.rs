@@ -135,7 +135,7 @@ fn bad_contents_name_their_place() {
     let mut ids = IDS;
     ids[6] = 4;
     let error = Files::new(&manifest(), &ids).error();
-    assert!(error.contains("t.ids.u8: at 6: token 1, layer 2: expert 4 of 4"), "{error}");
+    assert!(error.contains("t.ids.u8: byte 6: token 1, layer 2: expert 4 of 4"), "{error}");
     ids[6] = 0;
     let error = Files::new(&manifest(), &ids).error();
     assert!(error.contains("expert 0 twice"), "{error}");

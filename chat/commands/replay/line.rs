@@ -12,6 +12,9 @@ pub struct Line<'a> {
     model: &'a str,
     /// What a synthetic trace was made after; `null` for real routing.
     synthetic_from: Option<&'a str>,
+    /// What is missing from the trace: it was cut off, or passes were dropped
+    /// while it was recorded; `null` where nothing is known to be.
+    notice: Option<&'a str>,
     /// Who says how large experts are.
     weights: &'a str,
     machine: &'a str,
@@ -97,6 +100,7 @@ impl<'a> Line<'a> {
             trace: &report.trace,
             model: &report.model,
             synthetic_from: report.synthetic_from.as_deref(),
+            notice: run.notice.as_deref(),
             weights: &subject.weights.words,
             machine: &report.machine,
             policy: &report.policy,

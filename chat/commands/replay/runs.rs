@@ -41,6 +41,8 @@ pub struct Job {
 pub struct Run {
     pub job: Job,
     pub report: Report,
+    /// What is missing from the trace.
+    pub notice: Option<String>,
 }
 
 /// What was asked for.
@@ -199,7 +201,7 @@ pub fn all(asked: &Asked) -> Result<Vec<Run>, Failure> {
     let jobs = asked.jobs()?;
     let tokens = jobs.iter().map(|job| asked.subjects[job.trace].passes_over(job.options.warm));
     let tokens = tokens.fold(0, u64::saturating_add);
-    let mut bar = Progress::with_rate("replaying", "tokens", usize::try_from(tokens).unwrap_or(0));
+    let mut bar = Progress::with_rate("replaying", "tokens", Some(tokens));
     let shared = Shared {
         next: AtomicUsize::new(0),
         tokens: AtomicU64::new(0),
@@ -220,7 +222,7 @@ pub fn all(asked: &Asked) -> Result<Vec<Run>, Failure> {
     // Behind a failure others may be missing; the first in order is told.
     let answers = answers.filter_map(|(answer, job)| {
         let answer = answer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        Some(answer?.map(|report| Run { job, report }))
+        Some(answer?.map(|(report, notice)| Run { job, report, notice }))
     });
     let mut runs = answers.collect::<Result<Vec<Run>, Failure>>()?;
     share_brackets(asked, &mut runs);
@@ -240,11 +242,14 @@ fn share_brackets(asked: &Asked, runs: &mut [Run]) {
     }
 }
 
+/// With what the trace said of itself.
+type Answer = (Report, Option<String>);
+
 struct Shared {
     next: AtomicUsize,
     tokens: AtomicU64,
     failed: AtomicBool,
-    answers: Vec<Mutex<Option<Result<Report, Failure>>>>,
+    answers: Vec<Mutex<Option<Result<Answer, Failure>>>>,
 }
 
 impl Shared {
@@ -263,7 +268,7 @@ impl Shared {
         }
     }
 
-    fn one(&self, asked: &Asked, job: &Job) -> Result<Report, Failure> {
+    fn one(&self, asked: &Asked, job: &Job) -> Result<Answer, Failure> {
         let subject = &asked.subjects[job.trace];
         let mut source = subject.open()?;
         let mut told = 0;
@@ -278,7 +283,7 @@ impl Shared {
         let forecaster = asked.forecaster(job)?;
         let options = &job.options;
         let report = replay_with(&mut source, machine, options, policy, forecaster, &mut progress);
-        report.map_err(|error| match error {
+        report.map(|report| (report, source.notice())).map_err(|error| match error {
             ReplayError::Trace(error) => error.into(),
             ReplayError::Empty => {
                 let words = "there are no tokens to count: fewer for --warm, or another trace";

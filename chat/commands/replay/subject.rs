@@ -12,6 +12,7 @@ use pregate_runtime::{
 };
 use pregate_traces::{
     Header, Provenance, Row, Sequence, Source, TraceError,
+    format::Dropped,
     replay::{
         Warm,
         models::{self, KnownModel},
@@ -263,6 +264,18 @@ impl Source for Sized {
 
     fn sequences(&self) -> &[Sequence] {
         self.source.sequences()
+    }
+
+    fn notice(&self) -> Option<String> {
+        self.source.notice()
+    }
+
+    fn dropped(&self) -> Dropped {
+        self.source.dropped()
+    }
+
+    fn may_end_within_pass(&self) -> bool {
+        self.source.may_end_within_pass()
     }
 
     fn rewind(&mut self) -> Result<(), TraceError> {

@@ -1,12 +1,13 @@
 //! `pregate trace generate`: a trace that nobody recorded, after one that
 //! somebody did.
 
-use super::{open, with_bar};
+use super::{notice, open, with_bar};
 use crate::{
-    cli::{GenerateArgs, ImportForm, TraceHints},
+    cli::GenerateArgs,
     exit::Failure,
     output::{self, printable},
     progress::Progress,
+    save,
 };
 use pregate_predictor::LayerShape;
 use pregate_traces::{
@@ -28,8 +29,14 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
         let text = "--out: a name that ends with .pgtrace is needed, which keeps the label";
         return Err(Failure::Usage(text.into()));
     }
-    let mut source = open(&args.from, ImportForm::Auto, &TraceHints::default())?;
+    save::refuse_same(&args.out, [args.from.as_path()], "the trace that is read")?;
+    let mut source = open(&args.from)?;
     let lengths = lengths(source.as_mut())?;
+    notice(source.as_ref());
+    if lengths.is_empty() {
+        let text = format!("{}: no tokens, so nothing to be like", args.from.display());
+        return Err(Failure::Usage(text));
+    }
     // A short trace is compared with one as short.
     let trial_tokens = lengths.iter().sum::<u64>().min(TRIAL);
     let target = Figures::of_first(source.as_mut(), trial_tokens).map_err(counting)?;
@@ -57,11 +64,11 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let here = search("fitting in the new shape", wanted, there.weights)?;
     let mut generator =
         Generator::new(wanted, here.weights, (args.tokens, &lengths), (&from, args.seed));
-    let tokens = with_bar("writing", Some(args.tokens), |tell| {
+    let exported = with_bar("writing", Some(args.tokens), |tell| {
         export::own(&mut generator, &args.out, tell).map_err(Failure::from)
     })?;
     table(&target, &there, &here).iter().try_for_each(|line| output::line(line))?;
-    let (out, from) = (args.out.display(), printable(&from));
+    let (tokens, out, from) = (exported.tokens, args.out.display(), printable(&from));
     output::line(&format!("{tokens} SYNTHETIC tokens to {out}, after {from}"))
 }
 
@@ -71,7 +78,9 @@ fn table(target: &Figures, there: &Fit, here: &Fit) -> Vec<String> {
     let line = |(index, name): (usize, &&str)| {
         let [real, there, here] =
             [target, &there.reached, &here.reached].map(|figures| figures.values[index]);
-        format!("{name:<18} {real:>8.3} {there:>12.3} {here:>12.3}")
+        let words = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
+        let [real, there, here] = [real, there, here].map(words);
+        format!("{name:<18} {real:>8} {there:>12} {here:>12}")
     };
     [head].into_iter().chain(Figures::NAMES.iter().enumerate().map(line)).collect()
 }

@@ -1,14 +1,14 @@
 //! Writes rtrace-1; see [`crate::import::rtrace`].
 
-use super::{Tell, rows};
+use super::{Exported, Tell, rows};
 use crate::import::rtrace::NOT_RECORDED;
-use crate::{Row, Sequence, Source, TraceError};
+use crate::{Header, Provenance, Row, Sequence, Source, TraceError, hex};
 use half::f16;
 use pregate_predictor::Shape;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::fs::{self, File};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 /// A file that counts its digest.
@@ -33,37 +33,147 @@ impl Column {
     fn finish(mut self) -> Result<(String, Value), TraceError> {
         self.file.flush().map_err(|error| TraceError::io(&self.path, error))?;
         let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let digest: String =
-            self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok((name, digest.into()))
+        Ok((name, hex(&self.hash.finalize()).into()))
     }
 }
 
-/// The manifest `path` (`.json`) and the files beside it. Weights and token
-/// ids are written if the first token has them. What rtrace-1 has no place for
-/// is left out: passes, costs, the fingerprint.
+/// A column that all tokens have or none: the first token says which, and
+/// where another one differs it is given up.
+struct Optional {
+    /// "weights"
+    name: &'static str,
+    path: PathBuf,
+    state: State,
+}
+
+enum State {
+    /// No token was there yet.
+    Unknown,
+    Written(Column),
+    Absent,
+    /// Since this token.
+    GivenUp(u64),
+}
+
+impl Optional {
+    /// Removes what an earlier export left there: it would be read with this
+    /// one.
+    fn new(name: &'static str, path: PathBuf) -> Result<Self, TraceError> {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(TraceError::io(&path, error)),
+            _ => Ok(Self { name, path, state: State::Unknown }),
+        }
+    }
+
+    /// Where to put what the next token, number `token`, has of it.
+    fn of_token(&mut self, token: u64, has: bool) -> Result<Option<&mut Column>, TraceError> {
+        self.state = match std::mem::replace(&mut self.state, State::Absent) {
+            State::Unknown if has => State::Written(Column::create(self.path.clone())?),
+            State::Unknown | State::Absent if !has => State::Absent,
+            State::Written(column) if has => State::Written(column),
+            State::GivenUp(since) => State::GivenUp(since),
+            State::Written(column) => {
+                drop(column);
+                fs::remove_file(&self.path).map_err(|error| TraceError::io(&self.path, error))?;
+                State::GivenUp(token)
+            }
+            State::Unknown | State::Absent => State::GivenUp(token),
+        };
+        Ok(match &mut self.state {
+            State::Written(column) => Some(column),
+            _ => None,
+        })
+    }
+
+    fn left_out(&self) -> Option<String> {
+        let Self { name, state: State::GivenUp(token), .. } = self else { return None };
+        Some(format!("{name}: some tokens have them and others, such as token {token}, do not"))
+    }
+
+    fn finish(self) -> Result<Option<(String, Value)>, TraceError> {
+        match self.state {
+            State::Written(column) => column.finish().map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// The files beside a manifest.
+struct Columns {
+    ids: Column,
+    weights: Optional,
+    token_ids: Optional,
+    layers: Vec<usize>,
+    top_k: usize,
+}
+
+impl Columns {
+    /// `token` counts over the trace.
+    fn put(&mut self, token: u64, row: &Row) -> Result<(), TraceError> {
+        let has_weights = self.layers.iter().any(|&layer| !row.weights(layer).is_empty());
+        let has_experts = self.layers.iter().any(|&layer| !row.experts(layer).is_empty());
+        // A token of which nothing was recorded has weights as others have.
+        let has_weights = match self.weights.state {
+            State::Written(_) => has_weights || !has_experts,
+            _ => has_weights,
+        };
+        for &layer in &self.layers {
+            let chosen = row.experts(layer);
+            if chosen.len() > self.top_k {
+                let (found, most) = (chosen.len(), self.top_k);
+                let what = format!(
+                    "token {token}, layer {layer} has {found} experts, and rtrace-1 has room for \
+                     its top-{most}; .pgtrace and .jsonl have it"
+                );
+                return Err(TraceError::whole(&self.ids.path, what));
+            }
+            for rank in 0..self.top_k {
+                self.ids.put(&[chosen.get(rank).map_or(NOT_RECORDED, |&id| id as u8)])?;
+            }
+        }
+        if let Some(column) = self.weights.of_token(token, has_weights)? {
+            for &layer in &self.layers {
+                for rank in 0..self.top_k {
+                    let weight = row.weights(layer).get(rank).copied().unwrap_or(0.0);
+                    column.put(&f16::from_f32(weight).to_le_bytes())?;
+                }
+            }
+        }
+        let column = self.token_ids.of_token(token, row.token.is_some())?;
+        match column.zip(row.token) {
+            Some((column, id)) => column.put(&id.to_le_bytes()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The manifest `path` (`.json`) and the files beside it, replacing those that
+/// are there. Weights and token ids are written if all tokens have them; else
+/// the answer says that they were left out. What rtrace-1 has no place for is
+/// left out: passes, costs, the fingerprint.
 ///
 /// # Errors
 /// Those of `source` and of the files; layers that differ, or more than 255
 /// experts.
-pub fn rtrace(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<u64, TraceError> {
-    let wrong = |what: &str| TraceError::format(path, 0, what);
+pub fn rtrace(
+    source: &mut dyn Source,
+    path: &Path,
+    tell: Tell<'_>,
+) -> Result<Exported, TraceError> {
     let header = source.header().clone();
-    let (experts, top_k) = uniform(&header.shape)
-        .ok_or_else(|| wrong("rtrace-1 has layers of one kind, of 255 experts at most"))?;
-    let layers: Vec<usize> = header.shape.moe().map(|(index, _)| index).collect();
-    let mut first = Row::default();
-    source.rewind()?;
-    source.next(&mut first)?;
-    let has_weights = (0..first.layers()).any(|layer| !first.weights(layer).is_empty());
-    let mut ids = Column::create(path.with_extension("ids.u8"))?;
-    let column = |wanted: bool, extension: &str| {
-        wanted.then(|| Column::create(path.with_extension(extension))).transpose()
+    let (experts, top_k) = uniform(&header.shape).ok_or_else(|| {
+        let what = "rtrace-1 has layers of one kind, of 255 experts at most; .pgtrace and .jsonl \
+                    have others";
+        TraceError::whole(path, what)
+    })?;
+    let mut columns = Columns {
+        ids: Column::create(path.with_extension("ids.u8"))?,
+        weights: Optional::new("weights", path.with_extension("w.f16"))?,
+        token_ids: Optional::new("token ids", path.with_extension("tok.u32"))?,
+        layers: header.shape.moe().map(|(index, _)| index).collect(),
+        top_k,
     };
-    let mut weights = column(has_weights, "w.f16")?;
-    let mut token_ids = column(first.token.is_some(), "tok.u32")?;
     let mut sequences: Vec<Sequence> = Vec::new();
-    let known = source.sequences().to_vec();
     let mut start = 0;
     let tokens = rows(source, tell, |row| {
         if row.starts_sequence || sequences.is_empty() {
@@ -72,42 +182,48 @@ pub fn rtrace(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<u6
         if let Some(last) = sequences.last_mut() {
             last.tokens += 1;
         }
+        columns.put(start, row)?;
         start += 1;
-        for &layer in &layers {
-            let (chosen, own) = (row.experts(layer), row.weights(layer));
-            if chosen.len() > top_k {
-                return Err(wrong("a layer with more experts than its top-k"));
-            }
-            for rank in 0..top_k {
-                ids.put(&[chosen.get(rank).map_or(NOT_RECORDED, |&id| id as u8)])?;
-                if let Some(weights) = &mut weights {
-                    let weight = own.get(rank).copied().unwrap_or(0.0);
-                    weights.put(&f16::from_f32(weight).to_le_bytes())?;
-                }
-            }
-        }
-        token_ids.as_mut().map_or(Ok(()), |ids| ids.put(&row.token.unwrap_or(0).to_le_bytes()))
+        Ok(())
     })?;
-    let mut digests = serde_json::Map::new();
-    for column in [Some(ids), weights, token_ids].into_iter().flatten() {
-        let (name, digest) = column.finish()?;
-        digests.insert(name, digest);
+    let Columns { ids, weights, token_ids, layers, .. } = columns;
+    let left_out = [&weights, &token_ids].into_iter().filter_map(Optional::left_out).collect();
+    let files = [Some(ids.finish()?), weights.finish()?, token_ids.finish()?];
+    let digests: serde_json::Map<String, Value> = files.into_iter().flatten().collect();
+    let mut manifest = json!({
+        "format": "rtrace-1", "tokens": tokens, "layers": layers.len(), "top_k": top_k,
+        "experts": experts, "moe_layers": layers, "model": header.model,
+        "source": source_words(&header), "sequences": labelled(source, &sequences),
+        "sha256": digests,
+    });
+    if let Provenance::Synthetic { from, seed } = &header.source {
+        manifest["synthetic"] = json!({ "from": from, "seed": seed });
     }
+    fs::write(path, manifest.to_string()).map_err(|error| TraceError::io(path, error))?;
+    Ok(Exported { tokens, left_out })
+}
+
+fn source_words(header: &Header) -> String {
+    let words = match &header.source {
+        Provenance::Recorded => "recorded by pregate".to_string(),
+        Provenance::Imported { format } => format!("imported from {format}"),
+        Provenance::Synthetic { from, .. } => format!("SYNTHETIC, made up after {from}"),
+    };
+    format!("pregate trace export; {words}")
+}
+
+/// The sequences with the labels that `source` has for them.
+fn labelled(source: &dyn Source, sequences: &[Sequence]) -> Vec<Value> {
+    let known = source.sequences();
     let label = |own: &Sequence| {
-        let known = known.iter().find(|known| known.start == own.start).unwrap_or(own);
+        let at = known.binary_search_by_key(&own.start, |known| known.start);
+        let known = at.map_or(own, |at| &known[at]);
         json!({
             "start": own.start, "len": own.tokens, "dataset": known.dataset,
             "category": known.category, "repetition": known.is_repetitive,
         })
     };
-    let manifest = json!({
-        "format": "rtrace-1", "tokens": tokens, "layers": layers.len(), "top_k": top_k,
-        "experts": experts, "moe_layers": layers, "model": header.model,
-        "source": format!("pregate trace export; {:?}", header.source),
-        "sequences": sequences.iter().map(label).collect::<Vec<_>>(), "sha256": digests,
-    });
-    std::fs::write(path, manifest.to_string()).map_err(|error| TraceError::io(path, error))?;
-    Ok(tokens)
+    sequences.iter().map(label).collect()
 }
 
 /// Experts and top-k of all MoE layers.

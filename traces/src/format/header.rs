@@ -8,7 +8,8 @@
 //! model; a run without `experts` is dense. `sequences` is there where labels
 //! were known beforehand.
 
-use super::{MAX_EXPERTS, MAX_LAYERS};
+use crate::hex::{hex, unhex};
+use crate::limits::{MAX_LAYERS, check};
 use crate::{Header, Provenance, Sequence};
 use pregate_predictor::{LayerShape, Shape};
 use serde::{Deserialize, Serialize};
@@ -17,18 +18,10 @@ use serde::{Deserialize, Serialize};
 struct Fields {
     model: String,
     fingerprint: Option<String>,
-    provenance: Origin,
+    provenance: Provenance,
     layers: Vec<Run>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     sequences: Vec<Labels>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Origin {
-    Recorded,
-    Imported { format: String },
-    Synthetic { from: String, seed: u64 },
 }
 
 /// All of a layer's numbers, or none: then the layers are dense.
@@ -93,13 +86,7 @@ pub fn write(header: &Header, sequences: &[Sequence]) -> Result<Vec<u8>, String>
         last = Some(layer);
     }
     let fingerprint = header.fingerprint.as_ref().map(|digest| hex(digest));
-    let provenance = match &header.source {
-        Provenance::Recorded => Origin::Recorded,
-        Provenance::Imported { format } => Origin::Imported { format: format.clone() },
-        Provenance::Synthetic { from, seed } => {
-            Origin::Synthetic { from: from.clone(), seed: *seed }
-        }
-    };
+    let provenance = header.source.clone();
     let labels = |sequence: &Sequence| {
         let Sequence { start, tokens, dataset, category, is_repetitive } = sequence.clone();
         Labels { start, tokens, dataset, category, is_repetitive }
@@ -124,12 +111,8 @@ pub fn read(json: &[u8]) -> Result<(Header, Vec<Sequence>), String> {
         shape.layers.extend(std::iter::repeat_n(run.layer()?, run.count));
     }
     check(&shape)?;
-    let fingerprint = fields.fingerprint.as_deref().map(unhex).transpose()?;
-    let source = match fields.provenance {
-        Origin::Recorded => Provenance::Recorded,
-        Origin::Imported { format } => Provenance::Imported { format },
-        Origin::Synthetic { from, seed } => Provenance::Synthetic { from, seed },
-    };
+    let fingerprint = fields.fingerprint.as_deref().map(digest).transpose()?;
+    let source = fields.provenance;
     let sequence = |labels: Labels| {
         let Labels { start, tokens, dataset, category, is_repetitive } = labels;
         Sequence { start, tokens, dataset, category, is_repetitive }
@@ -138,38 +121,7 @@ pub fn read(json: &[u8]) -> Result<(Header, Vec<Sequence>), String> {
     Ok((Header { model: fields.model, fingerprint, shape, source }, sequences))
 }
 
-fn check(shape: &Shape) -> Result<(), String> {
-    if shape.layers.len() > MAX_LAYERS {
-        return Err(format!("{} layers; {MAX_LAYERS} are allowed", shape.layers.len()));
-    }
-    for (index, layer) in shape.moe() {
-        let LayerShape { experts, top_k, class, .. } = *layer;
-        if !(1..=MAX_EXPERTS).contains(&experts) || !(1..=experts).contains(&top_k) {
-            return Err(format!(
-                "layer {index} has {experts} experts and top-{top_k}; 1 to {MAX_EXPERTS} experts \
-                 are allowed, and as many a token"
-            ));
-        }
-        // Classes number groups of layers.
-        if class >= MAX_LAYERS {
-            return Err(format!("layer {index} is of class {class}"));
-        }
-    }
-    Ok(())
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn unhex(text: &str) -> Result<[u8; 32], String> {
+fn digest(text: &str) -> Result<[u8; 32], String> {
     let wrong = || format!("fingerprint is {text:?}; 64 hexadecimal digits are allowed");
-    let mut digest = [0; 32];
-    if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return Err(wrong());
-    }
-    for (byte, index) in digest.iter_mut().zip((0..64).step_by(2)) {
-        *byte = u8::from_str_radix(&text[index..index + 2], 16).map_err(|_| wrong())?;
-    }
-    Ok(digest)
+    unhex(text).ok_or_else(wrong)
 }

@@ -32,10 +32,6 @@ const MAX_HEADER: u32 = 16 << 20;
 const MAX_BLOCK: usize = 1 << 20;
 /// A block is written when it has grown to this.
 const BLOCK: usize = 1 << 16;
-/// Far above any model.
-const MAX_LAYERS: usize = 4096;
-/// Ids are 16 bits.
-const MAX_EXPERTS: usize = 1 << 16;
 /// Tokens of a pass.
 const MAX_PASS: u32 = 1 << 24;
 
@@ -50,6 +46,26 @@ const END_BYTES: u64 = 16 + 24;
 pub struct Dropped {
     pub passes: u64,
     pub tokens: u64,
+}
+
+impl Dropped {
+    pub fn add(&mut self, other: Self) {
+        self.passes = self.passes.saturating_add(other.passes);
+        self.tokens = self.tokens.saturating_add(other.tokens);
+    }
+
+    /// For a report; `None` where nothing is missing.
+    pub(crate) fn notice(self) -> Option<String> {
+        let Self { passes, tokens } = self;
+        (passes > 0)
+            .then(|| format!("{passes} passes of {tokens} tokens were dropped while recording"))
+    }
+
+    /// What came after `before`, which is a part of it.
+    pub fn since(self, before: Self) -> Self {
+        let passes = self.passes.saturating_sub(before.passes);
+        Self { passes, tokens: self.tokens.saturating_sub(before.tokens) }
+    }
 }
 
 fn checksum(numbers: &[u32], bytes: &[u8]) -> u32 {

@@ -56,7 +56,7 @@ impl Reader {
     /// A file that cannot be read, or is not of this format and version.
     pub fn open(path: &Path) -> Result<Self, TraceError> {
         let io = |source| TraceError::io(path, source);
-        let format = |offset, what: String| TraceError::format(path, offset, what);
+        let format = |offset, what: String| TraceError::byte(path, offset, what);
         let mut file = BufReader::with_capacity(1 << 16, File::open(path).map_err(io)?);
         let mut head = [0; 20];
         let found = fill(&mut file, &mut head).map_err(io)?;
@@ -93,11 +93,6 @@ impl Reader {
         Ok(Self { path, file, header, sequences, layout, start, tokens, at })
     }
 
-    /// What the recorder left out so far.
-    pub fn dropped(&self) -> Dropped {
-        self.at.dropped
-    }
-
     /// How the file ended; `None` before its end was reached.
     pub fn ending(&self) -> Option<Ending> {
         self.at.ending
@@ -108,7 +103,7 @@ impl Reader {
         while self.at.ending.is_none() {
             let at = self.at.offset;
             let io = |source| TraceError::io(&self.path, source);
-            let fail = |what: String| Err(TraceError::format(&self.path, at, what));
+            let fail = |what: String| Err(TraceError::byte(&self.path, at, what));
             let mut head = [0; 16];
             if fill(&mut self.file, &mut head).map_err(io)? < head.len() {
                 self.at.ending = Some(Ending::CutOff);
@@ -134,8 +129,8 @@ impl Reader {
                     (self.at.taken, self.at.rows, self.at.position) = (0, rows, 0);
                     return Ok(true);
                 }
-                GAP => self.gap().map_err(|what| TraceError::format(&self.path, at, what))?,
-                END => self.end().map_err(|what| TraceError::format(&self.path, at, what))?,
+                GAP => self.gap().map_err(|what| TraceError::byte(&self.path, at, what))?,
+                END => self.end().map_err(|what| TraceError::byte(&self.path, at, what))?,
                 _ => return fail(format!("a block of kind {kind} with {rows} rows")),
             }
         }
@@ -150,9 +145,7 @@ impl Reader {
         if self.at.pass_left > 0 {
             return Err("a gap within a pass".into());
         }
-        let dropped = &mut self.at.dropped;
-        dropped.passes = dropped.passes.saturating_add(passes);
-        dropped.tokens = dropped.tokens.saturating_add(tokens);
+        self.at.dropped.add(Dropped { passes, tokens });
         self.at.needs_start = true;
         Ok(())
     }
@@ -212,7 +205,7 @@ impl Source for Reader {
         }
         self.next_row(row).map_err(|what| {
             let offset = self.at.offset - (self.at.block.len() - self.at.taken) as u64;
-            TraceError::format(&self.path, offset, what)
+            TraceError::byte(&self.path, offset, what)
         })?;
         Ok(true)
     }
@@ -233,15 +226,19 @@ impl Source for Reader {
         Ok(())
     }
 
+    fn dropped(&self) -> Dropped {
+        self.at.dropped
+    }
+
+    fn may_end_within_pass(&self) -> bool {
+        self.tokens.is_none()
+    }
+
     fn notice(&self) -> Option<String> {
         let Place { ending, dropped, tokens, .. } = &self.at;
         let cut = (*ending == Some(Ending::CutOff))
             .then(|| format!("the recording was cut off; {tokens} tokens before that were read"));
-        let gaps = (dropped.passes > 0).then(|| {
-            let Dropped { passes, tokens } = dropped;
-            format!("{passes} passes of {tokens} tokens were dropped while recording")
-        });
-        let notices: Vec<String> = cut.into_iter().chain(gaps).collect();
+        let notices: Vec<String> = cut.into_iter().chain(dropped.notice()).collect();
         (!notices.is_empty()).then(|| notices.join("; "))
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! Columns are found by name, in any order and spelling of [`NAMES`]; a layer
 //! and an expert are enough. Lines that start with `#` are comments, from
-//! which `n_expert=128` and the like are read. What such files look like:
+//! which `n_expert=128` and the like are read; `# synthetic_from=` says that
+//! nobody recorded it. What such files look like:
 //! - BigMoeOnEdge `--route-trace` (github.com/Helldez/BigMoeOnEdge, pull
 //!   request 21): `turn,phase,step,layer,slot,expert,weight,residency,...`; a
 //!   prompt layer by layer.
@@ -15,6 +16,7 @@
 
 use super::Hints;
 use super::passes::{Choice, Pass};
+use crate::limits::{self, MAX_EXPERTS, MAX_LAYERS};
 use crate::{Header, Provenance, Row, Source, TraceError};
 use pregate_predictor::{LayerShape, Shape};
 use std::collections::BTreeMap;
@@ -24,7 +26,9 @@ use std::path::{Path, PathBuf};
 
 /// Of a line; lists of all experts are shorter.
 const MAX_LINE: u64 = 1 << 20;
-const MAX_LAYER: u64 = 4095;
+const MAX_LAYER: u64 = MAX_LAYERS as u64 - 1;
+/// Of a line that names no token, the place among its token's.
+const MAX_RANK: u64 = 1 << 20;
 /// Prompt tokens that a file tells one after the other are taken together, as
 /// the runtime takes a prompt.
 const CHUNK: usize = 512;
@@ -69,6 +73,9 @@ const NAMES: [(Field, &[&str]); 8] = [
     (Field::Weight, &["weight", "weights", "gate", "gateweight", "prob", "score", "w"]),
 ];
 
+const SYNTHETIC_FROM: &str = "synthetic_from";
+const SYNTHETIC_SEED: &str = "synthetic_seed";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Field {
     Sequence,
@@ -92,6 +99,7 @@ pub struct Table {
     top_k: usize,
     has_one_layer: bool,
     line: String,
+    bytes: Vec<u8>,
     number: u64,
     /// Of the line that was read and belongs to the next pass.
     ahead: Vec<Choice>,
@@ -111,7 +119,6 @@ pub struct Table {
 struct Facts {
     sequence: String,
     is_prompt: bool,
-    token_id: Option<u32>,
 }
 
 /// # Errors
@@ -128,6 +135,7 @@ pub fn open(path: &Path, hints: &Hints) -> Result<Table, TraceError> {
         top_k: 1,
         has_one_layer: false,
         line: String::new(),
+        bytes: Vec::new(),
         number: 0,
         ahead: Vec::new(),
         ahead_of: Facts::default(),
@@ -147,24 +155,39 @@ pub fn open(path: &Path, hints: &Hints) -> Result<Table, TraceError> {
 
 impl Table {
     fn wrong(&self, what: impl Into<String>) -> TraceError {
-        TraceError::format(&self.path, self.number, what)
+        match self.number {
+            0 => TraceError::whole(&self.path, what),
+            number => TraceError::line(&self.path, number, what),
+        }
     }
 
     /// The next line that is no comment; `false` at the end.
     fn next_line(&mut self, said: &mut BTreeMap<String, String>) -> Result<bool, TraceError> {
         loop {
-            self.line.clear();
-            let read = self.file.by_ref().take(MAX_LINE).read_line(&mut self.line);
+            self.bytes.clear();
+            let read = self.file.by_ref().take(MAX_LINE).read_until(b'\n', &mut self.bytes);
             let read = read.map_err(|source| TraceError::io(&self.path, source))?;
             if read == 0 {
                 return Ok(false);
             }
             self.number += 1;
-            if read as u64 == MAX_LINE && !self.line.ends_with('\n') {
+            if read as u64 == MAX_LINE && self.bytes.last() != Some(&b'\n') {
                 return Err(self.wrong("a line of more than 1 MiB"));
+            }
+            self.line.clear();
+            match std::str::from_utf8(&self.bytes) {
+                Ok(text) => self.line.push_str(text),
+                Err(error) => {
+                    let at = error.valid_up_to();
+                    return Err(self.wrong(format!("byte {at} of the line is not UTF-8")));
+                }
             }
             let text = self.line.trim();
             if let Some(comment) = text.strip_prefix('#') {
+                if let Some((key, value)) = from_of(comment) {
+                    said.insert(key, value);
+                    continue;
+                }
                 let pairs = comment.split_whitespace().filter_map(|word| word.split_once('='));
                 // A hundred facts are more than any file has.
                 for (key, value) in pairs.take(100usize.saturating_sub(said.len())) {
@@ -199,7 +222,7 @@ impl Table {
 
     /// Finds the shape.
     fn scan(&mut self, hints: &Hints, said: &BTreeMap<String, String>) -> Result<(), TraceError> {
-        let said =
+        let number =
             |names: [&str; 2]| names.iter().find_map(|name| said.get(*name)?.parse::<usize>().ok());
         // Of each layer, the largest expert, and the most of one token in a
         // row of lines.
@@ -222,22 +245,34 @@ impl Table {
             return Err(self.wrong("no lines"));
         };
         let largest = layers.values().max().map_or(1, |largest| largest + 1);
-        let experts = hints.experts.or(said(["n_expert", "experts"])).unwrap_or(largest);
-        let top_k = hints.top_k.or(said(["n_expert_used", "top_k"])).unwrap_or(top_k);
+        let experts = hints.experts.or(number(["n_expert", "experts"])).unwrap_or(largest);
+        let top_k = hints.top_k.or(number(["n_expert_used", "top_k"])).unwrap_or(top_k);
         if experts < largest || top_k == 0 || top_k > experts {
             return Err(self.wrong(format!(
                 "{experts} experts, top-{top_k}, and expert {} was chosen; --experts and --top-k \
-                 say what a file does not",
+                 of pregate trace import say what a file does not",
                 largest - 1
             )));
         }
-        let count = hints.layers.or(said(["n_layer", "layers"])).unwrap_or(0);
-        let count = count.clamp(deepest as usize + 1, MAX_LAYER as usize + 1);
+        let count = hints.layers.or(number(["n_layer", "layers"])).unwrap_or(deepest as usize + 1);
+        if count <= deepest as usize || count > MAX_LAYERS {
+            return Err(self.wrong(format!(
+                "{count} layers, and layer {deepest} chose experts; --layers of pregate trace \
+                 import says how many the model has, {MAX_LAYERS} at most"
+            )));
+        }
         let layer = LayerShape { experts, top_k, expert_bytes: 0, class: 0 };
         let mut shape = Shape { layers: vec![None; count] };
         layers.keys().for_each(|&index| shape.layers[index as usize] = Some(layer));
         let model = hints.model.clone().unwrap_or_default();
-        let source = Provenance::Imported { format: "csv".into() };
+        limits::check(&shape).map_err(|what| self.wrong(what))?;
+        let source = match said.get(SYNTHETIC_FROM) {
+            Some(from) => {
+                let seed = said.get(SYNTHETIC_SEED).and_then(|seed| seed.parse().ok());
+                Provenance::Synthetic { from: from.clone(), seed: seed.unwrap_or(0) }
+            }
+            None => Provenance::Imported { format: "csv".into() },
+        };
         self.header = Header { model, fingerprint: None, shape, source };
         (self.top_k, self.has_one_layer) = (top_k, layers.len() == 1);
         Ok(())
@@ -256,53 +291,48 @@ impl Table {
     }
 
     fn parse(&mut self, line: &str) -> Result<(), String> {
-        let number = |text: &str, most: u64| -> Result<u64, String> {
-            let wrong = || format!("{text:?}; a number to {most} is needed");
-            text.parse().ok().filter(|&number| number <= most).ok_or_else(wrong)
-        };
         let mut facts = Facts::default();
-        let (mut token, mut layer, mut rank) = (None, None, None);
+        let (mut token, mut token_id, mut layer, mut rank) = (None, None, None, None);
         let (mut experts, mut weights) = ("", "");
         let cells = line.trim().split(separator(line)).map(|cell| cell.trim().trim_matches('"'));
         for (cell, column) in cells.zip(&self.columns) {
             match column {
                 Some(Field::Sequence) => facts.sequence = cell.to_string(),
-                Some(Field::Token) => token = Some(number(cell, u64::MAX)?),
+                Some(Field::Token) => token = Some(number(cell, "token", u64::MAX)?),
+                // A token without an id has nothing there, or -1.
+                Some(Field::TokenId) if matches!(cell, "" | "-1") => {}
                 Some(Field::TokenId) => {
-                    facts.token_id = Some(number(cell, u32::MAX.into())? as u32)
+                    token_id = Some(number(cell, "token id", u32::MAX.into())? as u32)
                 }
                 Some(Field::Phase) => {
                     let phase = cell.to_lowercase();
                     facts.is_prompt = phase.starts_with("pre") || phase.starts_with("prompt");
                 }
-                Some(Field::Layer) => layer = Some(number(cell, MAX_LAYER)? as u32),
-                Some(Field::Rank) => rank = Some(number(cell, u64::MAX)?),
+                Some(Field::Layer) => layer = Some(number(cell, "layer", MAX_LAYER)? as u32),
+                Some(Field::Rank) => rank = Some(number(cell, "rank", MAX_RANK)?),
                 Some(Field::Expert) => experts = cell,
                 Some(Field::Weight) => weights = cell,
                 None => {}
             }
         }
         let layer = layer.ok_or("no layer")?;
-        let split = |text: &str| -> Vec<String> {
-            let ends = |c: char| matches!(c, ' ' | ';' | '|' | '[' | ']' | '{' | '}');
-            text.split(ends).filter(|part| !part.is_empty()).map(str::to_string).collect()
-        };
-        let (experts, weights) = (split(experts), split(weights));
-        if experts.is_empty() {
-            return Err("no expert".into());
-        }
-        for (index, expert) in experts.iter().enumerate() {
-            let weight = match weights.get(index) {
+        let rank = rank.unwrap_or(0);
+        let mut weights = parts(weights);
+        for (index, expert) in parts(experts).enumerate() {
+            let weight = match weights.next() {
                 Some(text) => {
                     let weight: Option<f32> = text.parse().ok();
-                    let wrong = || format!("the weight {text:?}");
+                    let wrong = || format!("the weight {text:?}; a finite number is needed");
                     Some(weight.filter(|weight| weight.is_finite()).ok_or_else(wrong)?)
                 }
                 None => None,
             };
-            let expert = number(expert, u16::MAX.into())? as u16;
-            let rank = rank.unwrap_or(0) + index as u64;
-            self.ahead.push(Choice { token, layer, rank, expert, weight });
+            let expert = number(expert, "expert", MAX_EXPERTS as u64 - 1)? as u16;
+            let rank = rank + index as u64;
+            self.ahead.push(Choice { token, layer, rank, expert, weight, token_id });
+        }
+        if self.ahead.is_empty() {
+            return Err("no expert".into());
         }
         self.ahead_of = facts;
         Ok(())
@@ -326,7 +356,7 @@ impl Table {
             for choice in self.ahead.drain(..) {
                 self.pass
                     .push(choice)
-                    .map_err(|what| TraceError::format(&self.path, self.number, what))?;
+                    .map_err(|what| TraceError::line(&self.path, self.number, what))?;
             }
         }
         Ok(!self.pass.is_empty())
@@ -377,13 +407,30 @@ impl Table {
         row.starts_sequence = starts_sequence;
         row.is_prompt = self.pass_of.is_prompt || count > 1;
         row.position = self.position;
-        row.token = self.pass_of.token_id.filter(|_| count == 1);
         let filled = self.pass.fill(token, self.header.shape.layers.len(), row);
         filled.map_err(|what| self.wrong(what))?;
         self.position = self.position.saturating_add(1);
         self.tokens.0 += 1;
         Ok(())
     }
+}
+
+fn number(text: &str, column: &str, most: u64) -> Result<u64, String> {
+    let wrong = || format!("the {column} {text:?}; a number to {most} is needed");
+    text.parse().ok().filter(|&number| number <= most).ok_or_else(wrong)
+}
+
+/// Of a list in one cell.
+fn parts(cell: &str) -> impl Iterator<Item = &str> {
+    let ends = |c: char| matches!(c, ' ' | ';' | '|' | '[' | ']' | '{' | '}');
+    cell.split(ends).filter(|part| !part.is_empty())
+}
+
+/// `synthetic_from=` and the rest of the line, as JSON text or as it is.
+fn from_of(comment: &str) -> Option<(String, String)> {
+    let (key, value) = comment.trim().split_once('=').filter(|(key, _)| *key == SYNTHETIC_FROM)?;
+    let value = serde_json::from_str(value).unwrap_or_else(|_| value.to_string());
+    Some((key.to_string(), value))
 }
 
 fn separator(line: &str) -> char {

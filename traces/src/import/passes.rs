@@ -18,6 +18,8 @@ pub struct Choice {
     pub rank: u64,
     pub expert: u16,
     pub weight: Option<f32>,
+    /// Of the token.
+    pub token_id: Option<u32>,
 }
 
 /// The choices between two decreases of the layer.
@@ -81,12 +83,16 @@ impl Pass {
         self.starts.len()
     }
 
-    /// Fills `row` with token `token` of [`Self::tokens`] for a model of
-    /// `layers` layers.
+    /// Fills `row` with the id and the experts of token `token` of
+    /// [`Self::tokens`], for a model of `layers` layers.
+    ///
+    /// # Errors
+    /// An expert twice in a layer; weights of some experts and not of others.
     pub fn fill(&self, token: usize, layers: usize, row: &mut Row) -> Result<(), String> {
         let end = self.starts.get(token + 1).copied().unwrap_or(self.order.len());
         let own = self.order[self.starts[token]..end].iter().map(|&(_, at)| &self.choices[at]);
-        let has_weights = own.clone().all(|choice| choice.weight.is_some());
+        row.token = own.clone().find_map(|choice| choice.token_id);
+        let has_weights = own.clone().any(|choice| choice.weight.is_some());
         let (mut experts, mut weights) = (Vec::new(), Vec::new());
         let mut next = own.peekable();
         for layer in 0..layers as u32 {
@@ -97,8 +103,14 @@ impl Pass {
                     let expert = choice.expert;
                     return Err(format!("layer {layer}: expert {expert} twice for a token"));
                 }
+                if has_weights && choice.weight.is_none() {
+                    let expert = choice.expert;
+                    return Err(format!(
+                        "layer {layer}: expert {expert} has no weight, and others of its token have"
+                    ));
+                }
                 experts.push(choice.expert);
-                weights.extend(choice.weight.filter(|_| has_weights));
+                weights.extend(choice.weight);
             }
             row.push_layer(&experts, &weights);
         }

@@ -7,8 +7,9 @@ mod manifest;
 
 pub use manifest::Manifest;
 
-use crate::{Header, Provenance, Row, Sequence, Source, TraceError};
+use crate::{Header, Provenance, Row, Sequence, Source, TraceError, hex};
 use half::f16;
+use manifest::Synthetic;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
@@ -53,7 +54,7 @@ struct Column {
 /// itself, files whose length is not the manifest's.
 pub fn open(path: &Path) -> Result<Rtrace, TraceError> {
     let manifest = Manifest::read(path)?;
-    let (shape, layers) = manifest.shape().map_err(|what| TraceError::format(path, 0, what))?;
+    let (shape, layers) = manifest.shape().map_err(|what| TraceError::whole(path, what))?;
     let width = manifest.layers * manifest.top_k;
     let tokens = manifest.tokens;
     let ids = Column::open(path.with_extension("ids.u8"), tokens, width)?;
@@ -63,7 +64,10 @@ pub fn open(path: &Path) -> Result<Rtrace, TraceError> {
     };
     let weights = beside("w.f16", 2 * width)?;
     let token_ids = beside("tok.u32", 4)?;
-    let source = Provenance::Imported { format: "rtrace-1".into() };
+    let source = match manifest.synthetic.clone() {
+        Some(Synthetic { from, seed }) => Provenance::Synthetic { from, seed },
+        None => Provenance::Imported { format: "rtrace-1".into() },
+    };
     let header = Header { model: manifest.model.clone(), fingerprint: None, shape, source };
     let (experts, layer_weights) = (Vec::new(), Vec::new());
     let (token, sequence, begun) = (0, 0, (0, 0));
@@ -87,7 +91,7 @@ impl Column {
         let wanted = u128::from(tokens) * width as u128;
         if u128::from(bytes) != wanted {
             let what = format!("{bytes} bytes; its manifest says {wanted}");
-            return Err(TraceError::format(&path, bytes, what));
+            return Err(TraceError::byte(&path, bytes, what));
         }
         Ok(Self { path, file: BufReader::with_capacity(1 << 16, file), row: vec![0; width] })
     }
@@ -103,24 +107,20 @@ impl Column {
 
 impl Rtrace {
     /// Compares every file with the SHA-256 in the manifest; files without one
-    /// are not looked at. Reads all of them.
-    ///
-    /// # Errors
-    /// A file that cannot be read, is not beside the manifest, or has another
-    /// digest.
-    pub fn verify(&self) -> Result<(), TraceError> {
+    /// are not looked at.
+    fn check_digests(&self) -> Result<(), TraceError> {
         for (name, wanted) in &self.manifest.sha256 {
             let columns = [Some(&self.ids), self.weights.as_ref(), self.token_ids.as_ref()];
             let named = |column: &&Column| column.path.file_name().is_some_and(|n| n == &**name);
             let Some(column) = columns.into_iter().flatten().find(named) else {
                 let what = format!("a digest of {name:?}, which is not a file of this trace");
-                return Err(TraceError::format(&self.manifest.path, 0, what));
+                return Err(TraceError::whole(&self.manifest.path, what));
             };
             let found =
                 digest(&column.path).map_err(|source| TraceError::io(&column.path, source))?;
             if found != wanted.to_ascii_lowercase() {
                 let what = format!("SHA-256 {found}; its manifest says {wanted}");
-                return Err(TraceError::format(&column.path, 0, what));
+                return Err(TraceError::whole(&column.path, what));
             }
         }
         Ok(())
@@ -175,7 +175,7 @@ impl Rtrace {
 fn digest(path: &Path) -> std::io::Result<String> {
     let mut hash = Sha256::new();
     std::io::copy(&mut File::open(path)?, &mut hash)?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&hash.finalize()))
 }
 
 impl Source for Rtrace {
@@ -195,7 +195,7 @@ impl Source for Rtrace {
         row.pass_tokens = 1;
         row.position = u32::try_from(self.token - self.begun.0).map_err(|_| {
             let offset = self.token * self.ids.row.len() as u64;
-            TraceError::format(&self.ids.path, offset, "a sequence of more than 2^32 tokens")
+            TraceError::byte(&self.ids.path, offset, "a sequence of more than 2^32 tokens")
         })?;
         row.token = self
             .token_ids
@@ -210,7 +210,7 @@ impl Source for Rtrace {
             self.read_layer(start).map_err(|what| {
                 let offset = self.token * self.ids.row.len() as u64 + start as u64;
                 let what = format!("token {}, layer {}: {what}", self.token, self.layers[index]);
-                TraceError::format(&self.ids.path, offset, what)
+                TraceError::byte(&self.ids.path, offset, what)
             })?;
             row.push_layer(&self.experts, &self.layer_weights);
         }
@@ -224,6 +224,10 @@ impl Source for Rtrace {
 
     fn sequences(&self) -> &[Sequence] {
         &self.manifest.sequences
+    }
+
+    fn verify(&self) -> Result<(), TraceError> {
+        self.check_digests()
     }
 
     fn rewind(&mut self) -> Result<(), TraceError> {

@@ -33,7 +33,7 @@ impl Default for Queue {
 /// An observer that writes a trace file on a thread of its own. The token's
 /// thread only copies numbers into a buffer, and never waits: where the queue
 /// is full, a whole pass is dropped, the file says so, and what follows starts
-/// a sequence. After the first passes the buffers are those that the writer
+/// a sequence; likewise a pass with a number that the format has no room for. After the first passes the buffers are those that the writer
 /// gives back.
 pub struct Recorder {
     /// The pass that runs.
@@ -41,6 +41,7 @@ pub struct Recorder {
     /// Since the last pass that was queued.
     gap: Dropped,
     dropped: Dropped,
+    odd_passes: u64,
     full: Option<Sender<Box<Recorded>>>,
     empty: Receiver<Box<Recorded>>,
     /// Bytes in the queue.
@@ -57,6 +58,10 @@ pub struct Recording {
     /// In the file.
     pub tokens: u64,
     pub dropped: Dropped,
+    /// Of those, the passes with a number that the format has no room for,
+    /// such as a weight that is not finite; for the others the disk was too
+    /// slow.
+    pub odd_passes: u64,
     /// What ended the recording early. The file is readable up to there.
     pub error: Option<TraceError>,
 }
@@ -97,6 +102,7 @@ impl Recorder {
             pass: Box::default(),
             gap: Dropped::default(),
             dropped: Dropped::default(),
+            odd_passes: 0,
             full: Some(full),
             empty,
             queued,
@@ -112,7 +118,8 @@ impl Recorder {
         self.hand_over();
         let written = self.close();
         let error = written.error.map(|source| TraceError::io(&self.path, source));
-        Recording { tokens: written.tokens, dropped: self.dropped, error }
+        let (tokens, dropped, odd_passes) = (written.tokens, self.dropped, self.odd_passes);
+        Recording { tokens, dropped, odd_passes, error }
     }
 
     /// Queues the pass that has run, if it is whole.
@@ -121,9 +128,11 @@ impl Recorder {
             let (tokens, bytes) = (self.pass.tokens() as u64, self.pass.bytes());
             let queued = self.queued.load(Ordering::Relaxed);
             let fits = queued == 0 || queued + bytes <= self.limit.bytes;
+            let is_odd = !self.pass.fits();
+            self.odd_passes += u64::from(is_odd);
             let next = self.empty.try_recv().unwrap_or_default();
             let pass = std::mem::replace(&mut self.pass, next);
-            match self.full.as_ref().filter(|_| fits) {
+            match self.full.as_ref().filter(|_| fits && !is_odd) {
                 Some(full) => match self.queue(full, pass, bytes) {
                     Ok(()) => self.gap = Dropped::default(),
                     Err(pass) => self.drop_pass(pass, tokens),

@@ -2,6 +2,7 @@
 
 use crate::format::Dropped;
 use crate::{LayerServed, Row};
+use half::f16;
 use pregate_predictor::{Fed, Origin, Served, Shape};
 use std::ops::Range;
 
@@ -19,7 +20,8 @@ pub struct Recorded {
     weights: Vec<f32>,
     served: Vec<Cost>,
     origins: Vec<(u16, Origin)>,
-    /// A number that the format has no room for.
+    /// A number that the format has no room for: an expert of more than 16
+    /// bits, a weight that is no half.
     is_odd: bool,
 }
 
@@ -54,6 +56,7 @@ impl Recorded {
             self.experts.push(expert as u16);
         }
         self.weights.extend_from_slice(weights);
+        self.is_odd |= !weights.iter().all(|&weight| f16::from_f32(weight).is_finite());
         self.is_odd |= weights.len() != experts.len();
         let token = position.wrapping_sub(self.first_position);
         self.is_odd |= token >= self.tokens.len();
@@ -91,7 +94,12 @@ impl Recorded {
     /// Did every token pass all MoE layers?
     pub fn is_whole(&self, moe_layers: usize) -> bool {
         let is_whole = self.routed.len() == moe_layers * self.tokens.len();
-        !self.tokens.is_empty() && is_whole && !self.is_odd
+        !self.tokens.is_empty() && is_whole
+    }
+
+    /// Can it be written?
+    pub fn fits(&self) -> bool {
+        !self.is_odd
     }
 
     pub fn clear(&mut self) {

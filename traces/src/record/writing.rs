@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
 
 pub struct Written {
+    /// That the disk took.
     pub tokens: u64,
     pub error: Option<io::Error>,
 }
@@ -35,9 +36,9 @@ pub fn run<W: Write>(
             Ok(mut pass) => {
                 let bytes = pass.bytes();
                 state = state.and_then(|mut writer| {
-                    write(&mut writer, &mut rows, &pass)?;
-                    tokens = writer.tokens();
-                    Ok(writer)
+                    let done = write(&mut writer, &mut rows, &pass);
+                    tokens = writer.written();
+                    done.map(|()| writer)
                 });
                 queued.fetch_sub(bytes, Ordering::Relaxed);
                 pass.clear();
@@ -47,12 +48,19 @@ pub fn run<W: Write>(
             Err(RecvTimeoutError::Disconnected) => break,
         }
         if flushed.elapsed() >= FLUSH_EVERY {
-            state = state.and_then(|mut writer| writer.flush().map(|()| writer));
+            state = state.and_then(|mut writer| {
+                writer.flush()?;
+                tokens = writer.written();
+                Ok(writer)
+            });
             flushed = Instant::now();
         }
     }
-    let error = state.and_then(Writer::finish).err();
-    Written { tokens, error }
+    let ended = state.and_then(|writer| {
+        let all = writer.tokens();
+        writer.finish().map(|_| tokens = all)
+    });
+    Written { tokens, error: ended.err() }
 }
 
 fn write<W: Write>(writer: &mut Writer<W>, rows: &mut Rows, pass: &Recorded) -> io::Result<()> {

@@ -12,7 +12,9 @@ const ROUNDS: usize = 7;
 /// What a made-up trace shall have in common with a real one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Figures {
-    pub values: [f64; Figures::NAMES.len()],
+    /// `None`: the trace is too short or too small to have it, such as reuse
+    /// at 64 where no sequence has 65 tokens.
+    pub values: [Option<f64>; Figures::NAMES.len()],
 }
 
 impl Figures {
@@ -41,25 +43,23 @@ impl Figures {
                 |layer: &LayerShape| ((share * layer.experts as f64) as usize).max(layer.top_k);
             shape.layers.iter().map(|layer| layer.as_ref().map_or(0, slots)).collect()
         };
-        let mut ratios = [0.0; 4];
+        let mut ratios = [None; 4];
         for (index, share) in [0.25, 0.5].into_iter().enumerate() {
             let count = Count { slots: &slots(share), warm_up: 0 };
-            ratios[index] = count.lru(source)?.ratio().unwrap_or(0.0);
-            let best = count.belady(source, Scope::Layer, false)?;
-            ratios[2 + index] = best.ratio().unwrap_or(0.0);
+            ratios[index] = count.lru(source)?.ratio();
+            ratios[2 + index] = count.belady(source, Scope::Layer, false)?.ratio();
         }
-        let known = |value: Option<f64>| value.unwrap_or(0.0);
         let [lru_quarter, lru_half, quarter, half] = ratios;
         let values = [
-            known(stats.entropy()),
-            known(stats.reuse[0]),
-            known(stats.reuse[3]),
-            known(stats.reuse[6]),
+            stats.entropy(),
+            stats.reuse[0],
+            stats.reuse[3],
+            stats.reuse[6],
             lru_quarter,
             lru_half,
             quarter,
             half,
-            known(stats.transition),
+            stats.transition,
         ];
         Ok(Self { values })
     }
@@ -73,9 +73,15 @@ impl Figures {
         Self::of(&mut First { source, tokens, left: tokens })
     }
 
-    /// Squares of what they differ by, summed.
-    fn distance(&self, other: &Self) -> f64 {
-        self.values.iter().zip(&other.values).map(|(a, b)| (a - b).powi(2)).sum()
+    /// Squares of what they differ by, summed over the figures that `target`
+    /// has. They lie between 0 and 1, so one that is absent is 1 away.
+    fn distance(&self, target: &Self) -> f64 {
+        let gap = |(own, target): (&Option<f64>, &Option<f64>)| match (own, target) {
+            (Some(own), Some(target)) => (own - target).powi(2),
+            (None, Some(_)) => 1.0,
+            (_, None) => 0.0,
+        };
+        self.values.iter().zip(&target.values).map(gap).sum()
     }
 }
 
@@ -158,8 +164,11 @@ pub fn fit(
     Ok(best)
 }
 
-/// How long the sequences of a trace are. All of it is
-/// read once.
+/// Sequences whose lengths are kept.
+const MOST_LENGTHS: usize = 1 << 16;
+
+/// How long the first sequences of a trace are, 65,536 at most; none in a
+/// trace without tokens. Read from its beginning as far as that takes.
 ///
 /// # Errors
 /// Those of `source`.
@@ -169,6 +178,9 @@ pub fn lengths(source: &mut dyn Source) -> Result<Vec<u64>, TraceError> {
     let mut lengths: Vec<u64> = Vec::new();
     while source.next(&mut row)? {
         if row.starts_sequence || lengths.is_empty() {
+            if lengths.len() == MOST_LENGTHS {
+                break;
+            }
             lengths.push(0);
         }
         if let Some(last) = lengths.last_mut() {

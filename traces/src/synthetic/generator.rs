@@ -2,7 +2,7 @@
 
 use super::Weights;
 use crate::random::split_mix;
-use crate::{Header, Provenance, Row, Sequence, Source, TraceError};
+use crate::{Header, Provenance, Row, Source, TraceError};
 use pregate_predictor::{LayerShape, Shape};
 
 /// What a token keeps of the fading memories.
@@ -14,7 +14,8 @@ const CELL: f32 = 16.0;
 /// A trace that is drawn while it is read; the same again after a rewind.
 pub struct Generator {
     header: Header,
-    sequences: Vec<Sequence>,
+    /// Of sequences, over and over.
+    lengths: Vec<u32>,
     tokens: u64,
     seed: u64,
     weights: Weights,
@@ -29,8 +30,12 @@ pub struct Generator {
     /// `[layers, experts before, experts]`
     coupling: Vec<i8>,
     random: Random,
-    /// The next token, and the sequence that it belongs to.
-    at: (u64, usize),
+    /// The next token; how many sequences were begun; the next token's place
+    /// in the last one, and how many are left of that.
+    token: u64,
+    begun: usize,
+    position: u32,
+    left: u32,
     /// Scratch: of one layer.
     logits: Vec<(f32, u16)>,
     before: Vec<u16>,
@@ -38,7 +43,8 @@ pub struct Generator {
 
 impl Generator {
     /// `tokens` of a model with `layers` equal layers, in sequences as long as
-    /// `lengths` say, over and over; the source is called `from`.
+    /// `lengths` say, over and over (without any, in one); the source is called
+    /// `from`.
     pub fn new(
         (layers, layer): (usize, LayerShape),
         weights: Weights,
@@ -50,13 +56,11 @@ impl Generator {
         let shape = Shape { layers: vec![Some(layer); layers] };
         let model = format!("synthetic, {layers} layers, top-{top_k} of {experts}");
         let header = Header { model, fingerprint: None, shape, source };
-        let mut sequences = Vec::new();
-        let mut start = 0;
-        let mut lengths = lengths.iter().copied().filter(|&length| length > 0).cycle();
-        while start < tokens {
-            let length = lengths.next().unwrap_or(tokens).min(tokens - start);
-            sequences.push(Sequence { start, tokens: length, ..Sequence::default() });
-            start += length;
+        // Positions have 32 bits.
+        let bounded = |&length: &u64| u32::try_from(length).unwrap_or(u32::MAX);
+        let mut lengths: Vec<u32> = lengths.iter().map(bounded).filter(|&n| n > 0).collect();
+        if lengths.is_empty() {
+            lengths.push(u32::MAX);
         }
         // What makes the model; the same for any seed, as a model is.
         let mut fixed = Random(0x70e6a7e);
@@ -65,7 +69,7 @@ impl Generator {
         let coupling = (0..layers).flat_map(|_| calls(experts, &mut fixed)).collect();
         let mut generator = Self {
             header,
-            sequences,
+            lengths,
             tokens,
             seed,
             weights,
@@ -78,7 +82,10 @@ impl Generator {
             fast: vec![0.0; cells],
             coupling,
             random: Random(0),
-            at: (0, 0),
+            token: 0,
+            begun: 0,
+            position: 0,
+            left: 0,
             logits: Vec::new(),
             before: Vec::new(),
         };
@@ -94,7 +101,7 @@ impl Generator {
 
     fn restart(&mut self) {
         self.random = Random(self.seed ^ 0x5eed_0f70_6163_6573);
-        self.at = (0, 0);
+        (self.token, self.begun, self.position, self.left) = (0, 0, 0, 0);
     }
 
     fn begin_sequence(&mut self) {
@@ -148,23 +155,25 @@ impl Source for Generator {
 
     fn next(&mut self, row: &mut Row) -> Result<bool, TraceError> {
         row.clear();
-        let (token, sequence) = self.at;
-        if token == self.tokens {
+        if self.token == self.tokens {
             return Ok(false);
         }
-        row.starts_sequence = self.sequences.get(sequence).is_some_and(|next| next.start == token);
+        row.starts_sequence = self.left == 0;
         if row.starts_sequence {
             self.begin_sequence();
-            self.at.1 += 1;
+            (self.position, self.left) = (0, self.lengths[self.begun % self.lengths.len()]);
+            self.begun += 1;
         }
         row.pass_tokens = 1;
-        row.position = (token - self.sequences[self.at.1 - 1].start) as u32;
+        row.position = self.position;
         self.before.clear();
         for layer in 0..self.layers {
             self.choose(layer);
             row.push_layer(&self.before, &[]);
         }
-        self.at.0 += 1;
+        self.token += 1;
+        self.position += 1;
+        self.left -= 1;
         Ok(true)
     }
 

@@ -1,53 +1,174 @@
 //! `[tokens, layers, top_k]` in the forms that servers give it.
 
 use crate::import::Hints;
-use serde_json::Value;
+use crate::limits::MAX_EXPERTS;
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use std::fmt;
 
-/// Row-major ids; negative ones are none.
-#[derive(Clone, Debug, PartialEq)]
+/// A place where there is no expert.
+pub const NONE: u16 = u16::MAX;
+
+/// Row-major ids; `NONE` where servers have negative ones.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Array {
     pub tokens: usize,
     pub layers: usize,
     pub top_k: usize,
     /// Tokens of the sequence that were left out before.
     pub start: usize,
-    pub ids: Vec<i32>,
+    pub ids: Vec<u16>,
+}
+
+/// What stands in an answer.
+pub enum Routed {
+    /// An `.npy` file, or bare numbers.
+    Bytes(Vec<u8>),
+    Array(Array),
+}
+
+impl Routed {
+    /// # Errors
+    /// Bytes that are no array of three dimensions, or whose shape nobody says.
+    pub fn array(self, hints: &Hints) -> Result<Array, String> {
+        match self {
+            Self::Bytes(bytes) => Array::of_bytes(&bytes, hints),
+            Self::Array(array) => Ok(array),
+        }
+    }
+}
+
+/// Dynamo's form.
+#[derive(Deserialize)]
+struct Tensor {
+    data: Base64,
+    shape: Vec<usize>,
+    #[serde(default)]
+    dtype: Option<String>,
+    #[serde(default)]
+    start: Option<u32>,
+}
+
+impl Tensor {
+    fn array(self) -> Result<Array, String> {
+        let kind = self.dtype.as_deref().unwrap_or("int32");
+        let array = Array::shaped(numbers(&self.data.0, kind)?, &self.shape)?;
+        Ok(Array { start: self.start.unwrap_or(0) as usize, ..array })
+    }
+}
+
+struct Base64(Vec<u8>);
+
+impl<'de> Deserialize<'de> for Base64 {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        match from.deserialize_any(RoutedVisitor)? {
+            Routed::Bytes(bytes) => Ok(Self(bytes)),
+            Routed::Array(_) => Err(D::Error::custom("data that is no text")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Routed {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(RoutedVisitor)
+    }
+}
+
+struct RoutedVisitor;
+
+impl<'de> Visitor<'de> for RoutedVisitor {
+    type Value = Routed;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("routed experts: base64, lists [token][layer][rank], or data and shape")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Routed, E> {
+        base64(text).map(Routed::Bytes).map_err(E::custom)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Routed, A::Error> {
+        let tensor = Tensor::deserialize(MapAccessDeserializer::new(map))?;
+        tensor.array().map(Routed::Array).map_err(A::Error::custom)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Routed, A::Error> {
+        let mut array = Array::default();
+        while list.next_element_seed(Level::Layers(&mut array))?.is_some() {
+            array.tokens += 1;
+        }
+        Ok(Routed::Array(array))
+    }
+}
+
+/// A list in a list of tokens: its ids go straight to the array.
+enum Level<'a> {
+    Layers(&'a mut Array),
+    Ranks(&'a mut Array),
+}
+
+impl<'de> DeserializeSeed<'de> for Level<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Level<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("lists [token][layer][rank]")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        match self {
+            Self::Layers(array) => {
+                let mut count = 0;
+                while list.next_element_seed(Level::Ranks(&mut *array))?.is_some() {
+                    count += 1;
+                }
+                let what = "tokens of different numbers of layers, or of none";
+                same(&mut array.layers, count, what)
+            }
+            Self::Ranks(array) => {
+                let mut count = 0;
+                while let Some(number) = list.next_element::<i64>()? {
+                    array.ids.push(id(number).map_err(A::Error::custom)?);
+                    count += 1;
+                }
+                same(&mut array.top_k, count, "layers of different top-k, or of none")
+            }
+        }
+    }
+}
+
+/// The first list says how long all are.
+fn same<E: Error>(length: &mut usize, found: usize, what: &str) -> Result<(), E> {
+    if *length == 0 {
+        *length = found;
+    }
+    if *length == found && found > 0 { Ok(()) } else { Err(E::custom(what)) }
+}
+
+/// # Errors
+/// An id that no model has.
+fn id(number: i64) -> Result<u16, String> {
+    match u16::try_from(number) {
+        Ok(id) if usize::from(id) < MAX_EXPERTS => Ok(id),
+        _ if number < 0 => Ok(NONE),
+        _ => Err(format!("expert {number}; {MAX_EXPERTS} experts are allowed")),
+    }
 }
 
 impl Array {
-    pub fn of(value: &Value, hints: &Hints) -> Result<Self, String> {
-        match value {
-            Value::Array(tokens) => Self::of_lists(tokens),
-            Value::String(text) => Self::of_bytes(&base64(text)?, hints),
-            Value::Object(fields) => {
-                let text = fields.get("data").and_then(Value::as_str).ok_or("no data")?;
-                let shape: Vec<usize> = fields
-                    .get("shape")
-                    .and_then(Value::as_array)
-                    .and_then(|list| list.iter().map(|n| Some(n.as_u64()? as usize)).collect())
-                    .ok_or("no shape")?;
-                let kind = fields.get("dtype").and_then(Value::as_str).unwrap_or("int32");
-                let start = fields.get("start").and_then(Value::as_u64).unwrap_or(0);
-                let array = Self::shaped(numbers(&base64(text)?, kind)?, &shape)?;
-                Ok(Self { start: usize::try_from(start).map_err(|_| "start")?, ..array })
-            }
-            _ => Err("routed_experts is neither text nor a list".into()),
-        }
-    }
-
-    pub fn ids(&self, token: usize, layer: usize) -> &[i32] {
+    pub fn ids(&self, token: usize, layer: usize) -> &[u16] {
         &self.ids[(token * self.layers + layer) * self.top_k..][..self.top_k]
     }
 
-    pub fn followed_by(&self, next: &Self) -> Result<Self, String> {
-        if (self.layers, self.top_k) != (next.layers, next.top_k) {
-            return Err("prompt and answer have arrays of two shapes".into());
-        }
-        let ids = [&self.ids[..], &next.ids].concat();
-        Ok(Self { tokens: self.tokens + next.tokens, ids, ..*self })
-    }
-
-    fn shaped(ids: Vec<i32>, shape: &[usize]) -> Result<Self, String> {
+    fn shaped(ids: Vec<u16>, shape: &[usize]) -> Result<Self, String> {
         let &[tokens, layers, top_k] = shape else {
             return Err(format!("the shape {shape:?}; [tokens, layers, top_k] is needed"));
         };
@@ -58,31 +179,14 @@ impl Array {
         }
     }
 
-    fn of_lists(tokens: &[Value]) -> Result<Self, String> {
-        let list = |value: &Value| value.as_array().map_or(0, Vec::len);
-        let layers = tokens.first().map_or(1, list);
-        let top_k = tokens.first().and_then(|token| token.get(0)).map_or(1, list);
-        let mut ids = Vec::new();
-        for token in tokens {
-            let rows = token.as_array().filter(|rows| rows.len() == layers);
-            for row in rows.ok_or("tokens of different numbers of layers")? {
-                let row = row.as_array().filter(|row| row.len() == top_k);
-                for id in row.ok_or("layers of different top-k")? {
-                    let id = id.as_i64().and_then(|id| i32::try_from(id).ok());
-                    ids.push(id.ok_or("an id that is no number")?);
-                }
-            }
-        }
-        Self::shaped(ids, &[tokens.len(), layers, top_k])
-    }
-
     /// An `.npy` file, or bare numbers of 32 bits.
     fn of_bytes(bytes: &[u8], hints: &Hints) -> Result<Self, String> {
         if bytes.starts_with(b"\x93NUMPY") {
             return Self::of_npy(bytes);
         }
         let (Some(layers), Some(top_k)) = (hints.layers, hints.top_k) else {
-            return Err("ids without a shape: --layers and --top-k are needed".into());
+            let what = "ids without a shape: pregate trace import needs --layers and --top-k";
+            return Err(what.into());
         };
         let ids = numbers(bytes, "int32")?;
         let width = layers.checked_mul(top_k).filter(|&width| width > 0).ok_or("0 layers")?;
@@ -122,7 +226,7 @@ fn part<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 }
 
 /// Little-endian numbers of a NumPy type.
-fn numbers(bytes: &[u8], kind: &str) -> Result<Vec<i32>, String> {
+fn numbers(bytes: &[u8], kind: &str) -> Result<Vec<u16>, String> {
     let width = match kind {
         "|u1" | "uint8" | "|i1" | "int8" => 1,
         "<u2" | "uint16" | "<i2" | "int16" => 2,
@@ -137,8 +241,7 @@ fn numbers(bytes: &[u8], kind: &str) -> Result<Vec<i32>, String> {
     let number = |bytes: &[u8]| {
         let mut wide = [if is_signed && bytes[width - 1] & 0x80 != 0 { 0xff } else { 0 }; 8];
         wide[..width].copy_from_slice(bytes);
-        i32::try_from(i64::from_le_bytes(wide))
-            .map_err(|_| "an id of more than 31 bits".to_string())
+        id(i64::from_le_bytes(wide))
     };
     bytes.chunks_exact(width).map(number).collect()
 }

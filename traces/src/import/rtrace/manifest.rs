@@ -1,5 +1,6 @@
 //! The manifest of rtrace-1.
 
+use crate::limits::{self, MAX_LAYERS};
 use crate::{Sequence, TraceError};
 use pregate_predictor::{LayerShape, Shape};
 use serde::Deserialize;
@@ -10,8 +11,6 @@ use std::path::{Path, PathBuf};
 
 /// A manifest with 16 bytes for each of a million sequences is not larger.
 const MAX_BYTES: u64 = 64 << 20;
-/// Far above any model; keeps a row below 64 MiB.
-const MAX_LAYERS: usize = 4096;
 
 /// What the manifest says, checked against itself.
 #[derive(Clone, Debug)]
@@ -29,6 +28,15 @@ pub struct Manifest {
     pub sequences: Vec<Sequence>,
     /// Of the files beside it, in hexadecimal.
     pub sha256: BTreeMap<String, String>,
+    /// Nobody's routing: made up by `pregate trace generate` and exported.
+    pub synthetic: Option<Synthetic>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Synthetic {
+    pub from: String,
+    #[serde(default)]
+    pub seed: u64,
 }
 
 #[derive(Deserialize)]
@@ -46,6 +54,8 @@ struct Fields {
     sequences: Vec<SequenceFields>,
     #[serde(default)]
     sha256: BTreeMap<String, String>,
+    #[serde(default)]
+    synthetic: Option<Synthetic>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -82,12 +92,12 @@ impl Manifest {
             .map_err(|source| TraceError::io(path, source))?;
         if text.len() as u64 > MAX_BYTES {
             let what = "a manifest of more than 64 MiB";
-            return Err(TraceError::format(path, MAX_BYTES, what));
+            return Err(TraceError::whole(path, what));
         }
         let fields = serde_json::from_str(&text).map_err(|error| {
-            TraceError::format(path, error.line() as u64, format!("not rtrace-1: {error}"))
+            TraceError::line(path, error.line() as u64, format!("not rtrace-1: {error}"))
         })?;
-        Self::checked(path, fields).map_err(|what| TraceError::format(path, 0, what))
+        Self::checked(path, fields).map_err(|what| TraceError::whole(path, what))
     }
 
     fn checked(path: &Path, fields: Fields) -> Result<Self, String> {
@@ -121,9 +131,13 @@ impl Manifest {
             sequences.push(sequence);
         }
         let model = fields.model.unwrap_or_default();
-        let Fields { moe_layers, sha256, .. } = fields;
+        let Fields { moe_layers, sha256, synthetic, .. } = fields;
         let path = path.to_path_buf();
-        Ok(Self { path, model, tokens, layers, experts, top_k, moe_layers, sequences, sha256 })
+        #[rustfmt::skip]
+        let manifest = Self {
+            path, model, tokens, layers, experts, top_k, moe_layers, sequences, sha256, synthetic,
+        };
+        Ok(manifest)
     }
 
     /// The layers of the model, and which of them were recorded. Experts'
@@ -155,6 +169,7 @@ impl Manifest {
         let layer = LayerShape { experts, top_k, expert_bytes: 0, class: 0 };
         let mut shape = Shape { layers: vec![None; last + 1] };
         recorded.iter().for_each(|&index| shape.layers[index] = Some(layer));
+        limits::check(&shape)?;
         Ok((shape, recorded))
     }
 }

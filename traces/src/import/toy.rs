@@ -1,0 +1,41 @@
+//! A run of moe-cache-eval (`shared/traces/conformance_toy`): a manifest, and
+//! `events.csv` beside it.
+
+use super::csv::{self, Table};
+use super::{Hints, MAX_JSON};
+use crate::TraceError;
+use serde::Deserialize;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::Path;
+
+#[derive(Deserialize)]
+struct Manifest {
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    num_layers: usize,
+    num_experts_per_layer: usize,
+}
+
+/// Opens the table beside the manifest `path`.
+///
+/// # Errors
+/// Files that cannot be read, are not such ones, or contradict each other.
+pub fn open(path: &Path) -> Result<Table, TraceError> {
+    let file = File::open(path).map_err(|source| TraceError::io(path, source))?;
+    let manifest: Manifest =
+        serde_json::from_reader(BufReader::new(file.take(MAX_JSON))).map_err(|error| {
+            let what = format!("not a manifest of moe-cache-eval: {error}");
+            TraceError::line(path, error.line() as u64, what)
+        })?;
+    let Model { num_layers, num_experts_per_layer } = manifest.model;
+    let hints = Hints {
+        layers: Some(num_layers),
+        experts: Some(num_experts_per_layer),
+        ..Hints::default()
+    };
+    csv::open(&path.with_file_name("events.csv"), &hints)
+}
