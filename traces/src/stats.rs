@@ -52,9 +52,10 @@ pub struct LayerStats {
 }
 
 impl Stats {
-    /// Mean over the layers; `None` without accesses.
+    /// Mean over the layers that were used; `None` without any.
     pub fn entropy(&self) -> Option<f64> {
-        mean(self.layers.iter().map(|layer| layer.entropy))
+        let used = self.layers.iter().filter(|layer| layer.tokens.iter().any(|&n| n > 0));
+        mean(used.map(|layer| layer.entropy))
     }
 
     /// Reads `source` twice from its beginning, or three times where it does

@@ -489,13 +489,16 @@ fn weights_and_labels_go_out_and_come_back() {
 
 #[test]
 fn a_file_is_known_by_what_is_in_it() {
-    let toy = data("conformance_toy/manifest.json");
-    if toy.exists() {
-        let mut toy = open(&toy).unwrap();
-        let hits = Count { slots: &[2; 3], warm_up: 0 }.lru(toy.as_mut()).unwrap();
-        assert_eq!((hits.requests, hits.hits), (30, 12));
-    }
     let folder = TempDir::new().unwrap();
+    // As moe-cache-eval writes it, with what it knows of the model.
+    let manifest = r#"{"status":"complete","model":{"num_layers":4,"num_experts_per_layer":6},"scheduler_steps":5,"policy":"lru"}"#;
+    fs::write(folder.path().join("manifest.json"), manifest).unwrap();
+    fs::copy(data("conformance_toy/events.csv"), folder.path().join("events.csv")).unwrap();
+    let mut toy = open(&folder.path().join("manifest.json")).unwrap();
+    let shape = &toy.header().shape;
+    assert_eq!((shape.layers.len(), shape.layer(0).unwrap().experts), (4, 6));
+    let hits = Count { slots: &[2; 4], warm_up: 0 }.lru(toy.as_mut()).unwrap();
+    assert_eq!((hits.requests, hits.hits), (30, 12));
     let path = folder.path().join("x.json");
     let error = |text: &str, any: bool| {
         fs::write(&path, text).unwrap();
@@ -511,15 +514,15 @@ fn a_file_is_known_by_what_is_in_it() {
     assert!(error("{\n\"a\"", true).contains("line 2"));
 }
 
-/// A hundred choices share a prompt's array, and lists of nothing take none.
+/// What that takes is measured in `memory.rs`.
 #[test]
 fn choices_share_their_prompt() {
     let prompt = vec!["[[1,2]]"; 2000].join(",");
-    let choices = vec![r#"{"routed_experts":[[[5,6]]]}"#; 3].join(",");
+    let choices = [r#"{"routed_experts":[[[5,6]]]}"#; 3].join(",");
     let text = format!(r#"{{"prompt_routed_experts":[{prompt}],"choices":[{choices}]}}"#);
     let all = answers(&text, &Hints::default()).unwrap();
     assert_eq!(all.len(), 3 * 2001);
-    assert_eq!((all[4001].experts(0), all[4002].experts(0)), (&[1, 2][..], &[1, 2][..]));
+    assert_eq!((all[4001].experts(0), all[4002].experts(0)), (&[5, 6][..], &[1, 2][..]));
     assert_eq!((all[2000].experts(0), all[2000].pass_tokens), (&[5, 6][..], 1));
     assert_eq!((all[2001].pass_tokens, all[2001].starts_sequence), (2000, true));
 }

@@ -37,6 +37,7 @@ fn real_routing_hits_as_often_as_the_independent_replay() {
 #[test]
 fn whole_traces_hit_as_often_as_their_golden_file_says() {
     let Some(folder) = std::env::var_os("PREGATE_TRACES").map(std::path::PathBuf::from) else {
+        eprintln!("not compared: $PREGATE_TRACES does not name the folder of the traces");
         return;
     };
     let text = std::fs::read_to_string(folder.join("golden_dev.json")).unwrap();

@@ -46,7 +46,10 @@ fn the_cut_is_as_another_program_counts_it() {
 /// The team's traces, where they are; `golden_dev.json` lies beside them.
 #[test]
 fn the_golden_figures_are_met() {
-    let Some(folder) = std::env::var_os("PREGATE_TRACES").map(PathBuf::from) else { return };
+    let Some(folder) = std::env::var_os("PREGATE_TRACES").map(PathBuf::from) else {
+        eprintln!("not compared: $PREGATE_TRACES does not name the folder of the traces");
+        return;
+    };
     let text = std::fs::read_to_string(folder.join("golden_dev.json")).unwrap();
     let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
     for name in ["gptoss20b/dev_small", "dsv2lite/dev"] {
