@@ -65,7 +65,7 @@ impl Record {
             return;
         };
         let recording = recorder.finish();
-        if let Some(error) = recording.error {
+        if let Some(error) = &recording.error {
             eprintln!("warning: the recording ended early: {error}");
         }
         missing(&recording).iter().for_each(|text| eprintln!("warning: {text}"));

@@ -67,9 +67,7 @@ pub fn refuse_same<'p>(
     what: &str,
 ) -> Result<(), Failure> {
     match inputs.into_iter().any(|input| is_same_file(out, input)) {
-        true => {
-            Err(Failure::Usage(format!("{} is {what}; another name is needed", out.display())))
-        }
+        true => Err(Failure::Usage(format!("{} is {what}; another name is needed", out.display()))),
         false => Ok(()),
     }
 }

@@ -1,6 +1,6 @@
 //! One door for every file that is a trace.
 
-use crate::import::{self, Hints, csv, jsonl, responses, rtrace, toy};
+use crate::import::{self, Hints, cache_eval, csv, jsonl, responses, rtrace};
 use crate::{Source, TraceError, format};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -17,7 +17,7 @@ enum Kind {
     Own,
     Rtrace,
     Lines,
-    Toy,
+    CacheEval,
     /// JSON, and none of these.
     Answers,
     Other,
@@ -63,7 +63,7 @@ fn known(path: &Path, kind: &Kind) -> Result<Option<Box<dyn Source>>, TraceError
         Kind::Own => Some(Box::new(format::Reader::open(path)?)),
         Kind::Rtrace => Some(Box::new(rtrace::open(path)?)),
         Kind::Lines => Some(Box::new(jsonl::open(path)?)),
-        Kind::Toy => Some(Box::new(toy::open(path)?)),
+        Kind::CacheEval => Some(Box::new(cache_eval::open(path)?)),
         Kind::Answers | Kind::Other => None,
     })
 }
@@ -92,7 +92,7 @@ fn kind(path: &Path) -> Result<Kind, TraceError> {
         Probe { format: Some(format), .. } if format == jsonl::FORMAT => Kind::Lines,
         // Which checks the rest of the name.
         Probe { format: Some(_), .. } => Kind::Rtrace,
-        Probe { scheduler_steps: Some(_), .. } => Kind::Toy,
+        Probe { scheduler_steps: Some(_), .. } => Kind::CacheEval,
         Probe { .. } => Kind::Answers,
     })
 }

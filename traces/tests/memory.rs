@@ -83,6 +83,18 @@ fn a_long_trace_takes_no_more_than_a_short_one() {
     assert_eq!(fs::metadata(copy).unwrap().len(), sizes.1);
 }
 
+/// The largest shape that a header may have: a table of transitions for each
+/// of its layers would be a gigabyte.
+#[test]
+fn statistics_of_the_largest_shape_are_bounded() {
+    let header = Header { shape: Shape::uniform(4096, 256, 1, 0), ..Header::default() };
+    let mut trace = MemoryTrace::new(header, vec![Row::default()]);
+    (0..4096).for_each(|_| trace.rows[0].push_layer(&[7], &[]));
+    let (stats, peak) = peak_bytes(|| Stats::of(&mut trace, &mut |_| {}).unwrap());
+    assert_eq!((stats.layers.len(), stats.accesses), (4096, 4096));
+    assert!(peak < 256 * MIB, "{peak} bytes");
+}
+
 #[test]
 fn tables_and_lines_are_read_a_piece_at_a_time() {
     let folder = tempfile::tempdir().unwrap();

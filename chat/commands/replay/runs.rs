@@ -12,7 +12,10 @@ use pregate_predictor::{
     forecast::{Forecaster, LEARNED, learned::Trained},
     policy,
 };
-use pregate_traces::replay::{Bracket, Machine, Options, ReplayError, Report, Warm, replay_with};
+use pregate_traces::{
+    Source,
+    replay::{Bracket, Machine, Options, ReplayError, Report, Warm, replay_with},
+};
 use std::{
     collections::{HashMap, HashSet},
     sync::{

@@ -1,10 +1,10 @@
 //! Readers of other programs' traces.
 
+pub mod cache_eval;
 pub mod csv;
 pub mod jsonl;
 pub mod responses;
 pub mod rtrace;
-pub mod toy;
 
 mod passes;
 
