@@ -47,7 +47,7 @@ pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
         // All runs of a trace have read the same file.
         let of_trace = runs.iter().find(|run| run.job.trace == trace);
         if let Some(notice) = of_trace.and_then(|run| run.notice.as_deref()) {
-            eprintln!("warning: {}: {notice}", table::printable(&subject.name));
+            eprintln!("warning: {}: {notice}", output::printable(&subject.name));
         }
     }
     let all: Vec<&Run> = runs.iter().collect();

@@ -217,7 +217,7 @@ fn what_the_disk_took_before_it_was_full_is_what_was_recorded() {
     let big: Vec<u32> = (0..20_000).collect();
     pass(&mut recorder, 1, 0, &big);
     // Handed over, and written all but its last rows.
-    recorder.fed(&Fed { session: 1, first_position: 20_000, tokens: &[1] });
+    recorder.fed(&Fed { session: 1, first_position: 20_000, tokens: &[1], is_prompt: false });
     let started = Instant::now();
     while disk.bytes.lock().unwrap().len() < 200_000 && started.elapsed() < Duration::from_secs(5) {
         std::thread::sleep(Duration::from_millis(1));
@@ -237,13 +237,13 @@ fn a_pass_with_a_weight_that_is_no_number_is_left_out_and_counted() {
     let mut recorder = Recorder::new(gate, &header(), Queue::default()).unwrap();
     pass(&mut recorder, 5, 0, &[40]);
     for weight in [f32::NAN, f32::INFINITY, 1e9] {
-        recorder.fed(&Fed { session: 5, first_position: 1, tokens: &[9] });
+        recorder.fed(&Fed { session: 5, first_position: 1, tokens: &[9], is_prompt: false });
         for layer in [1, 2] {
             recorder.routed(layer, 1, &[0, 1], &[0.5, weight]);
         }
     }
     // This one was cancelled as well: it is no part of the sequence.
-    recorder.fed(&Fed { session: 5, first_position: 4, tokens: &[9] });
+    recorder.fed(&Fed { session: 5, first_position: 4, tokens: &[9], is_prompt: false });
     recorder.routed(1, 4, &[0, 1], &[0.5, f32::NAN]);
     pass(&mut recorder, 5, 4, &[44]);
     let recording = recorder.finish();
