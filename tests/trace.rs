@@ -3,7 +3,7 @@
 
 use pregate_predictor::Shape;
 use pregate_traces::format::{Dropped, Writer};
-use pregate_traces::{Header, Row};
+use pregate_traces::{Header, Provenance, Row};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -50,6 +50,25 @@ impl Folder {
     fn at(&self, name: &str) -> String {
         self.0.path().join(name).to_string_lossy().into_owned()
     }
+}
+
+/// Sixty tokens of a small model: searches are short.
+fn real(path: &Path) {
+    let header = Header {
+        model: "a real one".into(),
+        shape: Shape::uniform(3, 8, 2, 0),
+        source: Provenance::Imported { format: "somewhere".into() },
+        ..Header::default()
+    };
+    let mut writer = Writer::new(fs::File::create(path).unwrap(), &header, &[]).unwrap();
+    for token in 0..60u16 {
+        let mut row = Row::default();
+        (row.starts_sequence, row.pass_tokens) = (token % 20 == 0, 1);
+        row.position = u32::from(token % 20);
+        (0..3).for_each(|layer| row.push_layer(&[token / 3 % 6, 7 - layer % 2], &[]));
+        writer.push(&row).unwrap();
+    }
+    writer.finish().unwrap();
 }
 
 /// Ten tokens, a gap, ten tokens, and the first two of a pass of four; without
@@ -108,12 +127,13 @@ fn what_is_missing_from_a_recording_is_said_by_everybody() {
 #[test]
 fn a_made_up_trace_is_called_so_wherever_it_goes() {
     let folder = Folder::new();
-    let wide = folder.at("wide.pgtrace");
+    let (real_file, wide) = (folder.at("real.pgtrace"), folder.at("wide.pgtrace"));
+    real(Path::new(&real_file));
     let generate = [
         "trace",
         "generate",
         "--from",
-        TRACE,
+        &real_file,
         "--experts",
         "16",
         "--top-k",
@@ -129,7 +149,7 @@ fn a_made_up_trace_is_called_so_wherever_it_goes() {
         "--out",
     ];
     let (text, _) = said(&[&generate[..], &[&wide]].concat());
-    assert!(text.contains("60 SYNTHETIC tokens") && text.contains("openai/gpt-oss-20b"), "{text}");
+    assert!(text.contains("60 SYNTHETIC tokens") && text.contains("after a real one"), "{text}");
     // Target, the fit in the trace's shape, the fit in this one.
     let lines: Vec<Vec<&str>> =
         text.lines().map(|line| line.split_whitespace().collect()).collect();
@@ -150,8 +170,7 @@ fn a_made_up_trace_is_called_so_wherever_it_goes() {
             "{trace}: {stats}"
         );
         let head = said(&["trace", "head", "--json", "-n", "2", trace]).0;
-        let labelled =
-            head.lines().all(|line| json(line)["synthetic_from"] == "openai/gpt-oss-20b");
+        let labelled = head.lines().all(|line| json(line)["synthetic_from"] == "a real one");
         assert!(labelled, "{trace}: {head}");
     };
     check(&wide);

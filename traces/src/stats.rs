@@ -95,13 +95,13 @@ impl Stats {
         }
         counts.rank();
         source.rewind()?;
-        for token in 0..stats.tokens {
-            if !source.next(&mut row)? {
-                break;
-            }
+        let mut token = 0;
+        // To the end, which says whether the file was cut off.
+        while source.next(&mut row)? {
             if token >= half {
                 counts.test(&row);
             }
+            token += 1;
             tell(read + stats.tokens + token);
         }
         stats.reuse = reuse.shares();

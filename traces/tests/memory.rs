@@ -72,9 +72,9 @@ fn a_long_trace_takes_no_more_than_a_short_one() {
         peak_bytes(|| Stats::of(&mut reader, &mut |_| {}).unwrap())
     };
     let middle = at("middle.pgtrace");
-    written(&middle, 2000);
+    written(&middle, 1000);
     let ((_, small), (found, large)) = (stats(&short), stats(&middle));
-    assert_eq!(found.tokens, 2000);
+    assert_eq!(found.tokens, 1000);
     assert!(large < 32 * MIB && large < small + 65536, "{small} and {large} bytes");
     let mut reader = Reader::open(&long).unwrap();
     let copy = at("copy.pgtrace");
