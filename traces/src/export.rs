@@ -95,8 +95,8 @@ pub fn own(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<Expor
     let tokens = writer.tokens();
     writer.finish().map_err(io)?;
     let left_over = read - tokens;
-    let what = "of a pass that the recording was cut off in are left out";
-    let left_out = (left_over > 0).then(|| format!("the last {left_over} tokens {what}"));
+    let what = "as their pass is not whole";
+    let left_out = (left_over > 0).then(|| format!("the last {left_over} tokens, {what}"));
     Ok(Exported { tokens, left_out: left_out.into_iter().collect() })
 }
 
