@@ -1,6 +1,7 @@
 // The stand-in's own interface: one line of text sets one thing, by function
 // or by the environment variable PREGATE_STANDIN (lines parted by ';').
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -60,6 +61,15 @@ static bool add_rule(State& s, const std::string& value, Rule::Kind kind) {
   return true;
 }
 
+// `NAME:N:MILLISECONDS`.
+static bool add_stop(State& s, const std::string& value) {
+  const std::vector<std::string> fields = parts(value, ':');
+  uint64_t nth, milliseconds;
+  if (fields.size() != 3 || !number(fields[1], &nth) || !number(fields[2], &milliseconds) || nth == 0) return false;
+  s.stops.push_back({fields[0], nth, milliseconds});
+  return true;
+}
+
 static bool set_drain(State& s, const std::string& value) {
   Settings& to = s.settings;
   if (value == "lazy") return to.drain = Drain::lazy, true;
@@ -78,6 +88,7 @@ static bool set(State& s, const std::string& key, const std::string& value) {
   if (key == "sticky") return add_rule(s, value, Rule::sticky);
   if (key == "delayed") return add_rule(s, value, Rule::delayed);
   if (key == "delayed_sticky") return add_rule(s, value, Rule::delayed_sticky);
+  if (key == "stop") return add_stop(s, value);
   if (key == "capability") {
     const std::vector<std::string> fields = parts(value, '.');
     uint64_t major, minor;
@@ -90,6 +101,9 @@ static bool set(State& s, const std::string& key, const std::string& value) {
   if (!number(value, &n)) return false;
   if (key == "order") return s.settings.order_seed = n, true;
   if (key == "spins") return s.settings.spins = n, true;
+  if (key == "tick") return s.settings.tick = n, true;
+  if (key == "blocking") return s.settings.blocking = n != 0, true;
+  if (key == "watchdog") return s.settings.watchdog = n != 0, true;
   if (key == "vram") return s.settings.vram_bytes = n, true;
   if (key == "pinned") return s.settings.pinned_bytes = n, true;
   if (key == "driver") return s.settings.driver_version = int(n), true;
@@ -123,6 +137,7 @@ static bool command(State& s, const std::string& line) {
   }
   if (line == "clear_faults") {
     s.rules.clear();
+    s.stops.clear();
     s.sticky = s.pending = SUCCESS;
     for (auto& stream : all_streams()) stream->failed = SUCCESS;
     release_hung(s);
@@ -141,6 +156,8 @@ static bool command(State& s, const std::string& line) {
 }
 
 static void from_environment(State& s) {
+  const char* blocking = getenv("CUDA_LAUNCH_BLOCKING");
+  s.settings.blocking = blocking && strcmp(blocking, "0") != 0;
   const char* text = getenv("PREGATE_STANDIN");
   if (!text) return;
   for (const std::string& line : parts(text, ';')) {
@@ -176,6 +193,9 @@ Call::Call(const char* name, bool needs_context) : lock(state().mutex) {
     for (auto& stream : all_streams()) abandon(*stream, code);
     s.changed.notify_all();
   };
+  for (Stop& one : s.stops) {
+    if (one.left > 0 && one.name == name && --one.left == 0) stop = one.milliseconds;
+  }
   if (s.sticky != SUCCESS) {
     s.calls_after_sticky++;
     result = s.sticky;
@@ -204,6 +224,14 @@ Call::Call(const char* name, bool needs_context) : lock(state().mutex) {
 }
 
 Call::~Call() {
+  if (stop > 0) {
+    // With the lock: no thread of a process that is stopped does anything.
+    std::this_thread::sleep_for(std::chrono::milliseconds(stop));
+    for (auto& stream : all_streams()) {
+      while (advance(stream)) {
+      }
+    }
+  }
   if (state().sticky == SUCCESS) let_run();
 }
 

@@ -100,7 +100,8 @@ API cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 12: case 82: *value = 65536; break;  // registers
     case 13: *value = 1000000; break;     // clock, kHz
     case 16: *value = 4; break;           // multiprocessors
-    case 17: case 18: case 20: case 32: *value = 0; break;  // timeout, integrated, mode, ECC
+    case 17: *value = s.watchdog; break;  // kernels have a time limit
+    case 18: case 20: case 32: *value = 0; break;  // integrated, mode, ECC
     case 19: case 31: case 41: case 78: case 95: *value = 1; break;
     case 33: *value = 1; break;           // PCI bus
     case 34: case 50: *value = 0; break;  // PCI device, domain
@@ -176,6 +177,7 @@ API cuCtxGetDevice(int* device) {
 API cuCtxSynchronize() {
   ENTER("cuCtxSynchronize");
   OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuCtxSynchronize");
   return synchronise_all();
 }
 

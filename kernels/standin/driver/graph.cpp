@@ -75,6 +75,7 @@ static Result instantiate(void** out, void* handle) {
 
 API cuGraphInstantiateWithFlags(void** out, void* handle, unsigned long long) {
   ENTER("cuGraphInstantiateWithFlags");
+  BESIDE_SPINS("cuGraphInstantiateWithFlags");
   return instantiate(out, handle);
 }
 
@@ -99,6 +100,7 @@ API cuGraphLaunch(void* handle, void* stream_handle) {
   for (const Work& work : graph->work) {
     if (Result code = enqueue(stream, work)) return code;
   }
+  finish_launch(stream);
   return SUCCESS;
 }
 

@@ -222,6 +222,7 @@ void reset_all() {
   s.initialised = false;
   s.contexts = 0;
   s.rules.clear();
+  s.stops.clear();
   s.sticky = s.pending = SUCCESS;
   s.hang_at = s.calls = s.launches = s.calls_after_sticky = s.races = 0;
   s.calls_by_name.clear();
@@ -246,6 +247,7 @@ API cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
 API cuMemAlloc_v2(uint64_t* out, size_t bytes) {
   ENTER("cuMemAlloc");
   OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuMemAlloc");
   return allocate(out, bytes);
 }
 
@@ -253,6 +255,7 @@ API cuMemAlloc_v2(uint64_t* out, size_t bytes) {
 API cuMemFree_v2(uint64_t base) {
   ENTER("cuMemFree");
   OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuMemFree");
   if (base == 0) return SUCCESS;
   if (!state().device.count(base)) return INVALID_VALUE;
   synchronise_all();
@@ -279,6 +282,7 @@ API cuMemFreeAsync(uint64_t base, void* handle) {
 API cuMemHostAlloc(void** out, size_t bytes, unsigned flags) {
   ENTER("cuMemHostAlloc");
   OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuMemHostAlloc");
   State& s = state();
   if (!out || bytes == 0 || flags > 7) return INVALID_VALUE;
   if (bytes > s.settings.pinned_bytes || s.pinned_used > s.settings.pinned_bytes - bytes) return OUT_OF_MEMORY;
@@ -295,6 +299,7 @@ API cuMemHostAlloc(void** out, size_t bytes, unsigned flags) {
 API cuMemFreeHost(void* pointer) {
   ENTER("cuMemFreeHost");
   OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuMemFreeHost");
   State& s = state();
   const uint64_t base = address(pointer);
   auto it = s.pinned.find(base);

@@ -55,15 +55,19 @@ static Result launch(Function& function, const Dim3& grid, const Dim3& block, ui
   if (kernel.max_threads != 0 && threads > kernel.max_threads) return INVALID_VALUE;
   if (dynamic_bytes > function.dynamic_limit) return INVALID_VALUE;
   if (kernel.params > 0 && !params) return INVALID_VALUE;
+  if (!function.loaded) beside_spins(format("the first launch of %s", kernel.name));
+  function.loaded = true;
   const uint32_t limit = uint32_t(shared_optin(state().settings));
   auto packed = pack(kernel, params);
   const Launch launch{&kernel, grid, block, dynamic_bytes, limit,
                       reinterpret_cast<const unsigned char*>(packed->data()), packed->size() * 8,
-                      state().settings.spins, state().settings.checks};
+                      state().settings.spins, state().settings.tick, state().settings.checks};
   Work work;
   work.call = kernel.name;
   work.run = [launch, packed](std::shared_ptr<Running>& running) { return run_kernel(launch, running); };
-  return enqueue(stream, std::move(work));
+  if (Result code = enqueue(stream, std::move(work))) return code;
+  finish_launch(stream);
+  return SUCCESS;
 }
 
 // What the driver's compiler would say about the module; empty: nothing.
@@ -117,6 +121,7 @@ using namespace standin;
 API cuModuleLoadData(void** out, const void* image) {
   ENTER("cuModuleLoadData");
   OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuModuleLoadData");
   std::string log;
   return load(out, static_cast<const char*>(image), &log);
 }
@@ -124,6 +129,7 @@ API cuModuleLoadData(void** out, const void* image) {
 API cuModuleLoadDataEx(void** out, const void* image, unsigned count, int* options, void** values) {
   ENTER("cuModuleLoadDataEx");
   OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuModuleLoadDataEx");
   std::string log;
   const Result code = load(out, static_cast<const char*>(image), &log);
   char* buffer = nullptr;
@@ -142,6 +148,7 @@ API cuModuleLoadDataEx(void** out, const void* image, unsigned count, int* optio
 API cuModuleUnload(void* handle) {
   ENTER("cuModuleUnload");
   OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuModuleUnload");
   auto module = state().modules.get(handle);
   if (!module) return INVALID_HANDLE;
   for (auto& [name, function] : module->functions) state().functions.remove(function);
@@ -151,6 +158,7 @@ API cuModuleUnload(void* handle) {
 
 API cuModuleGetFunction(void** out, void* handle, const char* name) {
   ENTER("cuModuleGetFunction");
+  BESIDE_SPINS("cuModuleGetFunction");
   auto module = state().modules.get(handle);
   if (!module) return INVALID_HANDLE;
   if (!out || !name) return INVALID_VALUE;
@@ -168,6 +176,17 @@ API cuModuleGetFunction(void** out, void* handle, const char* name) {
   return NOT_FOUND;
 }
 
+// Else the first launch does it.
+API cuFuncLoad(void* handle) {
+  ENTER("cuFuncLoad");
+  OUTSIDE_CAPTURES();
+  BESIDE_SPINS("cuFuncLoad");
+  auto function = state().functions.get(handle);
+  if (!function) return INVALID_HANDLE;
+  function->loaded = true;
+  return SUCCESS;
+}
+
 API cuModuleGetGlobal_v2(uint64_t*, size_t*, void*, const char*) {
   ENTER("cuModuleGetGlobal");
   return NOT_FOUND;
@@ -175,6 +194,7 @@ API cuModuleGetGlobal_v2(uint64_t*, size_t*, void*, const char*) {
 
 API cuFuncGetAttribute(int* value, int attribute, void* handle) {
   ENTER("cuFuncGetAttribute");
+  BESIDE_SPINS("cuFuncGetAttribute");
   auto function = state().functions.get(handle);
   if (!function) return INVALID_HANDLE;
   const unsigned bound = function->kernel->max_threads;
@@ -190,6 +210,7 @@ API cuFuncGetAttribute(int* value, int attribute, void* handle) {
 
 API cuFuncSetAttribute(void* handle, int attribute, int value) {
   ENTER("cuFuncSetAttribute");
+  BESIDE_SPINS("cuFuncSetAttribute");
   auto function = state().functions.get(handle);
   if (!function) return INVALID_HANDLE;
   if (attribute == 9) return SUCCESS;  // a hint

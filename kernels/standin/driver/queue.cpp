@@ -136,6 +136,23 @@ Result synchronise_all() {
   return first;
 }
 
+void finish_launch(const std::shared_ptr<Stream>& stream) {
+  if (!state().settings.blocking || stream->capture) return;
+  while (advance(stream)) {
+  }
+  if (stream->queue.empty() || !stream->queue.front().running) return;
+  state().violation(format("%s waits for the host, whose launch has not returned", stream->queue.front().call), false);
+}
+
+void beside_spins(const std::string& what) {
+  for (auto& stream : all_streams()) {
+    if (stream->queue.empty() || !stream->queue.front().running) continue;
+    if (advance(stream)) continue;  // it was answered meanwhile
+    state().violation(format("%s while %s waits for the host", what.c_str(), stream->queue.front().call), false);
+    return;
+  }
+}
+
 void let_run() {
   State& s = state();
   std::erase_if(s.leaving, [](auto& stream) { return stream->queue.empty(); });

@@ -34,6 +34,9 @@ struct Settings {
   uint64_t drain_seed = 1;
   uint64_t order_seed = 1;  // of threads and blocks; 0: in order
   uint64_t spins = 1'000'000;  // resumptions of a launch in a row that change nothing
+  uint64_t tick = 1;           // nanoseconds of a kernel's clock for each resumption
+  bool blocking = false;       // launches return when they have run
+  bool watchdog = false;       // kernels that take long are ended: only told
   bool checks = true;          // of every access of a kernel
   uint64_t vram_bytes = 8ull << 30;
   uint64_t pinned_bytes = 8ull << 30;
@@ -51,6 +54,13 @@ struct Rule {
   uint64_t left;
   Result code;
   enum Kind { once, sticky, delayed, delayed_sticky } kind;
+};
+
+// The process is stopped at the end of the `left`-th call of `name`, for so
+// long; the device goes on.
+struct Stop {
+  std::string name;
+  uint64_t left, milliseconds;
 };
 
 struct Stream;
@@ -107,6 +117,7 @@ struct Graph {
 struct Function {
   const KernelSource* kernel;
   uint32_t dynamic_limit = 48 * 1024;
+  bool loaded = false;
 };
 
 struct Module {
@@ -162,6 +173,7 @@ struct State {
   Handles<Graph> graphs{0x5b}, executables{0x5c};
 
   std::vector<Rule> rules;
+  std::vector<Stop> stops;
   Result sticky = SUCCESS, pending = SUCCESS;
   bool pending_sticky = false;
   uint64_t hang_at = 0;  // the how-manieth record from now hangs; 0: none
@@ -189,6 +201,7 @@ class Call {
 
  private:
   std::unique_lock<std::recursive_mutex> lock;
+  uint64_t stop = 0;  // milliseconds
 };
 
 // Streams (queue.cpp).
@@ -206,6 +219,11 @@ void rest();
 // Whether a capture forbids this thread a call that might wait or allocate
 // (CUDA driver API, cuThreadExchangeStreamCaptureMode); it spoils the capture.
 bool spoils_a_capture();
+// After a launch, where launches return when they have run.
+void finish_launch(const std::shared_ptr<Stream>& stream);
+// A violation where a launch waits for the host: `what` may wait for the
+// device, or for a lock of the driver that is held until the device is done.
+void beside_spins(const std::string& what);
 std::vector<std::shared_ptr<Stream>> all_streams();
 void abandon(Stream& stream, Result code);  // nothing of it will have an effect
 // Whether work that has not ended uses any of these bytes; names the call.
@@ -226,5 +244,8 @@ bool context_current();
 #define ENTER_FREE(name)           \
   standin::Call call(name, false); \
   if (call.result != standin::SUCCESS) return call.result
+// For calls that may wait for the whole device (CUDA programming guide, lazy
+// loading and implicit synchronisation).
+#define BESIDE_SPINS(name) standin::beside_spins(name)
 #define OUTSIDE_CAPTURES() \
   if (standin::spoils_a_capture()) return standin::CAPTURE_UNSUPPORTED

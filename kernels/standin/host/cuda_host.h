@@ -57,6 +57,7 @@ void* shared_dynamic();
 void block_barrier(const char* file, unsigned line);
 void pause_thread(const char* file, unsigned line);
 uint64_t nanoseconds();
+void fence();
 uint64_t load_acquire(const void* address);
 uint32_t load_acquire_32(const void* address);
 void store_release(void* address, uint64_t value);
@@ -184,9 +185,9 @@ inline int __all_sync(unsigned mask, int predicate, PREGATE_HERE) {
   return __ballot_sync(mask, predicate, file, line) == 0xffffffffu;
 }
 inline void __trap(PREGATE_HERE) { standin::trap(file, line); }
-inline void __threadfence() {}
+inline void __threadfence() { standin::fence(); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system() { standin::fence(); }
 
 #include "cuda_math.h"
 

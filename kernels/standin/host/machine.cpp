@@ -180,6 +180,7 @@ void Machine::begin_block() {
     fiber.wait = Wait::run;
     fiber.copies.clear();
     fiber.group = 0;
+    fiber.fenced = 0;
     ready[i] = i;
   }
   at_barrier = exited = barriers = 0;
@@ -284,6 +285,12 @@ void Machine::release(Wait wait, unsigned first, unsigned end) {
 void Machine::pause(Place place) {
   paused.push_back(now->number);
   leave(Wait::pause, "pause", place);
+}
+
+void Machine::count_block_in() {
+  if (now->fenced == barriers + 1) return;
+  fail("atomicInc without a __threadfence of the same thread between it and the barrier before it: what other threads "
+       "of the block wrote may not be seen");
 }
 
 void Machine::block_barrier(Place place) {

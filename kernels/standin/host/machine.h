@@ -50,6 +50,7 @@ struct Fiber {
   Dim3 index{};
   std::vector<PendingCopy> copies;
   unsigned group = 0;  // number of committed cp_async groups
+  uint32_t fenced = 0;  // barriers of the block at its last fence, and one
 };
 
 // What a lane brings to a warp's collective; the last lane to come runs it.
@@ -80,6 +81,7 @@ struct Launch {
   const unsigned char* args;  // pointers, then values: one piece of memory
   size_t args_bytes;
   uint64_t spins;  // resumptions in a row that may change nothing
+  uint64_t tick;   // nanoseconds of one
   bool checks;     // whether accesses are looked at
 };
 
@@ -109,8 +111,8 @@ class Machine {
   // Lets others run; goes on when they have done something, or when the
   // suspended launch does.
   void pause(Place place);
-  // How often the launch has gone on: its clock.
-  uint64_t resumptions() const { return resumed; }
+  // By how often the launch has gone on.
+  uint64_t nanoseconds() const { return resumed * launch->tick; }
   void collective(Request& request);
   void access(const void* address, size_t bytes, Access kind, const void* pc);
   void* static_shared(SharedSite& site);
@@ -119,6 +121,11 @@ class Machine {
   void commit_copies() { now->group++; }
   // Waits until at most `groups_left` committed groups are in flight.
   void land_copies(unsigned groups_left);
+  void fence() { now->fenced = barriers + 1; }
+  // Counting blocks in (atomicInc) tells others of what this one wrote: by the
+  // PTX memory model only what lies before a fence of this very thread, and of
+  // other threads' writes only those before a barrier before that.
+  void count_block_in();
   void warp_ordered() { warps[now->number / WARP].clock++; }
   [[noreturn]] void fail(std::string text, Fault fault = Fault::other);
 

@@ -20,7 +20,7 @@ void* shared_dynamic() { return machine().dynamic_shared(); }
 
 void block_barrier(const char* file, unsigned line) { machine().block_barrier({file, line}); }
 void pause_thread(const char* file, unsigned line) { machine().pause({file, line}); }
-uint64_t nanoseconds() { return machine().resumptions(); }
+uint64_t nanoseconds() { return machine().nanoseconds(); }
 
 static Request request(const char* what, unsigned mask, const char* file, unsigned line,
                        void (*run)(Request* const*)) {
@@ -200,7 +200,12 @@ static T update(Atomic how, T* at, T value) {
   return old;
 }
 
+void fence() {
+  if (Machine* machine = Machine::watching()) machine->fence();
+}
+
 uint32_t atomic_32(Atomic how, void* address, uint32_t value) {
+  if (how == Atomic::increment && Machine::watching()) machine().count_block_in();
   check_atomic(address, 4, __builtin_return_address(0));
   return update(how, static_cast<uint32_t*>(address), value);
 }

@@ -122,15 +122,17 @@ extern "C" __global__ void standin_undefined(int* out, int by, float x) {
 // out [n] through device memory that another thread has written. Mode 0: in the
 // block, behind a barrier; 1: without one; 2: of the block before, without
 // order; 3: the same by a counter, as the last block to come does; 4: all
-// threads write one word, the same; 5: not the same.
+// threads write one word, the same; 5: not the same; 6: as 3, by atomicInc; 7:
+// with the fence before the barrier.
 extern "C" __global__ void standin_global(unsigned* out, unsigned* scratch, unsigned* count, int mode) {
   SHARED(unsigned, last, 1);
   const unsigned i = threadIdx.x, n = blockDim.x, block = blockIdx.x, blocks = gridDim.x;
-  if (mode >= 4) {
+  if (mode == 4 || mode == 5) {
     scratch[0] = mode == 4 ? 7 : i;
     return;
   }
   scratch[block * n + i] = i;
+  if (mode == 7) __threadfence();
   if (mode != 1) __syncthreads();
   if (mode <= 1) {
     out[block * n + i] = scratch[block * n + (i + 1) % n];
@@ -140,8 +142,8 @@ extern "C" __global__ void standin_global(unsigned* out, unsigned* scratch, unsi
     out[block * n + i] = scratch[(block + 1) % blocks * n + i];
     return;
   }
-  __threadfence();
-  if (i == 0) last[0] = atomicAdd(count, 1u);
+  if (mode != 7) __threadfence();
+  if (i == 0) last[0] = mode == 3 ? atomicAdd(count, 1u) : atomicInc(count, blocks - 1);
   __syncthreads();
   if (last[0] != blocks - 1) return;
   unsigned sum = 0;

@@ -271,8 +271,11 @@ fn device_memory_that_another_thread_wrote_needs_an_order() {
         run(0).unwrap();
         stopped(&machine, LAUNCH_FAILED, &["race", "nothing orders"], || run(1));
         stopped(&machine, LAUNCH_FAILED, &["race", "of block"], || run(2));
-        run(3).unwrap();
-        assert_eq!(machine.read_words(out, 32), (0..32).map(|i| 4 * i).collect::<Vec<u32>>());
+        for mode in [3, 6] {
+            run(mode).unwrap();
+            assert_eq!(machine.read_words(out, 32), (0..32).map(|i| 4 * i).collect::<Vec<u32>>());
+        }
+        stopped(&machine, LAUNCH_FAILED, &["standin_global", "atomicInc"], || run(7));
         run(4).unwrap();
         stopped(&machine, LAUNCH_FAILED, &["race", "writes 4 bytes"], || run(5));
     }

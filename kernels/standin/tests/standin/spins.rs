@@ -190,6 +190,52 @@ fn each_launch_of_a_graph_waits_for_itself() {
 }
 
 #[test]
+fn what_may_wait_for_the_device_is_not_called_while_it_waits_for_the_host() {
+    for drain in DRAINS {
+        let Some(machine) = open(drain) else { return };
+        let stream = machine.stream();
+        let out = zeros(&machine, 1);
+        let mut flags = machine.pinned(8).unwrap();
+        let spare = machine.pinned(8).unwrap();
+        flags.fill(0);
+        let args = [out, flags.address(), 3, FOR_EVER];
+        machine.launch("standin_spin", [1, 1, 0], stream, &args).unwrap();
+        assert_eq!(machine.query_stream(stream), Err(NOT_READY));
+        let block = machine.pinned(64).unwrap();
+        machine.free_pinned(spare).unwrap();
+        let found = machine.standin.take_violations();
+        let wanted = ["cuMemHostAlloc", "cuMemFreeHost"];
+        let wanted = wanted.map(|call| format!("{call} while standin_spin waits for the host"));
+        assert_eq!(found, wanted, "{drain:?}");
+        // Where it was answered, nobody waits.
+        flags.store(0, 3);
+        machine.free_pinned(block).unwrap();
+        machine.synchronize(stream).unwrap();
+        assert_eq!(machine.standin.violations(), Vec::<String>::new(), "{drain:?}");
+    }
+}
+
+#[test]
+fn a_launch_that_returns_when_it_has_run_does_not_wait_for_the_host() {
+    let Some(machine) = open(Drain::Lazy) else { return };
+    machine.standin.command("blocking=1");
+    let stream = machine.stream();
+    let out = zeros(&machine, 1);
+    let flags = machine.pinned(8).unwrap();
+    let args = [out, flags.address(), 3, FOR_EVER];
+    flags.store(0, 3);
+    machine.launch("standin_spin", [1, 1, 0], stream, &args).unwrap();
+    assert_eq!(machine.standin.count("pending_work"), 0);
+    assert_eq!(machine.standin.violations(), Vec::<String>::new());
+    flags.store(0, 0);
+    machine.launch("standin_spin", [1, 1, 0], stream, &args).unwrap();
+    let found = machine.standin.take_violations();
+    assert!(matches!(&found[..], [one] if one.contains("has not returned")), "{found:?}");
+    flags.store(0, 3);
+    machine.synchronize(stream).unwrap();
+}
+
+#[test]
 fn a_launch_that_is_suspended_goes_with_its_machine() {
     let Some(machine) = open(Drain::Lazy) else { return };
     let stream = machine.stream();
