@@ -422,14 +422,16 @@ DEVICE void attend(const AttendCall& call, u32* counters) {
     if (!counters) return;
 
     u32* last = reinterpret_cast<u32*>(memory);
-    __threadfence();
     __syncthreads();
     // Read again: no register holds it while the chunk is computed.
     const int again = call.first_position();
     if (threadIdx.x == 0) {
+        // As in arrival.cuh.
+        __threadfence();
         u32* counter = counters + blockIdx.z * gridDim.x + blockIdx.x;
         const u32 others = static_cast<u32>(call.seen_chunks(again)) - 1u;
         *last = atomicInc(counter, others) == others;
+        __threadfence();
     }
     __syncthreads();
     if (*last == 0) return;

@@ -143,12 +143,17 @@ delta_decode(const float* mixed, const float* alpha, const float* beta, const fl
         }
         __syncthreads();
     }
-    __threadfence();
     __syncthreads();
     u32 earlier = 0;
-    if (lane == 0) earlier = atomicInc(counters + head, gridDim.y - 1);
+    if (lane == 0) {
+        // As in arrival.cuh.
+        __threadfence();
+        earlier = atomicInc(counters + head, gridDim.y - 1);
+        __threadfence();
+    }
     earlier = __shfl_sync(FULL_WARP, earlier, 0);
     if (earlier != gridDim.y - 1) return;
+    __syncwarp();
     __threadfence();
     for (int token = 0; token < tokens; token++) {
         const i64 at = static_cast<i64>(token) * values + head * value_dim;

@@ -11,6 +11,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+const BESIDE_A_WATCHDOG: Duration = Duration::from_secs(1);
+
 /// How a device is opened.
 #[derive(Clone, Debug, Default)]
 pub struct DeviceOptions {
@@ -34,6 +36,8 @@ pub struct DeviceInfo {
     pub copy_engines: u32,
     /// It shares the machine's memory.
     pub integrated: bool,
+    /// The system ends kernels that run for seconds: a screen hangs on it.
+    pub has_watchdog: bool,
     /// Where it is, as `/sys/bus/pci/devices` and `nvidia-smi` write it:
     /// `0000:65:00.0`.
     pub pci: String,
@@ -98,6 +102,7 @@ impl Device {
             shared_bytes_limit: attributes.shared_bytes_limit,
             copy_engines: attributes.copy_engines,
             integrated: attributes.integrated,
+            has_watchdog: attributes.has_watchdog,
             pci: format!("{domain:04x}:{bus:02x}:{slot:02x}.0"),
         };
         let events = Events::new(&driver);
@@ -186,6 +191,14 @@ impl Device {
     /// [`Device::set_patience`] says otherwise.
     pub fn patience(&self) -> Duration {
         self.0.driver.patience()
+    }
+
+    /// How long a kernel may wait for the host: as long, but where a watchdog
+    /// ends kernels ([`DeviceInfo::has_watchdog`]; the shortest has two
+    /// seconds) no longer than one.
+    pub fn kernel_patience(&self) -> Duration {
+        let most = if self.0.info.has_watchdog { BESIDE_A_WATCHDOG } else { Duration::MAX };
+        self.patience().min(most)
     }
 
     pub fn set_patience(&self, patience: Duration) {

@@ -19,6 +19,7 @@ mod graphs;
 mod kernels;
 mod memory;
 mod opening;
+mod streams;
 mod waiting;
 
 pub(super) use graphs::GraphHandle;
@@ -28,10 +29,11 @@ pub(super) use memory::{Block, MappedBlock, PinnedBlock};
 use super::error::CudaError;
 use super::functions::Functions;
 use cudarc::driver::sys;
-use std::ffi::{c_int, c_uint};
+use std::ffi::c_uint;
 use std::ptr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+use streams::Known;
 
 /// A GPU's context.
 pub(super) struct Driver {
@@ -44,6 +46,8 @@ pub(super) struct Driver {
     calls: AtomicU64,
     /// Captures under way.
     captures: AtomicUsize,
+    /// All that are there.
+    streams: Mutex<Vec<Known>>,
     /// See [`Driver::patience`], in milliseconds.
     patience_ms: AtomicU64,
 }
@@ -121,30 +125,6 @@ impl Driver {
         self.calls.load(Ordering::Relaxed)
     }
 
-    /// `urgent`: of the highest priority that the device has, else the lowest.
-    pub fn stream(&self, urgent: bool) -> Result<StreamHandle, CudaError> {
-        let (mut lowest, mut highest): (c_int, c_int) = (0, 0);
-        // SAFETY: pointers to locals.
-        self.with_context("cuCtxGetStreamPriorityRange", || unsafe {
-            (self.functions.cuCtxGetStreamPriorityRange)(&mut lowest, &mut highest)
-        })?;
-        let priority = if urgent { highest } else { lowest };
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
-        let mut stream: sys::CUstream = ptr::null_mut();
-        // SAFETY: pointer to a local.
-        self.with_context("cuStreamCreateWithPriority", || unsafe {
-            (self.functions.cuStreamCreateWithPriority)(&mut stream, flags, priority)
-        })?;
-        Ok(StreamHandle(stream as usize))
-    }
-
-    pub fn destroy_stream(&self, stream: StreamHandle) {
-        // SAFETY: made by `stream`, gone after this; its work goes on.
-        let _ = self.with_context("cuStreamDestroy", || unsafe {
-            (self.functions.cuStreamDestroy_v2)(stream.raw())
-        });
-    }
-
     pub fn synchronize(&self, stream: &StreamHandle) -> Result<(), CudaError> {
         // SAFETY: a live stream.
         self.with_context("cuStreamSynchronize", || unsafe {
@@ -200,6 +180,7 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
+        self.destroy_streams();
         // SAFETY: retained by `open`; everything that was made in the context
         // held this `Driver` and is gone.
         let _ = self.call("cuDevicePrimaryCtxRelease", || unsafe {

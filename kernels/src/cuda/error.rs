@@ -131,6 +131,14 @@ pub enum CudaError {
     )]
     Hung { at: &'static str, seconds: u64 },
 
+    /// A kernel has waited for the host for longer than it may. Nothing is
+    /// lost but what was being computed.
+    #[error(
+        "the GPU has waited {seconds} s for the processor and gave {what} up; was this program or \
+         machine stopped meanwhile? If not, look for \"Xid\" in the kernel's log (dmesg)"
+    )]
+    Late { what: &'static str, seconds: u64 },
+
     /// An ordinary error of one call, which had no effect.
     #[error("{call} failed: {code} {name}")]
     Api { call: &'static str, code: u32, name: &'static str },

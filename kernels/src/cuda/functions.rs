@@ -75,7 +75,6 @@ macro_rules! functions {
 functions! {
     fn cuCtxGetStreamPriorityRange(*mut c_int, *mut c_int);
     fn cuCtxSetCurrent(sys::CUcontext);
-    fn cuCtxSynchronize();
     fn cuDeviceGet(*mut sys::CUdevice, c_int);
     fn cuDeviceGetAttribute(*mut c_int, sys::CUdevice_attribute, sys::CUdevice);
     fn cuDeviceGetCount(*mut c_int);
@@ -91,6 +90,7 @@ functions! {
     fn cuEventRecord(sys::CUevent, sys::CUstream);
     fn cuFuncGetAttribute(*mut c_int, sys::CUfunction_attribute, sys::CUfunction);
     fn cuFuncGetParamInfo(sys::CUfunction, usize, *mut usize, *mut usize);
+    fn cuFuncLoad(sys::CUfunction);
     fn cuFuncSetAttribute(sys::CUfunction, sys::CUfunction_attribute, c_int);
     fn cuGraphDestroy(sys::CUgraph);
     fn cuGraphExecDestroy(sys::CUgraphExec);

@@ -360,13 +360,28 @@ impl<M: HostMemory> Shared<M> {
         }
     }
 
-    /// Ends everything if the oldest chunk takes too long.
+    /// Ends everything if the oldest chunk takes too long. One that has ended
+    /// did not, whatever the clock says: this process may have been stopped,
+    /// and the worker may not have landed it yet.
     fn watch(&self, state: &mut State<M>) {
         let patience = u64::try_from(self.hung_after.as_nanos()).unwrap_or(u64::MAX);
         let now = self.now_ns();
-        if state.oldest_since_ns().is_some_and(|since| now.saturating_sub(since) > patience) {
-            let error = self.copies.give_up(self.hung_after);
-            state.stop(&LinkError::Cuda(error), now);
+        let is_late = |since: u64| now.saturating_sub(since) > patience;
+        if !state.oldest_since_ns().is_some_and(is_late) {
+            return;
+        }
+        let Some((number, mark)) = state.oldest() else { return };
+        match mark.is_complete() {
+            Ok(true) => {
+                state.land(number, Ok(()), &self.copies, now);
+                self.feed(state);
+            }
+            Ok(false) => {
+                let error = self.copies.give_up(self.hung_after);
+                state.stop(&LinkError::Cuda(error), now);
+            }
+            // The worker hears of it, too.
+            Err(_) => {}
         }
     }
 }

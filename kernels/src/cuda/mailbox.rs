@@ -22,8 +22,8 @@
 //!
 //! While `settle` waits, whatever waits for the whole device waits, too: the
 //! host takes and frees no memory, and loads no module, between launch and
-//! end. Drivers load their own kernels late as well, so that nothing is set or
-//! filled meanwhile, only copied.
+//! end; [`Stream::rehearse`] loads before the first one. Drivers load their own
+//! kernels late as well, so that nothing is set or filled meanwhile, only copied.
 //! Where it cannot go on it ends the step ([`super::Decision::give_up`])
 //! before it waits for it. Launches one by one are given to the driver layer by
 //! layer: its queue has room for about a thousand, and whoever fills it behind

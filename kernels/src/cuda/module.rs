@@ -13,7 +13,7 @@ use std::ffi::CString;
 use std::fmt;
 use std::io::Read;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Where kernels come from.
@@ -84,8 +84,8 @@ struct Entry {
     attributes: FunctionAttributes,
     /// Of a block, static and dynamic together.
     shared_bytes_limit: u32,
-    /// Dynamic shared memory that launches may ask for so far.
-    shared_bytes_allowed: AtomicU32,
+    /// Launches may ask for all of it.
+    is_shared_allowed: AtomicBool,
 }
 
 /// Shared memory of a block that needs no permission.
@@ -130,6 +130,7 @@ impl ModuleCache {
                 CudaError::Api { code: NOT_FOUND, .. } => bad(format!("has no kernel {name}")),
                 error => error,
             })?;
+            driver.load_function(function)?;
             Ok((function, driver.function_attributes(function)?))
         })?;
         let kernel = Kernel(Arc::new(Entry {
@@ -139,7 +140,7 @@ impl ModuleCache {
             function,
             attributes,
             shared_bytes_limit: self.shared_bytes_limit,
-            shared_bytes_allowed: AtomicU32::new(0),
+            is_shared_allowed: AtomicBool::new(false),
         }));
         loaded.kernels.insert(name.to_string(), kernel.clone());
         Ok(kernel)
@@ -255,9 +256,11 @@ impl Kernel {
                 "{name} needs {total} bytes of shared memory in a block, the device has {limit}"
             )));
         }
-        if self.0.shared_bytes_allowed.load(Ordering::Relaxed) < bytes {
-            driver.allow_shared(self.0.function, bytes)?;
-            self.0.shared_bytes_allowed.fetch_max(bytes, Ordering::Relaxed);
+        // One value for all launches: of two threads that ask for different ones
+        // the last would win, and the other's launch fail.
+        if !self.0.is_shared_allowed.load(Ordering::Relaxed) {
+            driver.allow_shared(self.0.function, limit - attributes.shared_bytes)?;
+            self.0.is_shared_allowed.store(true, Ordering::Relaxed);
         }
         Ok(())
     }

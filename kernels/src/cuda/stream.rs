@@ -7,6 +7,7 @@ use super::graph::Kept;
 use super::memory::{HostMemory, Span, Staging};
 use super::module::Kernel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 /// Bytes that [`Stream::upload`] and [`Stream::download`] move at once.
 const STAGING_BYTES: usize = 1 << 20;
@@ -25,6 +26,8 @@ struct Inner {
     staging: Mutex<Option<Staging>>,
     /// What the launches use, while they are captured.
     capture: Mutex<Option<Kept>>,
+    /// Whose launches are only prepared.
+    rehearsal: Mutex<Option<ThreadId>>,
 }
 
 impl Drop for Inner {
@@ -61,7 +64,8 @@ impl Stream {
         let handle = Some(driver.stream(urgent)?);
         let (driver, events) = (driver.clone(), events.clone());
         let (staging, capture) = (Mutex::default(), Mutex::default());
-        Ok(Self(Arc::new(Inner { driver, handle, events, staging, capture })))
+        let rehearsal = Mutex::default();
+        Ok(Self(Arc::new(Inner { driver, handle, events, staging, capture, rehearsal })))
     }
 
     pub(super) fn driver(&self) -> &Arc<Driver> {
@@ -73,6 +77,9 @@ impl Stream {
         if self.capture().is_some() {
             let problem = "only launches can be captured: no copies, no waiting, no events";
             return Err(CudaError::shape("stream", problem));
+        }
+        if self.rehearses() {
+            return Err(CudaError::shape("stream", "only launches can be rehearsed"));
         }
         self.any_handle()
     }
@@ -100,6 +107,35 @@ impl Stream {
         Ok((graph, kept.unwrap_or_default()))
     }
 
+    /// Does everything for the launches of `work` on this stream but launch
+    /// them: kernels are found and brought to the device, and have the shared
+    /// memory that they ask for. Where the same launches come later, none of
+    /// them loads anything: that may wait for the device, and so for ever where
+    /// the device waits for the host ([`super::settle`]). Launches of other
+    /// threads go on.
+    ///
+    /// # Errors
+    /// Those of `work`, and what its launches would meet but for the driver's
+    /// own; [`CudaError::Shape`] for anything but launches.
+    pub fn rehearse(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<(), CudaError> {
+        self.handle()?;
+        match &mut *self.rehearsal() {
+            Some(_) => return Err(CudaError::shape("stream", "it is being rehearsed")),
+            free => *free = Some(thread::current().id()),
+        }
+        let _ends = Rehearsal(self);
+        work()
+    }
+
+    fn rehearsal(&self) -> MutexGuard<'_, Option<ThreadId>> {
+        self.0.rehearsal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this thread's launches are only prepared.
+    fn rehearses(&self) -> bool {
+        self.rehearsal().is_some_and(|thread| thread == thread::current().id())
+    }
+
     /// Launches a kernel; returns before it runs. For launchers alone: number
     /// and sizes of the arguments are checked, but not where they point. A
     /// kernel that is told a wrong address or length writes there, into
@@ -114,6 +150,9 @@ impl Stream {
             return Err(CudaError::shape("launch", "a span is of another device"));
         }
         debug_assert!(args.cells().len() <= MOST);
+        if self.rehearses() {
+            return Ok(());
+        }
         let launch = Launch {
             function: kernel.function(),
             blocks: grid.blocks,
@@ -263,6 +302,15 @@ impl Stream {
             return Err(CudaError::shape(call, "the span is mapped memory of the host"));
         }
         Ok(())
+    }
+}
+
+/// A stream whose launches are only prepared; launched again when this goes.
+struct Rehearsal<'a>(&'a Stream);
+
+impl Drop for Rehearsal<'_> {
+    fn drop(&mut self) {
+        *self.0.rehearsal() = None;
     }
 }
 

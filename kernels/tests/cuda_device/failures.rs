@@ -4,8 +4,8 @@
 
 use crate::world::{Drain, Fault, Settings, World, drains, pattern, standin};
 use pregate_kernels::cuda::{
-    CudaError, Device, Graph, Landed, Link, LinkError, LinkOptions, Part, Pinned, Span, Transfer,
-    Urgency, probe_copy, probe_empty,
+    CudaError, DeltaDecode, DeltaInputs, DeltaShape, Device, Graph, Landed, Link, LinkError,
+    LinkOptions, Part, Pinned, Span, Transfer, Urgency, delta_decode, probe_copy, probe_empty,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -298,6 +298,77 @@ fn launches_that_do_not_fit_are_refused_before_the_driver_sees_them() {
         assert!(matches!(error, CudaError::Shape { .. }), "{error}");
     }
     assert_eq!(world.calls_of("cuLaunchKernel"), calls);
+}
+
+#[test]
+fn a_kernel_gets_its_shared_memory_once_for_all_launches() {
+    let Some(world) = standin(Settings { drain: Drain::Lazy, ..Settings::default() }) else {
+        return;
+    };
+    let device = world.open().unwrap();
+    let span = device.arena(1 << 16).unwrap().take(1 << 16, 16).unwrap();
+    let decode = |key_dim: usize| {
+        let shape =
+            DeltaShape { key_heads: 1, value_heads: 1, key_dim, value_dim: 4, is_tiled: false };
+        let part = |floats: usize| span.part(0..4 * floats);
+        let (one, values) = (&part(1), &part(4));
+        let inputs = DeltaInputs {
+            shape,
+            tokens: 1,
+            mixed: &part(shape.channels()),
+            alpha: one,
+            beta: one,
+            decay: one,
+            decay_bias: one,
+            norm: values,
+            norm_epsilon: 1e-5,
+            gate: values,
+            memory: &part(4 * key_dim),
+            answers: values,
+        };
+        let call = DeltaDecode { inputs, counters: one };
+        device.compute().rehearse(|| delta_decode(&device, device.compute(), call))
+    };
+    // Beyond 48 KiB, less and more.
+    for key_dim in [500, 400, 700] {
+        decode(key_dim).unwrap();
+    }
+    assert_eq!(world.calls_of("cuFuncSetAttribute"), 1);
+    let error = decode(1000).unwrap_err();
+    assert!(matches!(error, CudaError::Unsupported { .. }), "{error}");
+}
+
+#[test]
+fn a_process_that_was_stopped_does_not_blame_the_device() {
+    let Some(world) = standin(Settings { drain: Drain::Lazy, ..Settings::default() }) else {
+        return;
+    };
+    let device = world.open().unwrap();
+    let patience = std::time::Duration::from_millis(60);
+    let options = LinkOptions { hung_after: patience, ..LinkOptions::default() };
+    let span = device.arena(100).unwrap().take(100, 1).unwrap();
+    let mut link = Link::new(&device, &options).unwrap();
+    let memory = device.pinned(10).unwrap();
+    world.stop("cuEventQuery", 200);
+    link.submit(Transfer {
+        key: 0,
+        memory,
+        parts: vec![Part { from: 0..10, to: 0 }],
+        destination: span.part(0..10),
+        urgency: Urgency::Demand,
+        after: None,
+        publish: None,
+    });
+    let landed = link.next(u64::MAX).unwrap();
+    assert!(landed.result.is_ok() && landed.memory.is_some(), "{:?}", landed.result);
+    device.set_patience(patience);
+    device.compute().fill(&span, 1).unwrap();
+    let mark = device.compute().record().unwrap();
+    world.stop("cuEventQuery", 200);
+    mark.synchronize().unwrap();
+    assert_eq!(device.failure(), None);
+    drop((link, mark, span, landed, device));
+    world.assert_nothing_alive();
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! Host memory that kernels use in place.
 
 use crate::world::{Drain, Settings, any_device, pattern, standin};
-use pregate_kernels::cuda::{CudaError, Mapped, probe_copy};
+use pregate_kernels::cuda::{CudaError, Graph, Mapped, probe_copy};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 /// Accesses of several sizes are for one thread at a time.
 #[test]
@@ -165,6 +166,57 @@ fn it_is_freed_behind_all_work_when_its_last_span_goes() {
     device.compute().download(&span, &mut bytes).unwrap();
     assert_eq!(bytes, [0; 64], "the kernel read it before it went");
     world.assert_no_violation();
+}
+
+#[test]
+fn it_waits_for_streams_that_nobody_has_any_more() {
+    let Some(world) = standin(Settings { drain: Drain::Lazy, ..Settings::default() }) else {
+        return;
+    };
+    let device = world.open().unwrap();
+    let span = device.arena(64).unwrap().take(64, 16).unwrap();
+    let streams = world.alive().streams;
+    let (mapped, stream) = (device.mapped(64).unwrap(), device.stream().unwrap());
+    let part = mapped.span().part(0..64);
+    drop(mapped);
+    for _ in 0..4 {
+        probe_copy(&device, &stream, 1, &part, &span).unwrap();
+    }
+    drop(stream);
+    drop(part);
+    assert_eq!(world.alive().pinned_blocks, 0);
+    assert_eq!(world.alive().streams, streams, "those of the device");
+    drop((span, device));
+    world.assert_nothing_alive();
+}
+
+#[test]
+fn it_stays_where_nobody_can_tell_that_the_device_is_done_with_it() {
+    let Some(world) = standin(Settings { drain: Drain::Lazy, ..Settings::default() }) else {
+        return;
+    };
+    let device = world.open().unwrap();
+    let arena = device.arena(256).unwrap();
+    let spans = [(); 2].map(|()| arena.take(64, 16).unwrap());
+    let mapped = device.mapped(64).unwrap();
+    // A question would spoil the capture.
+    let graph = Graph::capture(device.compute(), || {
+        drop(mapped);
+        probe_copy(&device, device.compute(), 1, &spans[0], &spans[1])
+    });
+    graph.unwrap().launch(device.compute()).unwrap();
+    assert_eq!((world.alive().pinned_blocks, device.failure()), (1, None));
+    let mapped = device.mapped(64).unwrap();
+    device.set_patience(Duration::from_millis(60));
+    world.hang();
+    let mark = device.compute().record().unwrap();
+    let started = Instant::now();
+    drop(mapped);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert_eq!(world.alive().pinned_blocks, 2);
+    assert!(matches!(device.failure(), Some(CudaError::Hung { .. })));
+    drop(mark);
+    world.release();
 }
 
 #[test]

@@ -117,6 +117,12 @@ impl World {
         self.machine.hang(1);
     }
 
+    /// This process is stopped for so long, at the end of the next call of
+    /// `name`, while the device goes on.
+    pub fn stop(&self, name: &str, milliseconds: u64) {
+        self.machine.command(&format!("stop={name}:1:{milliseconds}"));
+    }
+
     pub fn release(&self) {
         self.machine.release();
     }

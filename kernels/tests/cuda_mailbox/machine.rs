@@ -138,7 +138,7 @@ impl Machine {
         let step = StepLayout { updates: UPDATES, input_bytes: 4 * HIDDEN + LAYERS * LAYER_INPUTS };
         let mailbox = MailboxLayout { k: K, hidden: HIDDEN, ahead: AHEAD, experts: EXPERTS };
         let mapped = |bytes: usize| lab.device.mapped(bytes).unwrap();
-        Self {
+        let machine = Self {
             weights,
             offsets,
             block_bytes,
@@ -167,7 +167,10 @@ impl Machine {
             vectors: lab.space(4 * K * INNER),
             answers: lab.space(4 * K * HIDDEN),
             lab,
-        }
+        };
+        // Nothing is loaded while the device waits for the host.
+        machine.lab.device.compute().rehearse(|| machine.launch()).unwrap();
+        machine
     }
 
     /// The entry of an expert's block.
@@ -249,10 +252,15 @@ impl Machine {
     }
 
     pub fn settle(&self, layer: usize) -> Result<(), CudaError> {
+        self.settle_of(layer, &self.missing)
+    }
+
+    /// [`Machine::settle`] of the choices of another mask.
+    pub fn settle_of(&self, layer: usize, missing: &Span) -> Result<(), CudaError> {
         let [ids, ..] = &self.layer_inputs(layer);
         let call = Settle {
             words: &self.words,
-            missing: &self.missing,
+            missing,
             ids,
             k: K,
             decisions: &self.decisions.span().part(8 * layer * K..8 * (layer + 1) * K),

@@ -5,6 +5,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod loading;
 mod machine;
 mod misuse;
 mod pieces;

@@ -7,14 +7,14 @@ use crate::machine::{
 };
 use pregate_kernels::contract;
 use pregate_kernels::cuda::{
-    Decision, Graph, Link, LinkOptions, Part, Posted, StepError, Transfer, Urgency,
+    CudaError, Decision, Graph, Link, LinkOptions, Part, Posted, Span, StepError, Transfer, Urgency,
 };
 use pregate_kernels::testing::Random;
 use std::thread;
 use std::time::Duration;
 
 /// What the host knows, and decides at random.
-struct Host {
+pub struct Host {
     random: Random,
     /// `[LAYERS * EXPERTS]`: what `slot_of` must hold in this step.
     slots: Vec<u32>,
@@ -22,7 +22,7 @@ struct Host {
 }
 
 impl Host {
-    fn new(machine: &Machine, seed: u64) -> Self {
+    pub fn new(machine: &Machine, seed: u64) -> Self {
         let slots = vec![0; LAYERS * EXPERTS];
         Self { random: Random::new(seed), slots, posted: machine.mailbox.posted() }
     }
@@ -104,7 +104,13 @@ impl Host {
 
 /// One step; `beside`: another thread waits for the device meanwhile, and the
 /// host does not ask for it. Only this thread is at the mapped blocks.
-fn run_step(machine: &Machine, graph: Option<&Graph>, host: &mut Host, step: u32, beside: bool) {
+pub fn run_step(
+    machine: &Machine,
+    graph: Option<&Graph>,
+    host: &mut Host,
+    step: u32,
+    beside: bool,
+) {
     let token = Token::random(&mut host.random);
     let updates = host.updates(machine, step);
     machine.prepare(step, &token, &updates);
@@ -221,6 +227,10 @@ fn a_block_that_is_published_meanwhile_is_resident_for_later_layers() {
             let none: Vec<_> = (0..(LAYERS * EXPERTS) as u32).map(|index| (index, 0)).collect();
             machine.prepare(step, &token, &none);
             machine.lab.device.compute().fill(&machine.arena, 0xff).unwrap();
+            // No memory is taken while the device waits.
+            let memory: Vec<_> = (token.ids[1].iter())
+                .map(|_| machine.lab.device.pinned(machine.block_bytes).unwrap())
+                .collect();
             graph.launch(machine.lab.device.compute()).unwrap();
             let mut posted = machine.mailbox.posted();
             while !machine.mailbox.read(&machine.mailboxes, 0, step, &mut posted) {
@@ -228,8 +238,7 @@ fn a_block_that_is_published_meanwhile_is_resident_for_later_layers() {
             }
             assert_eq!(posted.missing, 7);
             // Layer 0 waits; layer 1's experts come.
-            for id in token.ids[1] {
-                let mut memory = machine.lab.device.pinned(machine.block_bytes).unwrap();
+            for (id, mut memory) in token.ids[1].into_iter().zip(memory) {
                 memory.copy_from_slice(&machine.contents(1, id as usize));
                 let word = 4 * id as usize..4 * id as usize + 4;
                 link.submit(Transfer {

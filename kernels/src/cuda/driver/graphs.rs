@@ -14,12 +14,18 @@ impl Driver {
     /// [`Driver::end_capture`]. Other threads and streams go on as before.
     pub(in crate::cuda) fn begin_capture(&self, stream: &StreamHandle) -> Result<(), CudaError> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // Nobody asks it from before the call on: that would spoil the capture.
+        self.set_captured(stream, true);
         // SAFETY: a live stream.
-        self.with_context("cuStreamBeginCapture", || unsafe {
+        let begun = self.with_context("cuStreamBeginCapture", || unsafe {
             (self.functions.cuStreamBeginCapture_v2)(stream.raw(), mode)
-        })?;
-        self.captures.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        });
+        if begun.is_ok() {
+            self.captures.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.set_captured(stream, false);
+        }
+        begun
     }
 
     /// Ends a capture of this thread. On an error nothing is left of it,
@@ -42,6 +48,7 @@ impl Driver {
             ended => ended,
         };
         self.captures.fetch_sub(1, Ordering::Relaxed);
+        self.set_captured(stream, false);
         ended?;
         let mut executable: sys::CUgraphExec = ptr::null_mut();
         // SAFETY: a graph of the driver, pointer to a local, no flags.

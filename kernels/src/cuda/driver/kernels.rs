@@ -27,6 +27,10 @@ pub(in crate::cuda) struct FunctionAttributes {
 
 impl Driver {
     /// Loads PTX. The error carries what the driver's compiler said.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`] where the device has no room, with the bytes
+    /// of the PTX: the driver does not say how many it wanted.
     pub(in crate::cuda) fn load(
         &self,
         module: &str,
@@ -54,7 +58,10 @@ impl Driver {
         });
         match result {
             Ok(()) => Ok(ModuleHandle(handle as usize)),
-            Err(CudaError::Api { code, name, .. }) if code != error::OUT_OF_MEMORY => {
+            Err(CudaError::Api { code: error::OUT_OF_MEMORY, .. }) => {
+                Err(self.out_of_memory(image.count_bytes() as u64))
+            }
+            Err(CudaError::Api { code, name, .. }) => {
                 let said = log.split(|byte| *byte == 0).next().unwrap_or_default();
                 let said = String::from_utf8_lossy(said);
                 let problem = format!("the driver does not load it ({code} {name}) {said}");
@@ -90,6 +97,22 @@ impl Driver {
             )
         })?;
         Ok(FunctionHandle(function as usize))
+    }
+
+    /// Brings a kernel to the device now. Drivers load lazily, at the first
+    /// launch else, and may wait for the device then.
+    ///
+    /// # Errors
+    /// As [`Driver::load`].
+    pub(in crate::cuda) fn load_function(&self, function: FunctionHandle) -> Result<(), CudaError> {
+        // SAFETY: a function of a module that the caller holds.
+        let loaded = self.with_context("cuFuncLoad", || unsafe {
+            (self.functions.cuFuncLoad)(function.0 as sys::CUfunction)
+        });
+        match loaded {
+            Err(CudaError::Api { code: error::OUT_OF_MEMORY, .. }) => Err(self.out_of_memory(0)),
+            loaded => loaded,
+        }
     }
 
     pub(in crate::cuda) fn function_attributes(

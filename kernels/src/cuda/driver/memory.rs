@@ -60,10 +60,18 @@ impl Driver {
         match result {
             Ok(()) => Ok(Block(address)),
             Err(CudaError::Api { code: error::OUT_OF_MEMORY, .. }) => {
-                let (free, _) = self.memory()?;
-                Err(CudaError::OutOfMemory { needed: bytes as u64, free })
+                Err(self.out_of_memory(bytes as u64))
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// The device refused `needed` bytes: the error with what is free, or the
+    /// one that asking for that met.
+    pub(super) fn out_of_memory(&self, needed: u64) -> CudaError {
+        match self.memory() {
+            Ok((free, _)) => CudaError::OutOfMemory { needed, free },
+            Err(error) => error,
         }
     }
 
@@ -99,13 +107,10 @@ impl Driver {
         }
     }
 
-    /// Waits for the device, which may be using the block.
+    /// Waits for the device, which may be using the block; where its end cannot
+    /// be learnt, or a stream is being captured, the block is leaked.
     pub(in crate::cuda) fn free_mapped(&self, block: MappedBlock) {
-        // SAFETY: no arguments.
-        let ended = self
-            .with_context("cuCtxSynchronize", || unsafe { (self.functions.cuCtxSynchronize)() });
-        // Else it is leaked: the device may go on using it.
-        if ended.is_ok() {
+        if self.wait_for_all() {
             self.free_pinned(block.host);
         }
     }

@@ -7,8 +7,8 @@ use super::waiting::PATIENCE_MS;
 use cudarc::driver::sys;
 use std::ffi::c_int;
 use std::ptr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::{Mutex, OnceLock};
 
 /// Numbers of a device that never change.
 pub(in crate::cuda) struct Attributes {
@@ -20,6 +20,7 @@ pub(in crate::cuda) struct Attributes {
     pub shared_bytes_limit: u32,
     pub copy_engines: u32,
     pub integrated: bool,
+    pub has_watchdog: bool,
     /// Domain, bus, device.
     pub pci: (u32, u32, u32),
 }
@@ -78,9 +79,10 @@ impl Driver {
         opening("cuDevicePrimaryCtxRetain", code)?;
         let context = context as usize;
         let (sticky, calls) = (OnceLock::new(), AtomicU64::new(0));
-        let captures = AtomicUsize::new(0);
+        let (captures, streams) = (AtomicUsize::new(0), Mutex::default());
         let patience_ms = AtomicU64::new(PATIENCE_MS);
-        let driver = Self { functions, device, context, sticky, calls, captures, patience_ms };
+        let driver =
+            Self { functions, device, context, sticky, calls, captures, streams, patience_ms };
         driver.bind()?;
         Ok((driver, attributes))
     }
@@ -123,6 +125,7 @@ fn attributes(
         shared_bytes_limit: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         copy_engines: get(Attribute::CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT)?,
         integrated: get(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0,
+        has_watchdog: get(Attribute::CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT)? != 0,
         pci: (
             get(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
             get(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,

@@ -49,12 +49,15 @@ impl Driver {
     /// device is given up, and no call is made any more.
     pub fn finish(&self, event: &EventHandle) -> Result<(), CudaError> {
         let started = Instant::now();
+        let mut is_late = false;
         while !self.is_complete(event)? {
             let waited = started.elapsed();
             let patience = self.patience();
-            if waited > patience {
+            // This thread may have been stopped between question and clock.
+            if is_late {
                 return Err(self.give_up("its work", patience));
             }
+            is_late = waited > patience;
             match waited {
                 waited if waited < AT_ONCE => std::hint::spin_loop(),
                 waited if waited < Duration::from_secs(1) => thread::sleep(PAUSE),
