@@ -10,6 +10,7 @@ use pregate_kernels::{
     cuda::{self, CudaError, DeviceOptions},
 };
 use pregate_runtime::{Misses, gpu::GpuParts};
+use std::ffi::OsStr;
 use std::sync::Arc;
 
 pub struct Device {
@@ -29,6 +30,8 @@ pub struct Gpu {
     pub misses: Misses,
     /// A token is one CUDA graph.
     pub graphs: bool,
+    /// Launches return when they have run: someone looks for a bug.
+    pub launches_block: bool,
 }
 
 /// How much of a GPU's memory may be taken.
@@ -151,7 +154,14 @@ impl Device {
         let line = format!("{} (chosen by --device cuda)", device.info().describe());
         let budget = GpuBudget { free_bytes, cap_bytes, below_bytes: None };
         let graphs = args.graphs == Switch::On;
-        let gpu = Some(Gpu { device, budget, misses: args.misses.into(), graphs });
+        let launches_block = launches_block(std::env::var_os("CUDA_LAUNCH_BLOCKING").as_deref());
+        if launches_block {
+            eprintln!(
+                "note: CUDA_LAUNCH_BLOCKING is set: the host launches layer by layer, because a \
+                 GPU that computes tokens by itself would wait for it for ever"
+            );
+        }
+        let gpu = Some(Gpu { device, budget, misses: args.misses.into(), graphs, launches_block });
         Ok(Self { line, gpu, ..Self::cpu(args.threads, "beside a GPU")? })
     }
 
@@ -194,6 +204,11 @@ fn automatic() -> String {
         Err(error) => error.to_string(),
     };
     format!("--device auto: CPU because {why}")
+}
+
+/// What the driver makes of `CUDA_LAUNCH_BLOCKING`.
+fn launches_block(value: Option<&OsStr>) -> bool {
+    value.is_some_and(|value| value != "0")
 }
 
 #[cfg(test)]

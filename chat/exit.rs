@@ -1,6 +1,7 @@
 //! How the program ends: one message, one code.
 
 use crate::tui;
+use pregate_kernels::cuda::CudaError;
 use pregate_runtime::Error;
 use pregate_traces::TraceError;
 use std::{fmt, io};
@@ -58,6 +59,7 @@ impl Failure {
             Failure::Interrupted | Failure::Runtime(Error::Cancelled) => INTERRUPTED,
             Failure::Runtime(Error::Request(_) | Error::ContextFull { .. }) => USAGE,
             Failure::Runtime(Error::Cuda(error)) if error.is_sticky() => DEVICE_FAILED,
+            Failure::Runtime(Error::Cuda(CudaError::Late { .. })) => DEVICE_FAILED,
             Failure::Runtime(Error::Memory { .. } | Error::Budget(_) | Error::Cuda(_)) => RESOURCES,
             Failure::Runtime(Error::Io { source, .. }) if out_of_memory(source) => RESOURCES,
             Failure::Runtime(_) => MODEL,

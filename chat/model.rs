@@ -120,9 +120,11 @@ fn try_place(
         .set(megabytes(progress.bytes_done));
     })?;
     let graphs = device.gpu.as_ref().is_none_or(|gpu| gpu.graphs);
+    let device_tokens = device.gpu.as_ref().is_none_or(|gpu| !gpu.launches_block);
     let usual = needs.session.prefill_chunk;
     let prefill_chunk = planned.gpu.as_ref().map_or(usual, |gpu| gpu.prefill_chunk);
-    let session = Session::new(&model, SessionOptions { graphs, prefill_chunk, ..needs.session })?;
+    let options = SessionOptions { graphs, device_tokens, prefill_chunk, ..needs.session };
+    let session = Session::new(&model, options)?;
     Ok((model, session))
 }
 

@@ -43,6 +43,22 @@ fn a_gpu_gives_the_answer_of_the_processor() {
     }
 }
 
+/// A GPU that waits for the host in a launch that does not return would wait
+/// for ever; the stand-in tells of it.
+#[test]
+fn where_launches_block_the_host_launches_layer_by_layer_and_says_so() {
+    let cpu = pregate(&[&ANSWER[..], &["--device", "cpu"]].concat()).output().unwrap();
+    let arguments = [&ANSWER[..], &["--device", "cuda", "--vram", "270M"]].concat();
+    for (value, is_told) in [("1", true), ("0", false)] {
+        let Some(mut command) = gpu::command("drain=eager", &arguments) else { return };
+        let output = command.env("CUDA_LAUNCH_BLOCKING", value).output().unwrap();
+        let notes = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && output.stdout == cpu.stdout, "{value}: {notes}");
+        assert_eq!(notes.contains("CUDA_LAUNCH_BLOCKING is set"), is_told, "{notes}");
+        assert!(!notes.contains("pregate-standin: "), "{value}: {notes}");
+    }
+}
+
 /// Neither the GPU nor the memory that is allowed has room for all experts.
 #[test]
 fn experts_come_from_disk_where_memory_is_short() {

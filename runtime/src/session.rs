@@ -23,11 +23,23 @@ pub struct SessionOptions {
     /// On a GPU a token is submitted as one CUDA graph; else kernel by kernel.
     /// It changes speed, never results.
     pub graphs: bool,
+    /// A GPU computes a token by itself, and waits for the host where an expert
+    /// is missing; else the host launches layer by layer and looks at the
+    /// choices between. It changes speed, never results. To be off where a
+    /// launch returns only when it has run (`CUDA_LAUNCH_BLOCKING`, some
+    /// debuggers and profilers): host and device would wait for each other.
+    pub device_tokens: bool,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { context: None, kv: KvFormat::F16, prefill_chunk: 512, graphs: true }
+        Self {
+            context: None,
+            kv: KvFormat::F16,
+            prefill_chunk: 512,
+            graphs: true,
+            device_tokens: true,
+        }
     }
 }
 
@@ -104,9 +116,7 @@ impl Session {
         let ropes: Vec<Rope> =
             description.ropes.iter().map(|rope| Rope::new(rope, context)).collect();
         let place = match model.gpu() {
-            Some(gpu) => {
-                Place::Gpu(Box::new(GpuSession::new(gpu, description, context, &options)?))
-            }
+            Some(_) => Place::Gpu(Box::new(GpuSession::new(model, &ropes, context, &options)?)),
             None => Place::Host {
                 cache: Cache::new(description, context, options.kv)?,
                 scratch: Box::default(),

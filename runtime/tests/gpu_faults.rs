@@ -18,6 +18,8 @@ mod golden;
 mod scratch;
 #[path = "support/tiny.rs"]
 mod tiny;
+#[path = "gpu_faults/waits.rs"]
+mod waits;
 
 use golden::argmax;
 use pregate_kernels::cuda::{CudaError, Device, DeviceOptions, Modules};
@@ -44,7 +46,7 @@ type Bits = Vec<Vec<u32>>;
 struct World {
     standin: Exclusive<'static>,
     path: PathBuf,
-    _scratch: Scratch,
+    _scratch: Option<Scratch>,
     cpu: Arc<dyn Backend>,
     expected: Bits,
 }
@@ -72,15 +74,20 @@ fn converse_and(session: &mut Session, before: &dyn Fn(usize)) -> Result<Bits, E
 
 impl World {
     fn new(name: &str) -> Option<Self> {
-        let standin = testing::standin()?.exclusive();
         let scratch = Scratch::new(name);
         let path = scratch.write("tiny.gguf", &tiny::tiny());
+        Some(Self { _scratch: Some(scratch), ..Self::of(path)? })
+    }
+
+    /// With the model at `path`.
+    fn of(path: PathBuf) -> Option<Self> {
+        let standin = testing::standin()?.exclusive();
         let cpu: Arc<dyn Backend> =
             Arc::new(Cpu::new(CpuOptions { threads: Some(1), isa: None }).unwrap());
         let options_of_load = LoadOptions { backend: cpu.clone(), residency: Residency::Lazy };
         let model = Model::load(&path, options_of_load, &mut |_| {}).unwrap();
         let expected = converse(&mut Session::new(&model, options()).unwrap()).unwrap();
-        Some(Self { standin, path, _scratch: scratch, cpu, expected })
+        Some(Self { standin, path, _scratch: None, cpu, expected })
     }
 
     /// A machine as new, whose work is done late, at once or in any order.
@@ -299,9 +306,8 @@ fn f14_a_refused_graph_is_launched_kernel_by_kernel_with_one_warning() {
             let model = world.load(&device, seed).unwrap();
             let mut session = Session::new(&model, options()).unwrap();
             let before = begun(&world);
-            // The first token has launches of its own.
             let fail = |token| {
-                if token == 1 {
+                if token == 0 {
                     world.standin.fail_call(name, nth, Fault::Once, code);
                 }
             };
@@ -371,7 +377,6 @@ fn f15_a_token_whose_launches_never_begin_is_given_up() {
         let model = world.load(&device, seed).unwrap();
         let mut session = Session::new(&model, options()).unwrap();
         let mut next = argmax(session.feed_quietly(&PROMPT).unwrap());
-        // With launches of their own, then as a graph.
         (0..seed).for_each(|_| next = argmax(session.feed_quietly(&[next]).unwrap()));
         device.set_patience(Duration::from_millis(60));
         world.standin.command("hang=1");

@@ -36,6 +36,8 @@ pub struct Gpu {
     /// The link to the host, read while it was in use if it was measured;
     /// `null` where the system does not say.
     pub link: Option<Links>,
+    /// Kernels that run for seconds are ended: a screen hangs on it.
+    pub has_watchdog: bool,
     /// The tests' stand-in, whose times mean nothing.
     pub is_standin: bool,
     /// `null` where it was not measured.
@@ -143,6 +145,7 @@ fn gpu(info: &DeviceInfo, free_bytes: Option<u64>, link: Option<Links>) -> Gpu {
         driver: info.driver_version.to_string(),
         pci: info.pci.clone(),
         link,
+        has_watchdog: info.has_watchdog,
         is_standin: device::is_standin(info),
         speed: None,
     }
@@ -151,8 +154,13 @@ fn gpu(info: &DeviceInfo, free_bytes: Option<u64>, link: Option<Links>) -> Gpu {
 fn present(gpu: &Gpu) -> Finding {
     let free = gpu.free_bytes.map(|free| format!(" ({} free)", bytes(free))).unwrap_or_default();
     let link = gpu.link.map_or_else(|| "link of unknown speed".to_string(), |link| link.words());
+    let watchdog = match gpu.has_watchdog {
+        true => ", a watchdog ends kernels that run for seconds (a screen hangs on it)",
+        false => "",
+    };
     let found = format!(
-        "{}: {}, {}{free}, compute capability {}, {} multiprocessors, driver for CUDA {}, {link}",
+        "{}: {}, {}{free}, compute capability {}, {} multiprocessors, driver for CUDA {}, \
+         {link}{watchdog}",
         gpu.ordinal,
         gpu.name,
         bytes(gpu.memory_bytes),
@@ -206,11 +214,15 @@ mod tests {
             shared_bytes_limit: 101_376,
             copy_engines: 2,
             integrated: false,
+            has_watchdog: true,
             pci: "0000:65:00.0".to_string(),
         };
         let gpu = gpu(&info, Some(23_000_000_000), link);
         let found = present(&gpu).found;
         let parts = ["RTX, 24.0 GB (23.0 GB free)", "capability 8.9", "CUDA 12.4", "(of PCIe 4.0"];
+        assert!(found.contains("a watchdog ends kernels"), "{found}");
+        let without = Gpu { has_watchdog: false, ..gpu.clone() };
+        assert!(!present(&without).found.contains("watchdog"), "{without:?}");
         assert!(parts.iter().all(|words| found.contains(words)), "{found}");
 
         let link = LinkSpeed {

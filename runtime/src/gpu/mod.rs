@@ -7,6 +7,7 @@
 //! operation, with the same bits; of long prompts, attention and gated DeltaNet
 //! are within a tolerance (`runtime/tests/gpu_models.rs`).
 
+mod alone;
 mod attention;
 mod buffers;
 mod decider;
@@ -14,6 +15,7 @@ mod delta_net;
 mod exchange;
 mod experts;
 mod feed_forward;
+mod gate;
 mod host_frames;
 mod host_rows;
 mod host_share;
@@ -47,12 +49,14 @@ use crate::model::weights::ModelWeights;
 use crate::store::ExpertStore;
 use crate::store::disk::DiskReport;
 use crate::store::layout::ModelLayout;
+use gate::Gate;
 use moving::Moving;
 use needs::{dense_bytes, experts_bytes};
 use pregate_kernels::cuda::Device;
 use pregate_predictor::roofline::Machine;
 use pregate_predictor::split::{LayerSplit, Seed};
 use slots::SlotTable;
+use std::sync::Arc;
 use upload::Uploader;
 use weights::{DeviceLayer, DeviceWeights};
 
@@ -61,6 +65,7 @@ pub struct GpuModel {
     device: Device,
     weights: DeviceWeights,
     moving: Option<Moving>,
+    gate: Arc<Gate>,
 }
 
 impl GpuModel {
@@ -113,7 +118,7 @@ impl GpuModel {
             })
             .transpose()?;
         debug_assert!(told <= total);
-        Ok(Self { device, weights: weights_there, moving })
+        Ok(Self { device, weights: weights_there, moving, gate: Arc::default() })
     }
 
     pub fn device(&self) -> &Device {
@@ -123,6 +128,11 @@ impl GpuModel {
     /// The experts that come and go, if some do.
     pub fn store(&self) -> Option<&ExpertStore> {
         self.moving.as_ref().map(Moving::store)
+    }
+
+    /// What every session passes before it is at the device.
+    fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 
     fn layers(&self) -> &[DeviceLayer] {

@@ -90,15 +90,14 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
     pub fn finish(mut self) -> Result<()> {
         self.is_over = true;
         self.close(None, None);
-        match self.path.mail().error() {
-            Some(error) => Err(CudaError::unsupported(format!("a token: {error:?}")).into()),
-            None => Ok(()),
-        }
+        Ok(self.path.healthy(self.pass.device())?)
     }
 
     fn serve(&mut self, layer: usize, mail: &LayerMail) -> Result<()> {
         self.companions.meter.lap(Work::Overhead);
         self.hear(mail)?;
+        // Behind a layer that was not answered in time all is wrong.
+        self.path.healthy(self.pass.device())?;
         // Where reads from disk are waited for, walls say nothing of the workers.
         let moving = self.pass.model.moving().filter(|moving| moving.frames().is_none());
         let heard_ns = moving.map(|moving| moving.store().now_ns());
@@ -123,7 +122,7 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
         let Self { pass, path, step, .. } = *self;
         let boxes = &path.mail().boxes;
         let started = Instant::now();
-        let mut was_idle = false;
+        let (mut was_idle, mut is_late) = (false, false);
         for look in 1u64.. {
             if mail.layout.read(boxes, mail.mailbox, step, &mut self.buffers.posted) {
                 break;
@@ -137,9 +136,12 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
                     return Err(CudaError::unsupported("a token that ended early").into());
                 }
                 was_idle = pass.stream().query()?;
-                if started.elapsed() > pass.device().patience() {
+                // This thread may have been stopped since the look before:
+                // there is one more, after the clock.
+                if is_late {
                     return Err(pass.device().give_up("a token").into());
                 }
+                is_late = started.elapsed() > pass.device().patience();
             }
             std::hint::spin_loop();
         }

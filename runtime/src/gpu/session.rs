@@ -1,12 +1,14 @@
 //! One sequence on a device: its cache, and passes over its tokens.
 
 use super::GpuModel;
+use super::alone::{NoToken, Token};
 use super::buffers::{Buffers, pass_tokens};
 use super::exchange::Exchange;
 use super::feed_forward;
+use super::gate::{Entered, Gate};
 use super::network::{head, launch, launch_token, tell};
 use super::pass::{Companions, Pass, read_floats};
-use super::serve::{Service, ServiceBuffers};
+use super::serve::Service;
 use super::state::{self, LayerState};
 use super::token::{Graphs, Step, TokenPath};
 use super::weights::DeviceLayer;
@@ -17,9 +19,10 @@ use crate::model::Model;
 use crate::model::description::ModelDescription;
 use crate::model::rope::Rope;
 use crate::session::{Cancel, SessionOptions};
-use crate::store::{ExpertStore, PassInfo};
-use pregate_kernels::cuda::{Arena, CudaError, Device};
+use crate::store::PassInfo;
+use pregate_kernels::cuda::{CudaError, Device};
 use pregate_predictor::{Fed, Observer};
+use std::sync::Arc;
 
 /// What a pass is asked for.
 #[derive(Clone, Copy)]
@@ -49,8 +52,11 @@ pub struct GpuSession {
     /// Recurrent state is to be cleared.
     is_new: bool,
     inputs: Inputs,
-    /// Tokens that the device computes by itself; else the reason.
-    token: Result<Token, CudaError>,
+    /// Tokens that the device computes by itself.
+    token: Result<Token, NoToken>,
+    gate: Arc<Gate>,
+    /// Held while all fields above are dropped.
+    leaving: Option<Entered>,
 }
 
 /// What every pass of a call goes through.
@@ -109,32 +115,6 @@ impl Inputs {
     }
 }
 
-/// Tokens that the device computes by itself.
-struct Token {
-    path: TokenPath,
-    graphs: Option<Graphs>,
-    /// Of the last token.
-    step: u32,
-    /// Of entries of experts, with the token.
-    updates: Vec<(u32, u32)>,
-    buffers: ServiceBuffers,
-}
-
-impl Token {
-    fn new(
-        model: &GpuModel,
-        arena: &Arena,
-        description: &ModelDescription,
-        graphs: bool,
-    ) -> Result<Self, CudaError> {
-        let horizon = model.store().map_or(0, ExpertStore::horizon);
-        let path = TokenPath::new(model.device(), arena, description, &model.weights, horizon)?;
-        let graphs = graphs.then(Graphs::default);
-        let (updates, buffers) = (Vec::new(), ServiceBuffers::default());
-        Ok(Self { path, graphs, step: 0, updates, buffers })
-    }
-}
-
 impl GpuSession {
     /// Bytes of what a sequence of up to `capacity` positions leaves.
     pub fn state_bytes(description: &ModelDescription, capacity: usize, kv: KvFormat) -> usize {
@@ -150,27 +130,46 @@ impl GpuSession {
         Exchange::bytes(description, tokens) + TokenPath::device_bytes(description)
     }
 
-    /// For `capacity` positions.
+    /// For `capacity` positions. Loads the kernels of a token.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`] where the device has no room, for kernels
+    /// either; the driver's.
     pub fn new(
-        model: &GpuModel,
-        description: &ModelDescription,
+        of: &Model,
+        ropes: &[Rope],
         capacity: usize,
         options: &SessionOptions,
     ) -> Result<Self> {
+        let (model, description) = (gpu_of(of)?, of.description());
+        // Also while what was made is dropped, where the rest is refused.
+        let _entered = model.gate().enter();
         let kv = options.kv;
         let tokens = pass_tokens(options.prefill_chunk, capacity);
         let arena = model.device().arena(state::bytes(description, capacity, kv).max(1))?;
         let layers = (description.layers.iter())
             .map(|layer| LayerState::new(&arena, &layer.mixer, capacity, kv));
-        let layers = layers.collect::<Result<_, CudaError>>()?;
+        let layers = layers.collect::<Result<Vec<_>, CudaError>>()?;
         let arena = model.device().arena(Self::exchange_bytes(description, tokens))?;
-        let token = match Token::new(model, &arena, description, options.graphs) {
-            Err(error) if error.is_sticky() => return Err(error.into()),
-            token => token,
+        let token = || Token::new(model, &arena, description, options.graphs);
+        let mut token = match options.device_tokens.then(token) {
+            None => Err(NoToken::Off),
+            Some(Err(error)) if error.is_sticky() => return Err(error.into()),
+            Some(token) => token.map_err(NoToken::Refused),
         };
+        let buffers = Buffers::new(model.device(), description, capacity, tokens)?;
+        if let Ok(Token { path, rehearsed, .. }) = &mut token {
+            let on = On { model: of, gpu: model, ropes };
+            let ids = &[0];
+            let first =
+                GpuPass { ids, first_position: 0, wanted: 1, session: 0, is_prompt: false };
+            let step = Step { path, most: Graphs::most(0, capacity) };
+            let pass = on.pass((&buffers, &path.exchange), &first, Some(step));
+            rehearsed.ensure(&pass, &layers)?;
+        }
         Ok(Self {
             layers,
-            buffers: Buffers::new(model.device(), description, capacity, tokens)?,
+            buffers,
             exchange: Exchange::new(&arena, description, tokens)?,
             capacity,
             pass_tokens: tokens,
@@ -178,6 +177,8 @@ impl GpuSession {
             is_new: true,
             inputs: Inputs::default(),
             token,
+            gate: model.gate().clone(),
+            leaving: None,
         })
     }
 
@@ -192,7 +193,8 @@ impl GpuSession {
     /// Why tokens take longer than they could.
     pub fn warning(&self) -> Option<String> {
         match &self.token {
-            Err(error) => Some(format!(
+            Err(NoToken::Off) => None,
+            Err(NoToken::Refused(error)) => Some(format!(
                 "no memory that the GPU and the processor share ({error}): the GPU waits for the \
                  processor in every layer"
             )),
@@ -238,9 +240,10 @@ impl GpuSession {
         observer: &mut dyn Observer,
         cancel: &Cancel,
     ) -> Result<()> {
-        let gpu = model.gpu().ok_or_else(|| CudaError::unsupported("a model that is not there"))?;
+        let gpu = gpu_of(model)?;
         let (description, on) = (model.description(), On { model, gpu, ropes });
         if self.is_new {
+            let _entered = gpu.gate().enter_or(cancel)?;
             self.clear(gpu.device())?;
         }
         self.logits.clear();
@@ -254,11 +257,24 @@ impl GpuSession {
             // Of this piece, those that are among the last `wanted`.
             let wanted = (before + pass.wanted).saturating_sub(pass.ids.len()).min(ids.len());
             let piece = GpuPass { ids, first_position, wanted, ..pass };
+            let _entered = gpu.gate().enter_or(cancel)?;
             let GpuPass { session, is_prompt, .. } = pass;
-            observer.fed(&Fed { session, first_position, tokens: ids, is_prompt });
-            match (ids.len(), wanted, &self.token) {
-                (1, 1, Ok(_)) => self.token(on, piece, observer, cancel)?,
-                _ => self.piece(on, piece, observer, cancel)?,
+            let fed = Fed { session, first_position, tokens: ids, is_prompt };
+            observer.fed(&fed);
+            if (ids.len(), wanted, self.token.is_ok()) != (1, 1, true) {
+                self.piece(on, piece, observer, cancel)?;
+                continue;
+            }
+            let told = self.logits.len();
+            match self.token(on, piece, observer, cancel) {
+                // The device waits for nobody in a piece. Its cells are written
+                // again; a recurrent state has gone on.
+                Err(Error::Cuda(CudaError::Late { .. })) if self.can_rewind() => {
+                    observer.fed(&fed);
+                    self.logits.truncate(told);
+                    self.piece(on, piece, observer, cancel)?;
+                }
+                done => done?,
             }
         }
         if description.logit_scale != 1.0 {
@@ -313,18 +329,17 @@ impl GpuSession {
         let info = pass_info(&pass, true);
         let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
         let mut meter = Meter::start(store);
-        let Token { path, graphs, step, updates, buffers } = token;
-        self.inputs.fill(on, &path.exchange, pass)?;
         let most = Graphs::most(pass.first_position, self.capacity);
+        let Token { path, graphs, rehearsed, step, updates, buffers } = token;
+        self.inputs.fill(on, &path.exchange, pass)?;
         let path = &*path;
         let step_of = Some(Step { path, most });
         let piece = on.pass((&self.buffers, &path.exchange), &pass, step_of);
         let layers = &self.layers;
         let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
-        // Kernels are loaded by the first token, outside of a capture.
-        if let Some(graphs) = graphs.as_mut().filter(|_| *step > 0) {
-            let whole = || launch_token(&piece, path, layers, &mut |_| Ok(()));
-            graphs.make(&piece, most, whole)?;
+        rehearsed.ensure(&piece, layers)?;
+        if let Some(graphs) = graphs {
+            graphs.make(&piece, most, || launch_token(&piece, path, layers, &mut |_| Ok(())))?;
         }
         *step = step.checked_add(1).unwrap_or(1);
         gpu.slots().take(updates);
@@ -362,6 +377,16 @@ impl GpuSession {
         meter.finish();
         Ok(())
     }
+}
+
+impl Drop for GpuSession {
+    fn drop(&mut self) {
+        self.leaving = Some(self.gate.enter());
+    }
+}
+
+fn gpu_of(model: &Model) -> Result<&GpuModel, CudaError> {
+    model.gpu().ok_or_else(|| CudaError::unsupported("a model that is not there"))
 }
 
 fn pass_info<'a>(pass: &GpuPass<'a>, keeps_ahead: bool) -> PassInfo<'a> {

@@ -12,7 +12,7 @@ use crate::model::description::ModelDescription;
 use pregate_kernels::cuda::router::{MOST_AHEAD, MOST_EXPERTS};
 use pregate_kernels::cuda::{
     AheadLogits, Arena, BeginStep, CudaError, Device, Graph, HostRows, MailboxLayout, Mapped, Post,
-    STEP_WORDS, Settle, Span, StepLayout, Stream, begin_step, post, settle,
+    STEP_WORDS, Settle, Span, StepError, StepLayout, Stream, begin_step, post, settle,
 };
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -144,7 +144,24 @@ impl TokenPath {
     ) -> Result<(), CudaError> {
         self.step_layout.write(&self.step_block, step, position, updates)?;
         self.step_block.write(self.step_layout.inputs_at(), inputs);
+        // What went wrong with a step before was told then.
+        self.mail.decisions.store_release(self.mail.error_word, 0);
         Ok(())
+    }
+
+    /// Whether the device has found nothing wrong with the step so far.
+    ///
+    /// # Errors
+    /// [`CudaError::Late`]: it has waited for the host in vain.
+    pub fn healthy(&self, device: &Device) -> Result<(), CudaError> {
+        match self.mail.error() {
+            None => Ok(()),
+            Some(StepError::Late { .. }) => {
+                let seconds = device.kernel_patience().as_secs();
+                Err(CudaError::Late { what: "a token", seconds })
+            }
+            Some(error) => Err(CudaError::unsupported(format!("a token: {error:?}"))),
+        }
     }
 
     /// The first launch.
@@ -213,8 +230,8 @@ impl TokenPath {
             k,
             decisions: &word(mail.decisions, k),
             arena: pass.model.slots().arena(moe.experts.shape.block_bytes),
-            // What the host has for it; a graph keeps that of its capture.
-            patience: pass.device().patience(),
+            // A graph keeps that of its capture.
+            patience: pass.device().kernel_patience(),
             error: &word(self.mail.error_word, 1),
             late: &late,
             from_host: &self.from_host,
@@ -305,9 +322,9 @@ impl Mail {
         })
     }
 
-    /// What the device found wrong with a step.
-    pub fn error(&self) -> Option<pregate_kernels::cuda::StepError> {
-        pregate_kernels::cuda::StepError::read(&self.decisions, self.error_word)
+    /// What the device has found wrong with the step that was written last.
+    fn error(&self) -> Option<StepError> {
+        StepError::read(&self.decisions, self.error_word)
     }
 }
 

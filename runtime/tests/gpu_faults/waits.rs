@@ -1,0 +1,219 @@
+//! A device that waits for the host, in the middle of a token: nothing is
+//! called meanwhile that may wait for the device, by nobody, and a host that
+//! was away for too long computes the token again.
+
+use super::*;
+use pregate_predictor::{Fed, Observer};
+use pregate_runtime::{Cancel, Run};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+const LOADS: [&str; 5] = [
+    "cuModuleLoadDataEx",
+    "cuModuleGetFunction",
+    "cuFuncGetAttribute",
+    "cuFuncSetAttribute",
+    "cuFuncLoad",
+];
+
+#[test]
+fn kernels_of_a_token_are_loaded_before_the_first_one() {
+    let Some(world) = World::new("gpu-loads") else { return };
+    for (seed, graphs) in (0..6).flat_map(|seed| [(seed, true), (seed, false)]) {
+        let at = format!("seed {seed}, graphs {graphs}");
+        world.reset(seed);
+        let device = world.device();
+        let model = world.load(&device, seed).unwrap();
+        let mut session = Session::new(&model, SessionOptions { graphs, ..options() }).unwrap();
+        let before = LOADS.map(|name| world.count(name));
+        // No prompt that would load some of them.
+        let mut logits = Vec::new();
+        for id in PROMPT {
+            logits = session.feed_quietly(&[id]).unwrap().to_vec();
+        }
+        let bits: Vec<u32> = logits.iter().map(|logit| logit.to_bits()).collect();
+        assert!(bits == world.expected[0], "{at}: other logits than the processor's");
+        assert_eq!(LOADS.map(|name| world.count(name)), before, "{at}");
+        world.assert_clean(&at);
+    }
+}
+
+#[test]
+fn f10_kernels_that_do_not_fit_are_memory_that_was_refused() {
+    let Some(world) = World::new("gpu-f10-kernels") else { return };
+    for name in ["cuModuleLoadDataEx", "cuFuncLoad"] {
+        for nth in spread(world.calls(name, 0), 8) {
+            let at = format!("call {nth} of {name}");
+            world.reset(nth);
+            let device = world.device();
+            world.standin.fail_call(name, nth, Fault::Once, 2);
+            let error = cuda(world.run(&device, nth).unwrap_err(), &at);
+            assert!(matches!(error, CudaError::OutOfMemory { .. }), "{at}: {error}");
+            world.assert_bits(&world.run(&device, nth).unwrap(), &at);
+            world.assert_clean(&at);
+        }
+    }
+    // Those of a token are refused before there is a session.
+    world.reset(0);
+    let model = world.load(&world.device(), 0).unwrap();
+    world.standin.fail_call("cuModuleLoadDataEx", 1, Fault::Once, 2);
+    let error = Session::new(&model, options()).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Cuda(CudaError::OutOfMemory { .. })), "{error}");
+}
+
+/// Leaves the device alone while it waits, once.
+struct Absent<'a> {
+    device: &'a Device,
+    /// In the how-manieth pass.
+    pass: usize,
+    fed: Vec<usize>,
+    /// Asked of the device meanwhile, until it had ended the token.
+    questions: usize,
+}
+
+impl Observer for Absent<'_> {
+    fn fed(&mut self, fed: &Fed<'_>) {
+        self.fed.push(fed.first_position);
+    }
+
+    fn routed(&mut self, _: usize, _: usize, _: &[u32], _: &[f32]) {
+        if self.fed.len() == self.pass && self.questions == 0 {
+            let questions = (1..200_000).find(|_| self.device.compute().query().unwrap());
+            self.questions = questions.expect("the device ends the token");
+        }
+    }
+}
+
+/// Feeds the prompt and the expected answer. The host is away in pass `pass`;
+/// where each pass began, how often the device was asked meanwhile, and the
+/// logits.
+fn converse_absently(
+    session: &mut Session,
+    device: &Device,
+    pass: usize,
+) -> Result<(Vec<usize>, usize, Bits), (Error, Vec<usize>)> {
+    let mut absent = Absent { device, pass, fed: Vec::new(), questions: 0 };
+    let (mut all, mut ids) = (Bits::new(), PROMPT.to_vec());
+    for _ in 0..=ANSWER {
+        let cancel = Cancel::new();
+        let mut run = Run { observer: &mut absent, cancel: &cancel, progress: None };
+        let logits = match session.feed(&ids, &mut run) {
+            Ok(logits) => logits,
+            Err(error) => return Err((error, absent.fed)),
+        };
+        all.push(logits.iter().map(|logit| logit.to_bits()).collect());
+        ids = vec![argmax(logits)];
+    }
+    Ok((absent.fed, absent.questions, all))
+}
+
+#[test]
+fn f15_a_token_that_the_host_was_late_for_is_computed_again() {
+    let Some(world) = World::new("gpu-f15-late") else { return };
+    for (seed, graphs) in [(0, true), (3, false), (6, true)] {
+        let at = format!("seed {seed}, graphs {graphs}");
+        world.reset(seed);
+        // Of 30 seconds each is a millisecond.
+        world.standin.command("tick=1000000");
+        let device = world.device();
+        let model = world.load(&device, seed).unwrap();
+        let mut session = Session::new(&model, SessionOptions { graphs, ..options() }).unwrap();
+        let (fed, questions, bits) = converse_absently(&mut session, &device, 2).unwrap();
+        // Only that token, and once.
+        assert_eq!(fed, [0, 3, 3, 4], "{at}");
+        assert!((30_000..31_000).contains(&questions), "{at}: {questions}");
+        world.assert_bits(&bits, &at);
+        // The session goes on as any other.
+        session.reset();
+        let (fed, _, bits) = converse_absently(&mut session, &device, 9).unwrap();
+        assert_eq!(fed, [0, 3, 4], "{at}");
+        world.assert_bits(&bits, &at);
+        assert_eq!(device.failure(), None);
+        world.assert_clean(&at);
+    }
+}
+
+#[test]
+fn f15_beside_a_watchdog_no_kernel_waits_for_longer_than_a_second() {
+    let Some(world) = World::new("gpu-watchdog") else { return };
+    world.reset(0);
+    world.standin.command("tick=1000000");
+    world.standin.command("watchdog=1");
+    let device = world.device();
+    assert!(device.info().has_watchdog);
+    let model = world.load(&device, 0).unwrap();
+    let mut session = Session::new(&model, options()).unwrap();
+    let (_, questions, bits) = converse_absently(&mut session, &device, 2).unwrap();
+    assert!((1000..2000).contains(&questions), "{questions}");
+    world.assert_bits(&bits, "beside a watchdog");
+    world.assert_clean("beside a watchdog");
+}
+
+#[test]
+fn f15_a_recurrent_state_that_has_gone_on_is_an_error_of_its_sequence() {
+    let path = golden::find("hf/qwen3_5_moe_text").expect("in the repository");
+    let Some(world) = World::of(path) else { return };
+    world.reset(0);
+    world.standin.command("tick=1000000");
+    let device = world.device();
+    let model = world.load(&device, 0).unwrap();
+    let mut session = Session::new(&model, options()).unwrap();
+    let (error, fed) = converse_absently(&mut session, &device, 2).unwrap_err();
+    let error = cuda(error, "a token that was late");
+    assert!(matches!(error, CudaError::Late { seconds: 30, .. }), "{error}");
+    assert!(error.to_string().contains("Xid"), "{error}");
+    assert_eq!(fed, [0, 3]);
+    // From its start it is as any other.
+    world.assert_bits(&converse(&mut session).unwrap(), "the sequence again");
+    world.assert_clean("recurrent");
+}
+
+#[test]
+fn f15_a_process_that_was_stopped_does_not_blame_the_device() {
+    let Some(world) = World::new("gpu-f15-stopped") else { return };
+    for seed in [0, 2] {
+        world.reset(seed);
+        let device = world.device();
+        let model = world.load(&device, seed).unwrap();
+        let mut session = Session::new(&model, options()).unwrap();
+        device.set_patience(Duration::from_millis(400));
+        let stop = |token| {
+            if token == 0 {
+                world.standin.command("stop=cuStreamQuery:1:900");
+            }
+        };
+        world.assert_bits(&converse_and(&mut session, &stop).unwrap(), "a stopped process");
+        assert_eq!(device.failure(), None);
+        world.assert_clean("a stopped process");
+    }
+}
+
+#[test]
+fn sessions_come_and_go_while_another_computes() {
+    let Some(world) = World::new("gpu-sessions") else { return };
+    for seed in 0..3 {
+        let at = format!("seed {seed}");
+        world.reset(seed + 1);
+        let device = world.device();
+        let model = world.load(&device, seed).unwrap();
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                let mut sessions = 0;
+                while !is_over.load(Ordering::Relaxed) {
+                    let mut session = Session::new(&model, options()).unwrap();
+                    session.feed_quietly(&PROMPT[..1]).unwrap();
+                    sessions += 1;
+                }
+                sessions
+            });
+            for round in 0..4 {
+                let mut session = Session::new(&model, options()).unwrap();
+                world.assert_bits(&converse(&mut session).unwrap(), &format!("{at}, {round}"));
+            }
+            is_over.store(true, Ordering::Relaxed);
+            assert!(other.join().unwrap() > 0, "{at}");
+        });
+        world.assert_clean(&at);
+    }
+}
