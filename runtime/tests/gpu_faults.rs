@@ -49,6 +49,8 @@ struct World {
     _scratch: Option<Scratch>,
     cpu: Arc<dyn Backend>,
     expected: Bits,
+    /// Of each layer.
+    slots: usize,
 }
 
 fn options() -> SessionOptions {
@@ -87,7 +89,7 @@ impl World {
         let options_of_load = LoadOptions { backend: cpu.clone(), residency: Residency::Lazy };
         let model = Model::load(&path, options_of_load, &mut |_| {}).unwrap();
         let expected = converse(&mut Session::new(&model, options()).unwrap()).unwrap();
-        Some(Self { standin, path, _scratch: None, cpu, expected })
+        Some(Self { standin, path, _scratch: None, cpu, expected, slots: 3 })
     }
 
     /// A machine as new, whose work is done late, at once or in any order.
@@ -111,7 +113,7 @@ impl World {
         let opened = OpenedModel::open(&self.path, &mut |_| {})?;
         let layers = opened.layout().shape.layers.len();
         let streaming = Streaming {
-            slots: vec![3; layers],
+            slots: vec![self.slots; layers],
             ring: 2,
             ahead: Ahead { threshold: 0.1, ..Ahead::default() },
             source: Source::Host,

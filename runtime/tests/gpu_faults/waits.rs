@@ -152,7 +152,8 @@ fn f15_beside_a_watchdog_no_kernel_waits_for_longer_than_a_second() {
 #[test]
 fn f15_a_recurrent_state_that_has_gone_on_is_an_error_of_its_sequence() {
     let path = golden::find("hf/qwen3_5_moe_text").expect("in the repository");
-    let Some(world) = World::of(path) else { return };
+    let Some(mut world) = World::of(path) else { return };
+    world.slots = 4;
     world.reset(0);
     world.standin.command("tick=1000000");
     let device = world.device();
