@@ -231,6 +231,7 @@ mod tests {
             driver: "12.4".to_string(),
             pci: String::new(),
             link: None,
+            has_watchdog: false,
             is_standin: false,
             speed: Some(Speed { read_gb_s: 450.0, link }),
         }
