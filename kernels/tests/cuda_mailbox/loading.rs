@@ -59,7 +59,7 @@ fn kernels_that_were_rehearsed_are_not_loaded_when_they_are_launched() {
         };
         let machine = Machine::new(lab, &mut Random::new(33));
         let (before, launches) = (calls(), standin.count("launches"));
-        assert!(before.iter().all(|count| *count >= 5), "{before:?}");
+        assert!(before[0] >= 1 && before[1] == before[2] && before[2] >= 5, "{before:?}");
         let mut host = Host::new(&machine, 34);
         (1..=3).for_each(|step| run_step(&machine, None, &mut host, step, false));
         assert_eq!(calls(), before, "{drain:?}");

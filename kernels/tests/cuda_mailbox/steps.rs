@@ -7,7 +7,7 @@ use crate::machine::{
 };
 use pregate_kernels::contract;
 use pregate_kernels::cuda::{
-    CudaError, Decision, Graph, Link, LinkOptions, Part, Posted, Span, StepError, Transfer, Urgency,
+    Decision, Graph, Link, LinkOptions, Part, Posted, StepError, Transfer, Urgency,
 };
 use pregate_kernels::testing::Random;
 use std::thread;
@@ -251,8 +251,11 @@ fn a_block_that_is_published_meanwhile_is_resident_for_later_layers() {
                     publish: Some((machine.slots(1).part(word), machine.entry(1, id as usize))),
                 });
             }
+            // Nor is it freed.
+            let mut memory = Vec::new();
             while let Some(landed) = link.next(u64::MAX) {
                 landed.result.unwrap();
+                memory.push(landed.memory);
             }
             let mut x = token.x.clone();
             for choice in 0..K {
