@@ -161,8 +161,7 @@ impl GpuSession {
         if let Ok(Token { path, rehearsed, .. }) = &mut token {
             let on = On { model: of, gpu: model, ropes };
             let ids = &[0];
-            let first =
-                GpuPass { ids, first_position: 0, wanted: 1, session: 0, is_prompt: false };
+            let first = GpuPass { ids, first_position: 0, wanted: 1, session: 0, is_prompt: false };
             let step = Step { path, most: Graphs::most(0, capacity) };
             let pass = on.pass((&buffers, &path.exchange), &first, Some(step));
             rehearsed.ensure(&pass, &layers)?;

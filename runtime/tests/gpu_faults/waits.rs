@@ -77,7 +77,8 @@ impl Observer for Absent<'_> {
     }
 
     fn routed(&mut self, _: usize, _: usize, _: &[u32], _: &[f32]) {
-        if self.fed.len() == self.pass && self.questions == 0 {
+        // In a layer that misses nothing the device does not wait.
+        if self.fed.len() == self.pass && self.questions < 1000 {
             let questions = (1..200_000).find(|_| self.device.compute().query().unwrap());
             self.questions = questions.expect("the device ends the token");
         }
@@ -110,7 +111,7 @@ fn converse_absently(
 #[test]
 fn f15_a_token_that_the_host_was_late_for_is_computed_again() {
     let Some(world) = World::new("gpu-f15-late") else { return };
-    for (seed, graphs) in [(0, true), (3, false), (6, true)] {
+    for (seed, graphs) in [(0, true), (6, false), (12, true)] {
         let at = format!("seed {seed}, graphs {graphs}");
         world.reset(seed);
         // Of 30 seconds each is a millisecond.
