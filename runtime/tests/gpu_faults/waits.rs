@@ -85,6 +85,9 @@ impl Observer for Absent<'_> {
     }
 }
 
+/// Where each pass began, questions asked while the host was away, logits.
+type Conversed = (Vec<usize>, usize, Bits);
+
 /// Feeds the prompt and the expected answer. The host is away in pass `pass`;
 /// where each pass began, how often the device was asked meanwhile, and the
 /// logits.
@@ -92,7 +95,7 @@ fn converse_absently(
     session: &mut Session,
     device: &Device,
     pass: usize,
-) -> Result<(Vec<usize>, usize, Bits), (Error, Vec<usize>)> {
+) -> Result<Conversed, (Error, Vec<usize>)> {
     let mut absent = Absent { device, pass, fed: Vec::new(), questions: 0 };
     let (mut all, mut ids) = (Bits::new(), PROMPT.to_vec());
     for _ in 0..=ANSWER {
