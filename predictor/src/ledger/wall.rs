@@ -15,8 +15,9 @@ const PAIRS: u64 = 8;
 /// know nothing yet.
 const FIRST: u64 = 16;
 
-/// A trial ends early where the first pair is slower by more than this (a
-/// logarithm), two by more than half of it, and so on.
+/// A trial ends early where the first pair is slower or faster by more than
+/// this (a logarithm), two by more than half of it, and so on: half of a
+/// trial's tokens go without what pays, or with what does not.
 const PLAIN: f64 = 0.25;
 
 /// Tokens after the first verdict until the next trial. Doubles with every
@@ -149,7 +150,10 @@ impl Wall {
                 let ratio = (with / without).ln();
                 self.seen.add(ratio);
                 self.trial.add(ratio);
-                let is_plain = self.trial.mean() > PLAIN / self.trial.pairs;
+                let plain = PLAIN / self.trial.pairs;
+                // Older trials that say otherwise want the whole of this one.
+                let gains = self.trial.mean() < -plain && self.gains();
+                let is_plain = gains || self.trial.mean() > plain;
                 match blocks == 1 || is_plain {
                     true => self.decide(),
                     false => self.next_block(blocks - 1),
@@ -180,8 +184,13 @@ impl Wall {
         self.left = BLOCK;
     }
 
+    /// Beyond the standard error of all trials so far.
+    fn gains(&self) -> bool {
+        self.seen.mean() + self.seen.error() < 0.0
+    }
+
     fn decide(&mut self) {
-        let is_on = self.seen.mean() + self.seen.error() < 0.0;
+        let is_on = self.gains();
         self.rest = match self.verdict {
             Some(before) if before == is_on => (self.rest * 2).min(LONGEST_REST),
             _ => FIRST_REST,
@@ -215,6 +224,9 @@ mod tests {
         assert!(on_for(12_000, |_| 1020) <= FIRST + 6 * PAIRS * BLOCK);
         let wins = on_for(12_000, |_| 950);
         assert!(wins >= 12_000 - 6 * PAIRS * BLOCK, "{wins}");
+        // Faster by a sixth: two pairs of every trial say so.
+        let wins = on_for(160, |_| 850);
+        assert!(wins >= 160 - 2 * BLOCK, "{wins}");
     }
 
     #[test]
