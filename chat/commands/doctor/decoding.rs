@@ -20,8 +20,11 @@ use pregate_traces::replay::FORECAST_NS;
 use serde::Serialize;
 use std::path::Path;
 
-/// Tokens to warm up with, and as many to measure.
-const TOKENS: usize = 24;
+/// Tokens to warm up with: until slots are filled, the kernel makes their
+/// pages, which takes memory from who computes.
+const WARM: usize = 64;
+/// Tokens to measure.
+const TOKENS: usize = 32;
 /// Weights that every token reads: fewer may lie in the processor's caches,
 /// whose speed says nothing about larger models.
 const LEAST_BYTES: u64 = 96 << 20;
@@ -59,17 +62,17 @@ pub fn measure(path: &Path) -> Result<Option<Decoding>, Failure> {
     let room = free - plan::reserve(free);
     let half = Size::Share(SHARE).of(opened.files().total_bytes());
     let memory = MemoryArgs { ram: Some(Size::Bytes(half.min(room))), ..MemoryArgs::default() };
-    let session = SessionOptions { context: Some(2 * TOKENS), ..SessionOptions::default() };
+    let session = SessionOptions { context: Some(WARM + TOKENS), ..SessionOptions::default() };
     let needs = Needs::new(&memory, session);
     let planned = plan::make(&opened, &device, &needs)?;
     let of = format!("{} with {}", path.display(), bytes(half.min(room)));
     let mut loaded = model::place(path, opened, &device, &needs, planned)?;
     let vocab = loaded.model.description().vocab;
     let Some(store) = loaded.model.store() else { return Ok(None) };
-    let (mut bar, cancel) = (Progress::new("decoding", "tokens", 2 * TOKENS), Cancel::new());
+    let (mut bar, cancel) = (Progress::new("decoding", "tokens", WARM + TOKENS), Cancel::new());
     let mut before = store.stats();
-    for (done, id) in ids(vocab, 2 * TOKENS, 0).into_iter().enumerate() {
-        if done == TOKENS {
+    for (done, id) in ids(vocab, WARM + TOKENS, 0).into_iter().enumerate() {
+        if done == WARM {
             before = store.stats();
         }
         let run = &mut Run { observer: &mut NoObserver, cancel: &cancel, progress: None };

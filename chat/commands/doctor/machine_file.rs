@@ -192,7 +192,13 @@ fn disk_of(report: Option<&DiskReport>) -> replay::Disk {
                 "assumed: NVMe on PCIe 3.0, as the model had too little to measure with",
             ),
         },
-        latency_ns: Figure::new(80_000.0, "assumed: usual for flash"),
+        latency_ns: match measured {
+            Some((_, rate)) => Figure {
+                value: rate.start_ns(),
+                source: format!("{MEASURED}: a read alone, beyond its share of the rate"),
+            },
+            None => Figure::new(80_000.0, "assumed: usual for flash"),
+        },
     }
 }
 
@@ -243,7 +249,12 @@ mod tests {
             choice: DiskChoice::Uring,
             words: "io_uring".to_string(),
             refused: Vec::new(),
-            measured: Some(Bandwidth { bytes: 3_000_000, elapsed_ns: 1_000_000, read_bytes: 1 }),
+            measured: Some(Bandwidth {
+                bytes: 3_000_000,
+                elapsed_ns: 1_000_000,
+                read_bytes: 1_500_000,
+                alone_ns: 700_000,
+            }),
         };
         let found = machine((&cpu(), None), Some(&disk), Some(&gpu()), 150.0, 16 << 30);
         let read = Machine::from_toml(&found.to_toml()).unwrap();
@@ -258,6 +269,8 @@ mod tests {
         assert_eq!((gpu.vram_gbs.value, gpu.visit_ns.value), (450.0, 8e3));
         assert_eq!(gpu.vram_bytes.value, ((8u64 << 30) - (256 << 20)) as f64);
         assert_eq!((read.disk.gbs.value, read.cpu.gmacs.value), (3.0, 150.0));
+        // Half a millisecond is its share of the rate.
+        assert_eq!(read.disk.latency_ns.value.round(), 200e3);
         assert_eq!(read.ram_bytes.value, ((16u64 << 30) - (16u64 << 30) / 10) as f64);
     }
 
