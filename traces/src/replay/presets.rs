@@ -135,7 +135,7 @@ mod tests {
             assert_eq!(machine.gpu.is_none(), name.starts_with("cpu-"), "{name}");
             // Numbers stand nowhere but beside a source.
             let figures = text.matches("value = ").count();
-            assert_eq!(figures, if machine.gpu.is_some() { 17 } else { 9 }, "{name}");
+            assert_eq!(figures, if machine.gpu.is_some() { 17 } else { 10 }, "{name}");
             for line in text.lines().filter(|line| line.contains("value = ")) {
                 let source = line.split("source = \"").nth(1).unwrap_or_default();
                 assert!(source.len() > 10, "{name}: {line}");
