@@ -263,8 +263,13 @@ fn decode(model: &Path) -> (Option<Decoding>, Finding) {
         Ok(Some(found)) => {
             let words = format!(
                 "{} of memory: {:.1} ms a token; weights of every token {:.1} GB/s, experts {:.1} \
-                 GB/s beside the disk, planning {:.0} us a layer",
-                found.of, found.ms_per_token, found.dense_gb_s, found.experts_gb_s, found.plan_us
+                 GB/s beside the disk ({:.2} GB/s), planning {:.0} us a layer",
+                found.of,
+                found.ms_per_token,
+                found.dense_gb_s,
+                found.experts_gb_s,
+                found.disk_gb_s,
+                found.plan_us
             );
             (Some(found), Finding::new(about, State::Ok, words))
         }

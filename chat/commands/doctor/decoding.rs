@@ -43,6 +43,8 @@ pub struct Decoding {
     pub experts_gb_s: f64,
     /// Of a layer with experts: planning and orders to the disk.
     pub plan_us: f64,
+    /// Experts from the disk, while it had anything to read.
+    pub disk_gb_s: f64,
 }
 
 /// Decodes some tokens of the model at `path`, with half of it in memory.
@@ -112,13 +114,14 @@ fn of_time(of: String, decode: &Phase, layers: &Layers) -> Decoding {
         dense_gb_s: layers.other_bytes / reading_ns,
         experts_gb_s: layers.routed_bytes / each(time.experts_ns).max(1.0),
         plan_us: (planned_ns - FORECAST_NS as f64).max(0.0) / 1e3,
+        disk_gb_s: decode.link.bytes as f64 / decode.link.busy_ns.max(1) as f64,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pregate_runtime::statistics::Time;
+    use pregate_runtime::statistics::{LinkStats, Time};
 
     #[test]
     fn bytes_over_the_time_of_their_part() {
@@ -129,13 +132,14 @@ mod tests {
             total_ns: 2 * 90_000_000,
             ..Time::default()
         };
-        let decode = Phase { tokens: 2, time, ..Phase::default() };
+        let link = LinkStats { bytes: 5_000_000, busy_ns: 2_000_000 };
+        let decode = Phase { tokens: 2, time, link, ..Phase::default() };
         let layers =
             Layers { all: 10.0, with_experts: 8.0, other_bytes: 250e6, routed_bytes: 500e6 };
         let found = of_time("m".to_string(), &decode, &layers);
         assert_eq!(found.dense_gb_s, 25.0, "200 us are the layers' own");
         assert_eq!((found.experts_gb_s, found.ms_per_token), (25.0, 90.0));
-        assert_eq!(found.plan_us, 130.0, "less forecasting");
+        assert_eq!((found.plan_us, found.disk_gb_s), (130.0, 2.5), "planning less forecasting");
     }
 
     #[test]

@@ -145,7 +145,7 @@ fn machine(
             gmacs: figure(gmacs, format!("{MEASURED}: {TOKENS} tokens through one expert")),
         },
         ram_bytes: ram,
-        disk: disk_of(disk),
+        disk: disk_of(disk, decoding),
     }
 }
 
@@ -179,26 +179,25 @@ fn gpu_of(gpu: &Gpu, speed: &Speed) -> replay::Gpu {
     }
 }
 
-fn disk_of(report: Option<&DiskReport>) -> replay::Disk {
+fn disk_of(report: Option<&DiskReport>, decoding: Option<&Decoding>) -> replay::Disk {
     let measured = report.and_then(|report| Some((report, report.measured?)));
     replay::Disk {
-        gbs: match measured {
-            Some((report, rate)) => Figure {
+        gbs: match (decoding, measured) {
+            // Some seconds of the reads that are meant, not a moment of them.
+            (Some(found), _) => Figure {
+                value: found.disk_gb_s,
+                source: format!("{} while it was busy", while_streaming(found)),
+            },
+            (None, Some((report, rate))) => Figure {
                 value: rate.bytes_per_second() / 1e9,
                 source: format!("{MEASURED}: {}", report.words),
             },
-            None => Figure::new(
+            (None, None) => Figure::new(
                 3.4,
                 "assumed: NVMe on PCIe 3.0, as the model had too little to measure with",
             ),
         },
-        latency_ns: match measured {
-            Some((_, rate)) => Figure {
-                value: rate.start_ns(),
-                source: format!("{MEASURED}: a read alone, beyond its share of the rate"),
-            },
-            None => Figure::new(80_000.0, "assumed: usual for flash"),
-        },
+        latency_ns: Figure::new(80_000.0, "assumed: usual for flash"),
     }
 }
 
@@ -249,12 +248,7 @@ mod tests {
             choice: DiskChoice::Uring,
             words: "io_uring".to_string(),
             refused: Vec::new(),
-            measured: Some(Bandwidth {
-                bytes: 3_000_000,
-                elapsed_ns: 1_000_000,
-                read_bytes: 1_500_000,
-                alone_ns: 700_000,
-            }),
+            measured: Some(Bandwidth { bytes: 3_000_000, elapsed_ns: 1_000_000, read_bytes: 1 }),
         };
         let found = machine((&cpu(), None), Some(&disk), Some(&gpu()), 150.0, 16 << 30);
         let read = Machine::from_toml(&found.to_toml()).unwrap();
@@ -269,8 +263,6 @@ mod tests {
         assert_eq!((gpu.vram_gbs.value, gpu.visit_ns.value), (450.0, 8e3));
         assert_eq!(gpu.vram_bytes.value, ((8u64 << 30) - (256 << 20)) as f64);
         assert_eq!((read.disk.gbs.value, read.cpu.gmacs.value), (3.0, 150.0));
-        // Half a millisecond is its share of the rate.
-        assert_eq!(read.disk.latency_ns.value.round(), 200e3);
         assert_eq!(read.ram_bytes.value, ((16u64 << 30) - (16u64 << 30) / 10) as f64);
     }
 
@@ -282,8 +274,11 @@ mod tests {
             dense_gb_s: 25.0,
             experts_gb_s: 30.0,
             plan_us: 130.0,
+            disk_gb_s: 2.5,
         };
-        let cpu = machine((&cpu(), Some(&decoding)), None, None, 150.0, u64::MAX).cpu;
+        let Machine { cpu, disk, .. } =
+            machine((&cpu(), Some(&decoding)), None, None, 150.0, u64::MAX);
+        assert_eq!(disk.gbs.value, 2.5);
         assert_eq!((cpu.expert_gbs.value, cpu.expert_gbs_beside.value), (40.0, 30.0));
         assert_eq!((cpu.dense_gbs.value, cpu.plan_ns.value), (25.0, 130e3));
         assert!(cpu.plan_ns.source.ends_with("decoding of m.gguf with 2 GB of memory"));

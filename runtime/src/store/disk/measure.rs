@@ -13,30 +13,19 @@ pub struct Bandwidth {
     pub elapsed_ns: u64,
     /// Of one read.
     pub read_bytes: usize,
-    /// What a read takes that has the disk to itself.
-    pub alone_ns: u64,
 }
 
 impl Bandwidth {
     pub fn bytes_per_second(&self) -> f64 {
         self.bytes as f64 * 1e9 / self.elapsed_ns.max(1) as f64
     }
-
-    /// What a read into an idle disk takes beyond its bytes' share of the rate.
-    pub fn start_ns(&self) -> f64 {
-        let share_ns = self.read_bytes as f64 * 1e9 / self.bytes_per_second().max(1.0);
-        (self.alone_ns as f64 - share_ns).max(0.0)
-    }
 }
 
 /// Below this a figure would say more about luck than about the disk.
 const LEAST_BYTES: u64 = 8 << 20;
 
-/// Of the time, for reads one by one.
-const ALONE: u64 = 4;
-
 /// Reads random ranges of the files for about `measure_ns`, at most each byte
-/// about twice, into frames that are not in use. `None` if there is too little
+/// about once, into frames that are not in use. `None` if there is too little
 /// to read, or if a read fails: the first use will say why.
 pub(super) fn measure(
     mover: &mut dyn Mover,
@@ -55,57 +44,32 @@ pub(super) fn measure(
     if ranges.total_bytes < LEAST_BYTES {
         return None;
     }
-    let frame = |index| FrameId { class: class as u16, index };
-    let idle: Vec<FrameId> = (0..spec.frames.min(2 * depth) as u32).map(frame).collect();
-    for &frame in &idle {
-        touch(frames, frame, read_bytes);
+    let mut idle: Vec<u32> = (0..spec.frames.min(2 * depth) as u32).collect();
+    for &index in &idle {
+        touch(frames, FrameId { class: class as u16, index }, read_bytes);
     }
-    let alone = idle.first().copied().into_iter().collect();
-    let many = read(mover, frames, (&ranges, 0), idle, measure_ns)?;
-    let single = read(mover, frames, (&ranges, many.reads), alone, measure_ns / ALONE)?;
-    let Reads { bytes, elapsed_ns, .. } = many;
-    let alone_ns = single.elapsed_ns / single.reads.max(1);
-    (bytes >= LEAST_BYTES).then_some(Bandwidth { bytes, elapsed_ns, read_bytes, alone_ns })
-}
-
-/// Reads that succeeded.
-struct Reads {
-    reads: u64,
-    bytes: u64,
-    elapsed_ns: u64,
-}
-
-/// Reads ranges from the `first`-th on into `idle` frames, again and again for
-/// `for_ns`; `None`: one failed.
-fn read(
-    mover: &mut dyn Mover,
-    frames: &Arc<Frames>,
-    (ranges, first): (&Ranges, u64),
-    mut idle: Vec<FrameId>,
-    for_ns: u64,
-) -> Option<Reads> {
-    let most = ranges.total_bytes / ranges.read_bytes as u64;
+    let most = ranges.total_bytes / read_bytes as u64;
     let start_ns = mover.now_ns();
     let (mut submitted, mut bytes) = (0, 0);
     let mut is_whole = true;
     loop {
-        let is_over = mover.now_ns() - start_ns >= for_ns || submitted >= most;
-        while let (false, Some(frame)) = (is_over, idle.pop()) {
+        let is_over = mover.now_ns() - start_ns >= measure_ns || submitted >= most;
+        while let (false, Some(index)) = (is_over, idle.pop()) {
+            let frame = FrameId { class: class as u16, index };
             let Some(ticket) = frames.claim(frame) else { continue };
-            let pieces = Arc::new([ranges.piece(first + submitted)]);
+            let pieces = Arc::new([ranges.piece(submitted)]);
             // The frame's number is a key that no other fill has.
-            let key = u64::from(frame.index);
-            mover.submit(Fill { key, ticket, pieces, urgency: Urgency::Demand });
+            mover.submit(Fill { key: u64::from(index), ticket, pieces, urgency: Urgency::Demand });
             submitted += 1;
         }
         let Some(done) = mover.next(u64::MAX) else { break };
         bytes += done.bytes;
         is_whole &= done.result.is_ok();
         frames.release(done.frame);
-        idle.push(done.frame);
+        idle.push(done.frame.index);
     }
     let elapsed_ns = mover.now_ns() - start_ns;
-    is_whole.then_some(Reads { reads: submitted, bytes, elapsed_ns })
+    (is_whole && bytes >= LEAST_BYTES).then_some(Bandwidth { bytes, elapsed_ns, read_bytes })
 }
 
 /// Gives a frame its pages, which is slower than a disk and not the disk's
