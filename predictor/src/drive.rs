@@ -129,7 +129,7 @@ impl<T: Tier> Drive<T> {
         self.tokens = pass.ids.len();
         self.counts_as_prompt = self.tokens != 1;
         self.keeps_ahead = pass.keeps_ahead;
-        self.tier.begin_pass(pass.keeps_ahead);
+        self.tier.begin_pass();
         // No device is in a pass.
         self.passed = usize::MAX;
         self.admit_kept();

@@ -4,7 +4,8 @@
 //!
 //! Counting LRU alone, and the whole engine with each policy and forecast, at
 //! 25 %; with a file of `pregate train-predictor` those that were trained, too.
-//! `EXPERT_BYTES` stands for what the trace does not say.
+//! `EXPERT_BYTES` stands for what the trace does not say; `ONLY` leaves all
+//! lines out that do not begin with it.
 
 use pregate_predictor::forecast::learned::Trained;
 use pregate_predictor::forecast::{self, Forecaster};
@@ -22,6 +23,11 @@ fn cpu_s(start: Instant) -> f64 {
         .ok()
         .and_then(|text| text.split_whitespace().next()?.parse::<f64>().ok())
         .map_or_else(|| start.elapsed().as_secs_f64(), |ns| ns / 1e9)
+}
+
+/// Whether the line that begins so is wanted.
+fn is_wanted(line: &str) -> bool {
+    std::env::var("ONLY").map_or(true, |only| line.starts_with(&only))
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -44,6 +50,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let both = policy::NAMES.iter().map(|&policy| (policy, "none"));
     let useful = forecast::NAMES[..forecast::USEFUL].iter().map(|&one| (policy::DEFAULT, one));
     for (policy, forecast) in both.chain(useful).chain([(policy::DEFAULT, "blend")]) {
+        if !is_wanted(&format!("{policy}, {forecast}:")) {
+            continue;
+        }
         let options = Options {
             policy: policy.to_string(),
             forecast: forecast.to_string(),
@@ -65,6 +74,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let near = ("learned-network", 1);
     for policy in ["lru", policy::DEFAULT] {
         for (forecast, horizon) in learned.clone().chain([near, ("blend", 3)]) {
+            let line = format!("{policy}, {forecast}, trained, {horizon} ahead:");
+            if !is_wanted(&line) {
+                continue;
+            }
             let Some(forecaster) = Forecaster::by_name_with(forecast, &shape, horizon, &trained)
             else {
                 continue;
@@ -84,9 +97,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 replay_with(&mut trace, &machine, &options, rule, Some(forecaster), &mut |_| {})?;
             let rate = rate(report.accesses, before);
             let us = shape.moe().next().map_or(0, |(_, layer)| layer.top_k) as f64 / rate;
-            println!(
-                "{policy}, {forecast}, trained, {horizon} ahead: {rate:.2} M/s, {us:.1} us a layer"
-            );
+            println!("{line} {rate:.2} M/s, {us:.1} us a layer");
         }
     }
     Ok(())

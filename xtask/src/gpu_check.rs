@@ -25,6 +25,10 @@ const IDENTITY: &str = "gpu_identity";
 /// Of tools/gpu-check.
 const SCRIPTS: [&str; 4] = ["gpu-check.sh", "speed.py", "engines.py", "report.py"];
 
+/// Looks back over many programs: each has the same compressed PTX, so that the
+/// archive is 2.5 times smaller than with gzip.
+const COMPRESSOR: &str = "xz --lzma2=preset=6,dict=64MiB";
+
 /// What the small models are asked.
 const TOKENS: &str = "[1, 5, 9, 200, 31, 7]";
 
@@ -69,18 +73,18 @@ pub fn run(root: &Path, dev: bool) -> Result<bool, String> {
         copy(&root.join("tools/gpu-check").join(script), &bundle.join(script))?;
     }
     write(&bundle.join("version.txt"), &version(root))?;
-    let archive = target.join("gpu-check.tar.gz");
+    let archive = target.join("gpu-check.tar.xz");
     let tar = Command::new("tar")
-        .args(["-C".as_ref(), target.as_os_str(), "-czf".as_ref()])
-        .args([archive.as_os_str(), "gpu-check".as_ref()])
+        .args(["-C".as_ref(), target.as_os_str(), "-I".as_ref(), COMPRESSOR.as_ref()])
+        .args(["-cf".as_ref(), archive.as_os_str(), "gpu-check".as_ref()])
         .status();
     match tar {
         Ok(status) if status.success() => {}
-        other => return Err(format!("tar: {other:?}")),
+        other => return Err(format!("tar with xz, which packs the folder: {other:?}")),
     }
-    let megabytes = fs::metadata(&archive).map_or(0.0, |data| data.len() as f64 / 1e6);
+    let mib = fs::metadata(&archive).map_or(0.0, |data| data.len() as f64 / f64::from(1 << 20));
     println!(
-        "{} ({megabytes:.0} MB): unpack it there and run gpu-check/gpu-check.sh",
+        "{} ({mib:.0} MiB): unpack it there and run gpu-check/gpu-check.sh",
         archive.display()
     );
     println!("it lies unpacked in {}; try it here with --stand-in", bundle.display());

@@ -238,15 +238,6 @@ impl Stream {
         self.driver().fill(span.address(), byte, span.bytes(), self.handle()?)
     }
 
-    /// Sets a word of 4 bytes, behind what was submitted here.
-    pub fn set_word(&self, span: &Span, word: u32) -> Result<(), CudaError> {
-        self.check_spans("set_word", span, 4)?;
-        if !span.address().is_multiple_of(4) {
-            return Err(CudaError::shape("set_word", "an address that is no multiple of 4"));
-        }
-        self.driver().set_word(span.address(), word, self.handle()?)
-    }
-
     /// Copies `bytes` to a span of the same length, behind what was submitted
     /// here, and waits for it. For tests and set-up.
     pub fn upload(&self, span: &Span, bytes: &[u8]) -> Result<(), CudaError> {

@@ -118,7 +118,6 @@ fn what_cannot_be_captured_is_refused_and_spoils_nothing() {
             ("record_timed", stream.record_timed().map(drop)),
             ("wait", stream.wait(&event)),
             ("fill", stream.fill(&spans[0], 1)),
-            ("set_word", stream.set_word(&spans[0].part(0..4), 1)),
             ("copy", stream.copy(&spans[0], &spans[1])),
             ("upload", stream.upload(&spans[0], &[1; BYTES])),
             ("download", stream.download(&spans[0], &mut [0; BYTES])),

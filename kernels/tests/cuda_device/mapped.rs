@@ -132,7 +132,6 @@ fn copies_and_fills_refuse_it() {
     let stream = device.compute();
     for refused in [
         stream.fill(&mapped.span(), 1),
-        stream.set_word(&mapped.span().part(0..4), 1),
         stream.copy(&mapped.span(), &span),
         stream.copy(&span, &mapped.span()),
         stream.upload(&mapped.span(), &[1; 64]),

@@ -90,19 +90,3 @@ fn a_word_has_four_bytes() {
     let publish = Some((store.span.part(0..8), 5));
     link.submit(Transfer { publish, ..store.transfer(1, 0, CHUNK, Urgency::Demand) });
 }
-
-#[test]
-fn a_word_is_set_where_it_is_and_nowhere_else() {
-    let Some((_turn, device)) = any_device() else { return };
-    let span = device.arena(16).unwrap().take(16, 4).unwrap();
-    let stream = device.compute();
-    stream.fill(&span, 1).unwrap();
-    stream.set_word(&span.part(4..8), 0x0102_0304).unwrap();
-    for refused in [span.part(2..6), span.part(0..8), span.part(0..0)] {
-        assert!(stream.set_word(&refused, 9).is_err(), "{refused:?}");
-    }
-    let mut bytes = [0; 16];
-    stream.download(&span, &mut bytes).unwrap();
-    let words = bytes.as_chunks::<4>().0.iter().map(|word| u32::from_ne_bytes(*word));
-    assert_eq!(words.collect::<Vec<_>>(), [0x0101_0101, 0x0102_0304, 0x0101_0101, 0x0101_0101]);
-}

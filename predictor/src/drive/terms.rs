@@ -90,7 +90,7 @@ pub trait Tier {
     }
 
     /// A pass begins; see [`Pass::keeps_ahead`].
-    fn begin_pass(&mut self, _keeps_ahead: bool) {}
+    fn begin_pass(&mut self) {}
 
     /// In this pass nothing reads the frames of layers before `layer` any
     /// more. Told only with [`Pass::keeps_ahead`].

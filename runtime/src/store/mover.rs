@@ -217,11 +217,6 @@ pub trait Mover: Send {
         None
     }
 
-    /// A pass begins; see [`super::PassInfo::keeps_ahead`].
-    fn begin_pass(&mut self, keeps_ahead: bool) {
-        let _ = keeps_ahead;
-    }
-
     /// The frame of fill `key`, which had landed, holds its expert no longer:
     /// the next fill may overwrite it.
     fn vacated(&mut self, key: u64) {

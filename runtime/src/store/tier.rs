@@ -109,8 +109,7 @@ impl Tier for StoreTier {
         self.mover.remaining(key_of(id))
     }
 
-    fn begin_pass(&mut self, keeps_ahead: bool) {
-        self.mover.begin_pass(keeps_ahead);
+    fn begin_pass(&mut self) {
         // No device is in a pass: every frame without an expert is free, and
         // what leaves now is out of its sight before it begins.
         self.passed = usize::MAX;

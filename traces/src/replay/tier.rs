@@ -351,7 +351,7 @@ impl Tier for VirtualTier {
         Some(self.before(Some(id)) + flight.left_bytes)
     }
 
-    fn begin_pass(&mut self, _keeps_ahead: bool) {
+    fn begin_pass(&mut self) {
         self.passed = usize::MAX;
         for (free, limbo) in self.free.iter_mut().zip(&mut self.limbo) {
             *free += std::mem::take(limbo);

@@ -194,8 +194,8 @@ impl Driver {
         word: u32,
         stream: &StreamHandle,
     ) -> Result<(), CudaError> {
-        // SAFETY: the word lies in a span of a live arena: the only callers,
-        // `flight.rs` and `Stream::set_word`, take it from there.
+        // SAFETY: the word lies in a span of a live arena: the only caller,
+        // `flight.rs`, takes it from there.
         self.with_context("cuMemsetD32Async", || unsafe {
             (self.functions.cuMemsetD32Async)(to, word, 1, stream.raw())
         })
