@@ -22,7 +22,7 @@ pub use belady::{AccessLog, Hits};
 pub use error::{Place, TraceError};
 pub use hex::hex;
 pub use limits::{MAX_EXPERT_BYTES, MAX_EXPERTS};
-pub use open::{open, open_any};
+pub use open::{files, open, open_any};
 pub use row::{Header, LayerServed, Provenance, Row, Sequence, Source};
 
 use pregate_predictor::Observer;

@@ -7,7 +7,7 @@ use serde::de::IgnoredAny;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const NEITHER: &str = "not a trace: neither a file of pregate (.pgtrace, .jsonl) nor a manifest \
      of rtrace-1 or moe-cache-eval; pregate trace import reads others";
@@ -56,6 +56,22 @@ pub fn open_any(path: &Path, hints: &Hints) -> Result<Box<dyn Source>, TraceErro
         Kind::Answers => Ok(Box::new(responses::open(path, hints)?)),
         kind => known(path, &kind)?.ok_or_else(|| TraceError::whole(path, NEITHER)),
     }
+}
+
+/// All files that are read where `path` is opened: its own, the columns beside
+/// a manifest of rtrace-1, the table beside one of moe-cache-eval. Who writes a
+/// file asks first. A file that cannot be read has none beside it.
+pub fn files(path: &Path) -> Vec<PathBuf> {
+    // A pipe would be read empty.
+    let is_file = path.metadata().is_ok_and(|about| about.is_file());
+    let kind = if is_file { kind(path) } else { Ok(Kind::Other) };
+    let beside = match kind {
+        Ok(Kind::Rtrace) => rtrace::columns(path).into(),
+        Ok(Kind::CacheEval) => vec![cache_eval::table(path)],
+        _ => Vec::new(),
+    };
+    let beside = beside.into_iter().filter(|beside| beside.exists());
+    [path.to_path_buf()].into_iter().chain(beside).collect()
 }
 
 fn known(path: &Path, kind: &Kind) -> Result<Option<Box<dyn Source>>, TraceError> {

@@ -87,6 +87,30 @@ fn rows_say_what_the_files_say() {
 }
 
 #[test]
+fn the_files_of_a_trace_are_those_that_opening_reads() {
+    let files = Files::new(&manifest(), &IDS);
+    let at = |name: &str| files.folder.path().join(name);
+    let named = |path: &Path| {
+        let files = pregate_traces::files(path);
+        let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_string();
+        files.iter().map(name).collect::<Vec<_>>()
+    };
+    assert_eq!(named(&files.path()), ["t.json", "t.ids.u8"]);
+    files.beside("t.tok.u32", &[0; 12]);
+    files.beside("t.w.f16", &[0; 24]);
+    assert_eq!(named(&files.path()), ["t.json", "t.ids.u8", "t.w.f16", "t.tok.u32"]);
+    // What others of that name read is only their own file.
+    files.beside("t.jsonl", b"{\"format\": \"pregate-trace-jsonl-1\", \"layers\": []}");
+    assert_eq!(named(&at("t.jsonl")), ["t.jsonl"]);
+    assert_eq!(named(&at("t.nowhere")), ["t.nowhere"]);
+    assert_eq!(named(&at(".")).len(), 1);
+    files.beside("manifest.json", b"{\"scheduler_steps\": [], \"model\": {}}");
+    assert_eq!(named(&at("manifest.json")), ["manifest.json"]);
+    files.beside("events.csv", b"layer,expert\n");
+    assert_eq!(named(&at("manifest.json")), ["manifest.json", "events.csv"]);
+}
+
+#[test]
 fn tokens_between_sequences_are_a_sequence() {
     let mut manifest = manifest();
     manifest["sequences"] = json!([[1, 1]]);

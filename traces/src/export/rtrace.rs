@@ -1,7 +1,7 @@
 //! Writes rtrace-1; see [`crate::import::rtrace`].
 
 use super::{Exported, Tell, rows};
-use crate::import::rtrace::NOT_RECORDED;
+use crate::import::rtrace::{self, NOT_RECORDED};
 use crate::{Header, Provenance, Row, Sequence, Source, TraceError, hex};
 use half::f16;
 use pregate_predictor::Shape;
@@ -166,10 +166,11 @@ pub fn rtrace(
                     have others";
         TraceError::whole(path, what)
     })?;
+    let [ids, weights, token_ids] = rtrace::columns(path);
     let mut columns = Columns {
-        ids: Column::create(path.with_extension("ids.u8"))?,
-        weights: Optional::new("weights", path.with_extension("w.f16"))?,
-        token_ids: Optional::new("token ids", path.with_extension("tok.u32"))?,
+        ids: Column::create(ids)?,
+        weights: Optional::new("weights", weights)?,
+        token_ids: Optional::new("token ids", token_ids)?,
         layers: header.shape.moe().map(|(index, _)| index).collect(),
         top_k,
     };

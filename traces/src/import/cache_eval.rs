@@ -7,7 +7,7 @@ use crate::TraceError;
 use serde::Deserialize;
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 #[derive(Deserialize)]
 struct Manifest {
@@ -37,5 +37,10 @@ pub fn open(path: &Path) -> Result<Table, TraceError> {
         experts: Some(num_experts_per_layer),
         ..Hints::default()
     };
-    csv::open(&path.with_file_name("events.csv"), &hints)
+    csv::open(&table(path), &hints)
+}
+
+/// The table beside the manifest `path`.
+pub(crate) fn table(path: &Path) -> PathBuf {
+    path.with_file_name("events.csv")
 }

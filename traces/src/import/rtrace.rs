@@ -47,6 +47,11 @@ struct Column {
     row: Vec<u8>,
 }
 
+/// Where the ids, weights and token ids of the manifest `path` are.
+pub fn columns(path: &Path) -> [PathBuf; 3] {
+    ["ids.u8", "w.f16", "tok.u32"].map(|extension| path.with_extension(extension))
+}
+
 /// Opens the manifest and the files beside it.
 ///
 /// # Errors
@@ -57,13 +62,13 @@ pub fn open(path: &Path) -> Result<Rtrace, TraceError> {
     let (shape, layers) = manifest.shape().map_err(|what| TraceError::whole(path, what))?;
     let width = manifest.layers * manifest.top_k;
     let tokens = manifest.tokens;
-    let ids = Column::open(path.with_extension("ids.u8"), tokens, width)?;
-    let beside = |extension: &str, width: usize| {
-        let path = path.with_extension(extension);
+    let [ids, weights, token_ids] = columns(path);
+    let ids = Column::open(ids, tokens, width)?;
+    let beside = |path: PathBuf, width: usize| {
         path.exists().then(|| Column::open(path, tokens, width)).transpose()
     };
-    let weights = beside("w.f16", 2 * width)?;
-    let token_ids = beside("tok.u32", 4)?;
+    let weights = beside(weights, 2 * width)?;
+    let token_ids = beside(token_ids, 4)?;
     let source = match manifest.synthetic.clone() {
         Some(Synthetic { from, seed }) => Provenance::Synthetic { from, seed },
         None => Provenance::Imported { format: "rtrace-1".into() },
