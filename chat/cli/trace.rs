@@ -13,9 +13,10 @@ pub enum TraceCommand {
 
 Tables are read by the names of their columns: layer and expert are enough; token (or step),
 rank (or slot), weight, phase, sequence (or turn) and token_id are used where they are. Experts
-may also be a list in one cell. Answers are those of servers started with
---enable-return-routed-experts: base64 of an .npy file or of 32-bit numbers, or lists. Also read
-are rtrace-1 (its digests are checked), our own JSON lines, and moe-cache-eval's manifest.json.")]
+may also be a list in one cell, in quotes where commas separate the cells. Answers are those of
+servers started with --enable-return-routed-experts: base64 of an .npy file or of 32-bit numbers,
+or lists. Also read are rtrace-1 (its digests are checked), our own JSON lines, and
+moe-cache-eval's manifest.json.")]
     Import(ImportArgs),
     /// Write a trace in another format: .pgtrace, .json (rtrace-1), .jsonl, .csv
     #[command(after_help = "Examples:

@@ -141,6 +141,27 @@ fn order_alone_tells_tokens_apart() {
     assert!(table(text, &Hints::default()).is_err(), "nobody says the top-k");
 }
 
+/// Lists as Python's csv, pandas and numpy write them into one cell.
+#[test]
+fn a_list_in_one_cell_keeps_all_of_its_experts() {
+    let lists = [
+        "token,layer,experts,weights\n0,0,\"[0, 1, 5]\",\"[0.5, 0.25, 0.125]\"\n",
+        "token,layer,experts,weights\n0,0,\"0,1,5\",\"0.5,0.25,0.125\"\r\n",
+        "token,text,layer,experts,weights\n0,5\" disk,0,0 1 5,0.5;0.25;0.125\n",
+        "token,layer,experts,weights\n0, 0, \"(0, 1, 5)\" , \"(0.5, 0.25, 0.125)\",\n",
+        "token\tlayer\texperts\tweights\n0\t0\t[0, 1, 5]\t[0.5, 0.25, 0.125]\n",
+        // The column of pandas' index has no name, and a cell may be empty.
+        "\tlayer\texperts\tweights\n\t0\t[0 1 5]\t[0.5 0.25 0.125]\n",
+        "\"a \"\"b\"\",c\",\"layer\",\"experts\",w\n\"x,\"\"y\",0,0|1|5,\"0.5,0.25,0.125\"\n",
+    ];
+    for text in lists {
+        let all = table(text, &Hints { top_k: Some(3), ..Hints::default() }).unwrap();
+        assert_eq!(all.len(), 1, "{text}");
+        assert_eq!(all[0].experts(0), [0, 1, 5], "{text}");
+        assert_eq!(all[0].weights(0), [0.5, 0.25, 0.125], "{text}");
+    }
+}
+
 #[test]
 fn tables_that_are_wrong_name_their_line() {
     let error = |text: &str| table(text, &Hints::default()).unwrap_err().to_string();
@@ -149,6 +170,10 @@ fn tables_that_are_wrong_name_their_line() {
         ("a,b\n1,2\n", "no column of the Layer"),
         ("token,layer\n1,2\n", "no column of the Expert"),
         ("token,layer,expert\n", "no lines"),
+        ("token;layer;expert\n0;0;1\n", "separated by commas or tabs"),
+        ("token,layer,experts\n0,0,[0, 1]\n", "line 2: \"1]\" is behind the last of 3 columns"),
+        ("token,layer,experts\n0,0,\"[0,\n1]\"\n", "line 2: a quote that is not closed"),
+        ("token,layer,experts,w\n0,0,0 1,0.5 0.5 0.5\n", "more weights than the 2 experts"),
         ("token,layer,expert\n0,0,1\n0,x,1\n", "line 3: the layer \"x\""),
         ("token,layer,expert\n0,0,65536\n", "line 2: the expert \"65536\""),
         ("token,layer,expert\n0,4096,1\n", "line 2: the layer \"4096\""),

@@ -2,7 +2,9 @@
 //! with a list of them.
 //!
 //! Columns are found by name, in any order and spelling of [`NAMES`]; a layer
-//! and an expert are enough. Lines that start with `#` are comments, from
+//! and an expert are enough. They are separated by tabs where the first line
+//! has one, else by commas; a list that has any of them stands in quotes
+//! (RFC 4180), as Python's `csv` and pandas write it. Lines that start with `#` are comments, from
 //! which `n_expert=128` and the like are read; `# synthetic_from=` says that
 //! nobody recorded it. What such files look like:
 //! - BigMoeOnEdge `--route-trace` (github.com/Helldez/BigMoeOnEdge, pull
@@ -14,10 +16,13 @@
 //! - moe-cache-eval, `shared/traces/conformance_toy`:
 //!   `event_index,scheduler_step,layer,requested_experts,...`.
 
+mod cells;
+
 use super::Hints;
 use super::passes::{Choice, Pass};
 use crate::limits::{self, MAX_EXPERTS, MAX_LAYERS};
 use crate::{Header, Provenance, Row, Source, TraceError};
+use cells::{Cells, parts};
 use pregate_predictor::{LayerShape, Shape};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -94,6 +99,7 @@ pub struct Table {
     file: BufReader<File>,
     header: Header,
     columns: Vec<Option<Field>>,
+    separator: char,
     /// Where the lines behind the header begin, and their number.
     start: (u64, u64),
     top_k: usize,
@@ -131,6 +137,7 @@ pub fn open(path: &Path, hints: &Hints) -> Result<Table, TraceError> {
         file: BufReader::with_capacity(1 << 16, file),
         header: Header::default(),
         columns: Vec::new(),
+        separator: ',',
         start: (0, 0),
         top_k: 1,
         has_one_layer: false,
@@ -208,11 +215,16 @@ impl Table {
                 name.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_lowercase();
             NAMES.iter().find(|(_, names)| names.contains(&&*plain)).map(|(field, _)| *field)
         };
-        self.columns = self.line.trim().split(separator(&self.line)).map(field).collect();
+        self.separator = if self.line.contains('\t') { '\t' } else { ',' };
+        let names: Result<Vec<_>, String> = Cells::of(&self.line, self.separator).collect();
+        let names = names.map_err(|what| self.wrong(what))?;
+        self.columns = names.into_iter().map(field).collect();
         for wanted in [Field::Layer, Field::Expert] {
             if !self.columns.contains(&Some(wanted)) {
-                let what = format!("no column of the {wanted:?} in {:?}", self.line.trim());
-                return Err(self.wrong(what));
+                return Err(self.wrong(format!(
+                    "no column of the {wanted:?} in {:?}; names are separated by commas or tabs",
+                    self.line.trim()
+                )));
             }
         }
         let at = self.file.stream_position();
@@ -294,8 +306,20 @@ impl Table {
         let mut facts = Facts::default();
         let (mut token, mut token_id, mut layer, mut rank) = (None, None, None, None);
         let (mut experts, mut weights) = ("", "");
-        let cells = line.trim().split(separator(line)).map(|cell| cell.trim().trim_matches('"'));
-        for (cell, column) in cells.zip(&self.columns) {
+        let mut columns = self.columns.iter();
+        for cell in Cells::of(line, self.separator) {
+            let cell = cell?;
+            let Some(column) = columns.next() else {
+                // Some writers end every line with a separator.
+                if cell.is_empty() {
+                    continue;
+                }
+                let count = self.columns.len();
+                return Err(format!(
+                    "{cell:?} is behind the last of {count} columns; a list in one cell stands in \
+                     quotes"
+                ));
+            };
             match column {
                 Some(Field::Sequence) => facts.sequence = cell.to_string(),
                 Some(Field::Token) => token = Some(number(cell, "token", u64::MAX)?),
@@ -330,6 +354,9 @@ impl Table {
             let expert = number(expert, "expert", MAX_EXPERTS as u64 - 1)? as u16;
             let rank = rank + index as u64;
             self.ahead.push(Choice { token, layer, rank, expert, weight, token_id });
+        }
+        if weights.next().is_some() {
+            return Err(format!("more weights than the {} experts", self.ahead.len()));
         }
         if self.ahead.is_empty() {
             return Err("no expert".into());
@@ -420,21 +447,11 @@ fn number(text: &str, column: &str, most: u64) -> Result<u64, String> {
     text.parse().ok().filter(|&number| number <= most).ok_or_else(wrong)
 }
 
-/// Of a list in one cell.
-fn parts(cell: &str) -> impl Iterator<Item = &str> {
-    let ends = |c: char| matches!(c, ' ' | ';' | '|' | '[' | ']' | '{' | '}');
-    cell.split(ends).filter(|part| !part.is_empty())
-}
-
 /// `synthetic_from=` and the rest of the line, as JSON text or as it is.
 fn from_of(comment: &str) -> Option<(String, String)> {
     let (key, value) = comment.trim().split_once('=').filter(|(key, _)| *key == SYNTHETIC_FROM)?;
     let value = serde_json::from_str(value).unwrap_or_else(|_| value.to_string());
     Some((key.to_string(), value))
-}
-
-fn separator(line: &str) -> char {
-    if line.contains('\t') { '\t' } else { ',' }
 }
 
 impl Source for Table {
