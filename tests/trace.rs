@@ -243,3 +243,98 @@ fn an_import_checks_digests_and_tells_the_right_error() {
         refused(&["trace", "import", "--layers", "2", "--top-k", "3", &answer, "--out", &out]);
     assert!(text.contains("4 ids in the shape"), "{text}");
 }
+
+/// All files of a folder with what is in them.
+fn everything(folder: &Path) -> Vec<(String, Option<Vec<u8>>)> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let name = |path: &Path| path.file_name().unwrap().to_string_lossy().into_owned();
+    let mut all: Vec<_> = entries.map(|path| (name(&path), fs::read(&path).ok())).collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn an_import_or_export_that_fails_leaves_older_files_as_they_were() {
+    let folder = Folder::new();
+    let bad = folder.at("bad.pgtrace");
+    said(&["trace", "import", TRACE, "--out", &bad]);
+    let olds = ["old.pgtrace", "old.jsonl", "old.csv", "old.json", "old.w.f16"];
+    olds.iter().for_each(|old| fs::write(folder.at(old), "older").unwrap());
+    for old in ["old.ids.u8", "old.tok.u32"] {
+        fs::write(folder.at(old), "older").unwrap();
+    }
+    fs::create_dir(folder.at("folder.json")).unwrap();
+    let mut bytes = fs::read(&bad).unwrap();
+    let middle = bytes.len() * 3 / 4;
+    bytes[middle] ^= 1;
+    fs::write(&bad, bytes).unwrap();
+    let before = everything(folder.0.path());
+    for (command, old) in [
+        ("import", "old.pgtrace"),
+        ("export", "old.jsonl"),
+        ("export", "old.csv"),
+        ("import", "old.json"),
+    ] {
+        let (code, text) = refused(&["trace", command, &bad, "--out", &folder.at(old)]);
+        assert!(code == 3 && text.contains("checksum"), "{old}: {text}");
+        assert_eq!(everything(folder.0.path()), before, "{old}");
+    }
+    let (code, _) = refused(&["trace", "export", TRACE, "--out", &folder.at("folder.json")]);
+    assert_eq!((code, everything(folder.0.path())), (1, before));
+    // A good one replaces them, and takes away what is not its own.
+    said(&["trace", "export", TRACE, "--out", &folder.at("old.json")]);
+    said(&["trace", "export", &folder.at("old.json"), "--out", &folder.at("old.csv")]);
+    let after = everything(folder.0.path());
+    let names: Vec<&str> = after.iter().map(|(name, _)| name.as_str()).collect();
+    let wanted = [
+        "bad.pgtrace",
+        "folder.json",
+        "old.csv",
+        "old.ids.u8",
+        "old.json",
+        "old.jsonl",
+        "old.pgtrace",
+        "old.tok.u32",
+    ];
+    assert_eq!(names, wanted, "the trace has no weights");
+}
+
+#[test]
+fn no_file_of_a_trace_is_written_over() {
+    let folder = Folder::new();
+    let manifest = r#"{"model":{"num_layers":1,"num_experts_per_layer":4},"scheduler_steps":[]}"#;
+    fs::write(folder.at("manifest.json"), manifest).unwrap();
+    fs::write(folder.at("events.csv"), "token,layer,expert\n0,0,1\n1,0,2\n").unwrap();
+    let before = everything(folder.0.path());
+    let from = folder.at("manifest.json");
+    for out in ["events.csv", "manifest.json"] {
+        let (code, text) = refused(&["trace", "import", &from, "--out", &folder.at(out)]);
+        assert!(code == 2 && text.contains("the trace that is read"), "{text}");
+        assert_eq!(everything(folder.0.path()), before, "{out}");
+    }
+}
+
+/// Layers of unlike width: each has a chance of its own.
+#[test]
+fn statistics_know_the_width_of_every_layer() {
+    let folder = Folder::new();
+    let layers = r#"[{"experts":4,"top_k":1},{"experts":200,"top_k":1}]"#;
+    let about = format!(r#"{{"format":"pregate-trace-jsonl-1","layers":{layers}}}"#);
+    let token = r#"{"starts_sequence":true,"pass_tokens":1,"experts":[[1],[2]]}"#;
+    fs::write(folder.at("t.jsonl"), format!("{about}\n{token}\n")).unwrap();
+    let (text, _) = said(&["trace", "stats", &folder.at("t.jsonl")]);
+    for chance in ["(25.0 % if all were alike)", "(0.5 % if all were alike)"] {
+        assert!(text.contains(chance), "{text}");
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_pipe_is_told_to_be_none() {
+    for form in ["auto", "csv"] {
+        let out = Folder::new().at("t.pgtrace");
+        let (code, text) =
+            refused(&["trace", "import", "--form", form, "/dev/stdin", "--out", &out]);
+        assert!(code == 3 && text.contains("it has to be a file"), "{text}");
+    }
+}

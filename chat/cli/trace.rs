@@ -16,14 +16,16 @@ rank (or slot), weight, phase, sequence (or turn) and token_id are used where th
 may also be a list in one cell, in quotes where commas separate the cells. Answers are those of
 servers started with --enable-return-routed-experts: base64 of an .npy file or of 32-bit numbers,
 or lists. Also read are rtrace-1 (its digests are checked), our own JSON lines, and
-moe-cache-eval's manifest.json.")]
+moe-cache-eval's manifest.json. --model names any trace; the other options say what a file does
+not, and are refused where it says something else. A failed import leaves an older file as it was.")]
     Import(ImportArgs),
     /// Write a trace in another format: .pgtrace, .json (rtrace-1), .jsonl, .csv
     #[command(after_help = "Examples:
   pregate trace export chat.pgtrace --out chat.csv
   pregate trace export chat.pgtrace --out - | jq .experts[0]
 
-rtrace-1 (.json) has room for 255 experts, and none for passes and what they cost.")]
+rtrace-1 (.json) has room for 255 experts, and none for passes and what they cost; tables (.csv)
+have no costs. Both have layers of one kind. What else is left out is said.")]
     Export(ExportArgs),
     /// Print how even, repetitive and predictable the routing of a trace is
     #[command(after_help = "Examples:

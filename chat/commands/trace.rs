@@ -1,6 +1,7 @@
 //! `pregate trace`: what trace files hold, and from and to other formats.
 
 mod generate;
+mod interrupt;
 
 use crate::{
     cli::{ExportArgs, HeadArgs, ImportArgs, ImportForm, StatsArgs, TraceCommand, TraceHints},
@@ -10,15 +11,16 @@ use crate::{
     save,
 };
 use pregate_traces::{
-    Header, Provenance, Row, Source, TraceError, export, hex,
+    Header, Provenance, Row, Source, TraceError,
+    export::{self, Exported, Whole},
+    hex,
     import::{self, Hints},
     stats::{LAGS, SHARES, Stats},
 };
 use serde_json::json;
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io::{self, BufWriter};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub fn run(command: &TraceCommand) -> Result<(), Failure> {
     match command {
@@ -81,8 +83,8 @@ fn export(args: &ExportArgs) -> Result<(), Failure> {
         return match written {
             Err(TraceError::Io { path: of, source }) if of == path => Err(Failure::output(source)),
             Err(error) => Err(error.into()),
-            Ok(_) => {
-                notice(source.as_ref());
+            Ok(exported) => {
+                tell_lost(source.as_ref(), &exported);
                 Ok(())
             }
         };
@@ -92,26 +94,49 @@ fn export(args: &ExportArgs) -> Result<(), Failure> {
 
 /// Writes what the name of `out` says.
 fn write(source: &mut dyn Source, from: &Path, out: &Path) -> Result<(), Failure> {
-    save::refuse_same(out, [from], "the trace that is read")?;
-    let create = || {
-        let file = File::create(out);
-        file.map(BufWriter::new).map_err(|error| Failure::io(out.display().to_string(), error))
-    };
-    let exported = with_bar("writing", source.tokens(), |tell| {
-        match out.extension().and_then(OsStr::to_str) {
-            Some("pgtrace") => export::own(source, out, tell).map_err(Failure::from),
-            Some("json") => export::rtrace(source, out, tell).map_err(Failure::from),
-            Some("jsonl") => export::jsonl(source, out, create()?, tell).map_err(Failure::from),
-            Some("csv") => export::csv(source, out, create()?, tell).map_err(Failure::from),
+    let extension = out.extension().and_then(OsStr::to_str);
+    let mut outputs = vec![out.to_path_buf()];
+    if extension == Some("json") {
+        outputs.extend(import::rtrace::columns(out));
+    }
+    check_outputs(&outputs, from)?;
+    let exported = interrupt::until_interrupted(source, |source| {
+        with_bar("writing", source.tokens(), |tell| match extension {
+            Some("pgtrace") => Ok(export::own(source, out, tell)?),
+            Some("json") => Ok(export::rtrace(source, out, tell)?),
+            Some("jsonl") => {
+                let mut file = Whole::create(out)?;
+                let exported = export::jsonl(source, out, &mut file, tell)?;
+                Ok(file.commit().map(|()| exported)?)
+            }
+            Some("csv") => {
+                let mut file = Whole::create(out)?;
+                let exported = export::csv(source, out, &mut file, tell)?;
+                Ok(file.commit().map(|()| exported)?)
+            }
             _ => Err(Failure::Usage(format!(
                 "{}: a name that ends with .pgtrace, .json (rtrace-1), .jsonl or .csv is needed",
                 out.display()
             ))),
-        }
+        })
     })?;
+    tell_lost(source, &exported);
+    output::line(&format!("{} tokens to {}", exported.tokens, out.display()))
+}
+
+/// No file of the trace `from` is written over.
+fn check_outputs(outputs: &[PathBuf], from: &Path) -> Result<(), Failure> {
+    let read = pregate_traces::files(from);
+    let check = |out: &PathBuf| {
+        save::refuse_same(out, read.iter().map(PathBuf::as_path), "the trace that is read")
+    };
+    outputs.iter().try_for_each(check)
+}
+
+/// What is missing from the trace, and from what was written of it.
+fn tell_lost(source: &dyn Source, exported: &Exported) {
     notice(source);
     exported.left_out.iter().for_each(|what| eprintln!("warning: left out: {what}"));
-    output::line(&format!("{} tokens to {}", exported.tokens, out.display()))
 }
 
 /// What is missing from the trace, on standard error.
@@ -196,7 +221,6 @@ fn report(header: &Header, found: &Stats) -> Vec<String> {
             share(found.transition_2k)
         ),
     ];
-    let chance = found.layers.first().map_or(1, |layer| layer.tokens.len());
     let flat = |layer: &pregate_traces::stats::LayerStats| {
         let sum = layer.tokens.iter().sum::<u64>().max(1) as f64;
         let most = layer.tokens.iter().copied().max().unwrap_or(0) as f64 / sum;
@@ -205,7 +229,7 @@ fn report(header: &Header, found: &Stats) -> Vec<String> {
             layer.layer,
             layer.entropy,
             most * 100.0,
-            100.0 / chance as f64
+            100.0 / layer.tokens.len().max(1) as f64
         )
     };
     lines.extend(found.layers.iter().map(flat));

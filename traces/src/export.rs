@@ -1,14 +1,16 @@
 //! Writers of traces for other programs.
 
 mod rtrace;
+mod whole;
 
 pub use rtrace::rtrace;
+pub use whole::Whole;
 
 use crate::format::{self, Dropped};
 use crate::{Provenance, Row, Source, TraceError, hex};
+use pregate_predictor::Shape;
 use serde_json::{Value, json};
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::Path;
 
 /// Told the tokens written so far.
@@ -20,12 +22,6 @@ pub struct Exported {
     pub tokens: u64,
     /// What was left out, beyond what the format never has.
     pub left_out: Vec<String>,
-}
-
-impl From<u64> for Exported {
-    fn from(tokens: u64) -> Self {
-        Self { tokens, left_out: Vec::new() }
-    }
 }
 
 /// What a trace consists of.
@@ -72,19 +68,55 @@ fn rows(
     })
 }
 
+/// What `source` says beside its rows and a format has no place for.
+struct Lost {
+    model: bool,
+    fingerprint: bool,
+    sizes: bool,
+    labels: bool,
+}
+
+impl Lost {
+    /// In words; `None` where `source` does not say it either.
+    fn told(self, source: &dyn Source) -> Option<String> {
+        let header = source.header();
+        let has_sizes = header.shape.moe().any(|(_, layer)| layer.expert_bytes > 0);
+        let has_labels = source.sequences().iter().any(|sequence| {
+            !sequence.dataset.is_empty() || !sequence.category.is_empty() || sequence.is_repetitive
+        });
+        let names = [
+            (self.model && !header.model.is_empty(), "the model's name"),
+            (self.fingerprint && header.fingerprint.is_some(), "the model's fingerprint"),
+            (self.sizes && has_sizes, "the experts' bytes"),
+            (self.labels && has_labels, "the sequences' labels"),
+        ];
+        let names: Vec<&str> =
+            names.into_iter().filter(|(is_lost, _)| *is_lost).map(|(_, name)| name).collect();
+        (!names.is_empty()).then(|| format!("{}; .pgtrace has them", names.join(", ")))
+    }
+}
+
+/// Experts and top-k of all MoE layers; `None` where they differ or there are
+/// none.
+fn uniform(shape: &Shape) -> Option<(usize, usize)> {
+    let (_, first) = shape.moe().next()?;
+    let first = (first.experts, first.top_k);
+    shape.moe().all(|(_, layer)| (layer.experts, layer.top_k) == first).then_some(first)
+}
+
 /// A file of our own, with the gaps of the recording. A pass that a recording
 /// was cut off in is left out: nothing follows it, and it would look as if it
 /// had been shorter.
 ///
 /// # Errors
-/// Those of `source` and of the file.
+/// Those of `source` and of the file, which then is as it was before.
 pub fn own(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<Exported, TraceError> {
     let io = |error| TraceError::io(path, error);
     let whole = match source.may_end_within_pass() {
         true => whole_passes(source)?,
         false => u64::MAX,
     };
-    let file = BufWriter::new(File::create(path).map_err(io)?);
+    let file = Whole::create(path)?;
     let header = source.header().clone();
     let mut writer = format::Writer::new(file, &header, source.sequences()).map_err(io)?;
     let read = items(source, tell, |item| match item {
@@ -93,7 +125,7 @@ pub fn own(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<Expor
         Item::Gap(dropped) => writer.gap(dropped).map_err(io),
     })?;
     let tokens = writer.tokens();
-    writer.finish().map_err(io)?;
+    writer.finish().map_err(io)?.commit()?;
     let left_over = read - tokens;
     let what = "as their pass is not whole";
     let left_out = (left_over > 0).then(|| format!("the last {left_over} tokens, {what}"));
@@ -159,7 +191,8 @@ pub fn jsonl(
         writeln!(out, "{line}").map_err(io)
     })?;
     out.flush().map_err(io)?;
-    Ok(tokens.into())
+    let lost = Lost { model: false, fingerprint: false, sizes: false, labels: true };
+    Ok(Exported { tokens, left_out: lost.told(source).into_iter().collect() })
 }
 
 /// A token as JSON.
@@ -193,10 +226,11 @@ pub fn line(row: &Row) -> Value {
     line
 }
 
-/// A table that [`crate::import::csv`] reads: a line for each expert.
+/// A table that [`crate::import::csv`] reads: a line for each expert. Tokens
+/// without experts have no line and are not counted.
 ///
 /// # Errors
-/// Those of `source` and of `out`, which is called `path`.
+/// Those of `source` and of `out`, which is called `path`; layers that differ.
 pub fn csv(
     source: &mut dyn Source,
     path: &Path,
@@ -205,8 +239,12 @@ pub fn csv(
 ) -> Result<Exported, TraceError> {
     let io = |error| TraceError::io(path, error);
     let shape = &source.header().shape;
-    let experts = shape.moe().map(|(_, layer)| layer.experts).max().unwrap_or(0);
-    let top_k = shape.moe().map(|(_, layer)| layer.top_k).max().unwrap_or(0);
+    let (experts, top_k) = uniform(shape).ok_or_else(|| {
+        TraceError::whole(
+            path,
+            "a table has MoE layers of one kind; .pgtrace and .jsonl have others",
+        )
+    })?;
     let layers = shape.layers.len();
     writeln!(out, "# n_layer={layers} n_expert={experts} n_expert_used={top_k}").map_err(io)?;
     if let Provenance::Synthetic { from, seed } = &source.header().source {
@@ -216,8 +254,18 @@ pub fn csv(
     }
     writeln!(out, "sequence,phase,token,token_id,layer,rank,expert,weight").map_err(io)?;
     let mut sequence = 0u64;
-    let tokens = rows(source, tell, |row| {
-        sequence += u64::from(row.starts_sequence);
+    // Number of the token, how many of those before have no line, and which
+    // was the first of them.
+    let (mut token, mut without, mut first) = (0u64, 0u64, None);
+    let read = rows(source, tell, |row| {
+        if row.starts_sequence {
+            sequence += 1;
+        }
+        if (0..row.layers()).all(|layer| row.experts(layer).is_empty()) {
+            without += 1;
+            first = first.or(Some(token));
+        }
+        token += 1;
         let phase = if row.is_prompt { "prompt" } else { "decode" };
         let id = row.token.map(|id| id.to_string()).unwrap_or_default();
         for layer in 0..row.layers() {
@@ -235,5 +283,8 @@ pub fn csv(
         Ok(())
     })?;
     out.flush().map_err(io)?;
-    Ok(tokens.into())
+    let what = |first: u64| format!("{without} tokens without experts, such as token {first}");
+    let lost = Lost { model: true, fingerprint: true, sizes: true, labels: true };
+    let left_out = [first.map(what), lost.told(source)].into_iter().flatten().collect();
+    Ok(Exported { tokens: read - without, left_out })
 }

@@ -1,7 +1,7 @@
 //! One door for every file that is a trace.
 
 use crate::import::{self, Hints, cache_eval, csv, jsonl, responses, rtrace};
-use crate::{Source, TraceError, format};
+use crate::{Header, Source, TraceError, format};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use std::ffi::OsStr;
@@ -10,7 +10,8 @@ use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 const NEITHER: &str = "not a trace: neither a file of pregate (.pgtrace, .jsonl) nor a manifest \
-     of rtrace-1 or moe-cache-eval; pregate trace import reads others";
+     of rtrace-1 or moe-cache-eval; pregate trace import reads tables with --form csv, and answers \
+     of servers with --form responses";
 
 /// What a file is, by what it begins with.
 enum Kind {
@@ -39,14 +40,15 @@ struct Probe {
 /// A file that cannot be read or is none of these.
 pub fn open(path: &Path) -> Result<Box<dyn Source>, TraceError> {
     let kind = kind(path)?;
-    known(path, &kind)?.ok_or_else(|| TraceError::whole(path, NEITHER))
+    known(path, &kind, &Hints::default())?.ok_or_else(|| TraceError::whole(path, NEITHER))
 }
 
 /// The same, and what else [`import`] reads: tables by their name (`.csv`,
 /// `.tsv`), answers of servers.
 ///
 /// # Errors
-/// A file that cannot be read or is none of these.
+/// A file that cannot be read or is none of these, or says something else than
+/// `hints`.
 pub fn open_any(path: &Path, hints: &Hints) -> Result<Box<dyn Source>, TraceError> {
     let has = |name: &str| path.extension() == Some(OsStr::new(name));
     if has("csv") || has("tsv") {
@@ -54,7 +56,7 @@ pub fn open_any(path: &Path, hints: &Hints) -> Result<Box<dyn Source>, TraceErro
     }
     match kind(path)? {
         Kind::Answers => Ok(Box::new(responses::open(path, hints)?)),
-        kind => known(path, &kind)?.ok_or_else(|| TraceError::whole(path, NEITHER)),
+        kind => known(path, &kind, hints)?.ok_or_else(|| TraceError::whole(path, NEITHER)),
     }
 }
 
@@ -62,10 +64,7 @@ pub fn open_any(path: &Path, hints: &Hints) -> Result<Box<dyn Source>, TraceErro
 /// a manifest of rtrace-1, the table beside one of moe-cache-eval. Who writes a
 /// file asks first. A file that cannot be read has none beside it.
 pub fn files(path: &Path) -> Vec<PathBuf> {
-    // A pipe would be read empty.
-    let is_file = path.metadata().is_ok_and(|about| about.is_file());
-    let kind = if is_file { kind(path) } else { Ok(Kind::Other) };
-    let beside = match kind {
+    let beside = match kind(path) {
         Ok(Kind::Rtrace) => rtrace::columns(path).into(),
         Ok(Kind::CacheEval) => vec![cache_eval::table(path)],
         _ => Vec::new(),
@@ -74,17 +73,48 @@ pub fn files(path: &Path) -> Vec<PathBuf> {
     [path.to_path_buf()].into_iter().chain(beside).collect()
 }
 
-fn known(path: &Path, kind: &Kind) -> Result<Option<Box<dyn Source>>, TraceError> {
+fn known(path: &Path, kind: &Kind, hints: &Hints) -> Result<Option<Box<dyn Source>>, TraceError> {
+    let apply =
+        |header: &mut Header| hints.apply(header).map_err(|what| TraceError::whole(path, what));
     Ok(match kind {
-        Kind::Own => Some(Box::new(format::Reader::open(path)?)),
-        Kind::Rtrace => Some(Box::new(rtrace::open(path)?)),
-        Kind::Lines => Some(Box::new(jsonl::open(path)?)),
-        Kind::CacheEval => Some(Box::new(cache_eval::open(path)?)),
+        Kind::Own => {
+            let mut reader = format::Reader::open(path)?;
+            apply(&mut reader.header)?;
+            Some(Box::new(reader))
+        }
+        Kind::Rtrace => {
+            let mut trace = rtrace::open(path)?;
+            apply(&mut trace.header)?;
+            Some(Box::new(trace))
+        }
+        Kind::Lines => {
+            let mut lines = jsonl::open(path)?;
+            apply(&mut lines.header)?;
+            Some(Box::new(lines))
+        }
+        Kind::CacheEval => Some(Box::new(cache_eval::open(path, hints)?)),
         Kind::Answers | Kind::Other => None,
     })
 }
 
+/// # Errors
+/// What can be read only once, as a pipe, or not at all.
+pub(crate) fn check_file(path: &Path) -> Result<(), TraceError> {
+    let about = path.metadata().map_err(|source| TraceError::io(path, source))?;
+    match about.is_file() {
+        true => Ok(()),
+        false if about.is_dir() => Err(TraceError::whole(path, "a folder; a trace is a file")),
+        false => Err(TraceError::whole(
+            path,
+            "a trace is read more than once, so it has to be a file; write what comes through a \
+             pipe to one",
+        )),
+    }
+}
+
 fn kind(path: &Path) -> Result<Kind, TraceError> {
+    // A pipe would be empty for who reads what it is.
+    check_file(path)?;
     let io = |source| TraceError::io(path, source);
     let mut file = BufReader::with_capacity(1 << 16, File::open(path).map_err(io)?);
     let mut start = Vec::new();

@@ -464,7 +464,7 @@ fn weights_and_labels_go_out_and_come_back() {
     fs::write(at("b.tok.u32"), [0; 16]).unwrap();
     let exported = export::rtrace(own.as_mut(), &at("b.json"), &mut |_| {}).unwrap();
     assert_eq!(exported.tokens, 4);
-    assert!(exported.left_out.len() == 1 && exported.left_out[0].contains("token ids"));
+    assert!(exported.left_out.len() == 2 && exported.left_out[0].contains("token ids"));
     assert!(exported.left_out[0].contains("token 3"), "{exported:?}");
     assert!(!at("b.tok.u32").exists() && at("b.w.f16").exists());
     let mut back = open(&at("b.json")).unwrap();
@@ -535,8 +535,110 @@ fn a_file_is_known_by_what_is_in_it() {
     assert!(error(&answer, true).contains("pregate trace import needs --layers and --top-k"));
     assert!(error(r#"{"format":"rtrace-1","tokens":1}"#, true).contains("missing field `layers`"));
     assert!(error(r#"{"model":"x"}"#, true).contains("no routed_experts"));
-    assert!(error(&answer, false).contains("pregate trace import reads others"));
+    for text in [&*answer, "layer;expert\n0;1\n", "{\n\"a\""] {
+        let told = error(text, false);
+        assert!(told.contains("--form csv") && told.contains("--form responses"), "{told}");
+    }
+    let told = open(folder.path()).err().unwrap().to_string();
+    assert!(told.contains("a folder"), "{told}");
     assert!(error("{\n\"a\"", true).contains("line 2"));
+}
+
+/// What a file says is not passed over, and not replaced by the command line.
+#[test]
+fn hints_are_applied_or_refused() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    everything(&at("a.pgtrace"));
+    let mut own = open(&at("a.pgtrace")).unwrap();
+    let mut text = Vec::new();
+    export::jsonl(own.as_mut(), &at("a.jsonl"), &mut text, &mut |_| {}).unwrap();
+    fs::write(at("a.jsonl"), text).unwrap();
+    export::rtrace(own.as_mut(), &at("a.json"), &mut |_| {}).unwrap();
+    let manifest = r#"{"model":{"num_layers":3,"num_experts_per_layer":9},"scheduler_steps":5}"#;
+    fs::write(at("manifest.json"), manifest).unwrap();
+    fs::write(at("events.csv"), "token,layer,expert\n0,0,1 2\n0,2,3 4\n").unwrap();
+    let hints = |layers, experts, top_k| Hints { model: None, layers, experts, top_k };
+    for name in ["a.pgtrace", "a.jsonl", "a.json", "manifest.json"] {
+        let same = Hints { model: Some("other".into()), ..hints(Some(3), Some(9), Some(2)) };
+        assert_eq!(open_any(&at(name), &same).unwrap().header().model, "other", "{name}");
+        let kept = open_any(&at(name), &Hints::default()).unwrap().header().model.clone();
+        assert_eq!(kept, if name == "manifest.json" { "" } else { "m" });
+        let refused = |hints: Hints| {
+            open_any(&at(name), &hints)
+                .err()
+                .unwrap_or_else(|| panic!("{name}: {hints:?}"))
+                .to_string()
+        };
+        let told = refused(hints(Some(4), None, None));
+        assert!(told.contains("--layers says 4, and the file has 3"), "{told}");
+        let told = refused(hints(None, Some(8), None));
+        assert!(told.contains("--experts says 8, and the file has 9"), "{told}");
+    }
+    let told = open_any(&at("a.pgtrace"), &hints(None, None, Some(3))).err().unwrap().to_string();
+    assert!(told.contains("--top-k says 3, and the file has 2"), "{told}");
+}
+
+#[test]
+fn a_table_that_ends_within_a_token_says_so() {
+    let notice = |text: &str| {
+        let file = file(text);
+        let mut table = csv::open(file.path(), &Hints::default()).unwrap();
+        rows(&mut table);
+        assert_eq!(rows(&mut table).len(), 2);
+        table.notice()
+    };
+    let whole = "token,layer,expert\n0,0,1\n0,1,1\n0,2,1\n1,0,1\n1,1,1\n1,2,1\n";
+    assert_eq!(notice(whole), None);
+    let told = notice(&whole[..whole.len() - 6]).unwrap();
+    assert!(told.contains("the last token has 2 experts") && told.contains("cut off"), "{told}");
+    // Others are no longer: this is how such tables are.
+    assert_eq!(notice("token,layer,expert\n0,0,1\n1,0,1\n1,1,1\n"), None);
+}
+
+/// Of three tokens the second has no experts.
+#[test]
+fn what_a_table_has_no_place_for_is_said() {
+    let layer = LayerShape { experts: 4, top_k: 1, expert_bytes: 7, class: 0 };
+    let wide = LayerShape { experts: 5, ..layer };
+    let trace = |second: LayerShape| {
+        let shape = Shape { layers: vec![Some(layer), Some(second)] };
+        let model = "m".into();
+        let header = Header { model, fingerprint: Some([1; 32]), shape, ..Header::default() };
+        let mut trace = MemoryTrace::new(header, Vec::new());
+        for position in 0..3 {
+            let mut row = Row::default();
+            (row.position, row.pass_tokens) = (position, 1);
+            row.starts_sequence = position == 0;
+            (0..2).for_each(|_| row.push_layer(if position == 1 { &[] } else { &[2] }, &[]));
+            trace.rows.push(row);
+        }
+        trace
+    };
+    let csv =
+        |trace: &mut MemoryTrace| export::csv(trace, Path::new("t.csv"), Vec::new(), &mut |_| {});
+    let exported = csv(&mut trace(layer)).unwrap();
+    assert_eq!(exported.tokens, 2);
+    let lost = "the model's name, the model's fingerprint, the experts' bytes";
+    assert!(exported.left_out[0].contains("1 tokens without experts, such as token 1"));
+    assert!(exported.left_out[1].contains(lost), "{exported:?}");
+    let told = csv(&mut trace(wide)).unwrap_err().to_string();
+    assert!(told.contains("layers of one kind"), "{told}");
+
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let exported = export::rtrace(&mut trace(layer), &at("a.json"), &mut |_| {}).unwrap();
+    assert_eq!((exported.tokens, exported.left_out.len()), (3, 1));
+    assert!(exported.left_out[0].contains("fingerprint, the experts' bytes"), "{exported:?}");
+    // Labels, which only .pgtrace and rtrace-1 have.
+    let text = fs::read_to_string(at("a.json")).unwrap();
+    fs::write(at("a.json"), text.replace("\"dataset\":\"\"", "\"dataset\":\"web\"")).unwrap();
+    let mut labelled = open(&at("a.json")).unwrap();
+    let lines = export::jsonl(labelled.as_mut(), &at("x"), Vec::new(), &mut |_| {}).unwrap();
+    assert!(lines.left_out[0].contains("labels"), "{lines:?}");
+    let own = export::own(labelled.as_mut(), &at("a.pgtrace"), &mut |_| {}).unwrap();
+    assert!(own.left_out.is_empty());
+    assert_eq!(open(&at("a.pgtrace")).unwrap().sequences()[0].dataset, "web");
 }
 
 /// What that takes is measured in `memory.rs`.

@@ -1,13 +1,12 @@
 //! `pregate trace generate`: a trace that nobody recorded, after one that
 //! somebody did.
 
-use super::{notice, open, with_bar};
+use super::{check_outputs, interrupt::until_interrupted, notice, open, with_bar};
 use crate::{
     cli::GenerateArgs,
     exit::Failure,
     output::{self, printable},
     progress::Progress,
-    save,
 };
 use pregate_predictor::LayerShape;
 use pregate_traces::{
@@ -29,7 +28,7 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
         let text = "--out: a name that ends with .pgtrace is needed, which keeps the label";
         return Err(Failure::Usage(text.into()));
     }
-    save::refuse_same(&args.out, [args.from.as_path()], "the trace that is read")?;
+    check_outputs(std::slice::from_ref(&args.out), &args.from)?;
     let mut source = open(&args.from)?;
     let lengths = lengths(source.as_mut())?;
     notice(source.as_ref());
@@ -64,8 +63,8 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let here = search("fitting in the new shape", wanted, there.weights)?;
     let mut generator =
         Generator::new(wanted, here.weights, (args.tokens, &lengths), (&from, args.seed));
-    let exported = with_bar("writing", Some(args.tokens), |tell| {
-        export::own(&mut generator, &args.out, tell).map_err(Failure::from)
+    let exported = until_interrupted(&mut generator, |source| {
+        with_bar("writing", Some(args.tokens), |tell| Ok(export::own(source, &args.out, tell)?))
     })?;
     table(&target, &there, &here).iter().try_for_each(|line| output::line(line))?;
     let (tokens, out, from) = (exported.tokens, args.out.display(), printable(&from));

@@ -1,27 +1,25 @@
 //! Writes rtrace-1; see [`crate::import::rtrace`].
 
-use super::{Exported, Tell, rows};
+use super::{Exported, Lost, Tell, Whole, rows, uniform};
 use crate::import::rtrace::{self, NOT_RECORDED};
 use crate::{Header, Provenance, Row, Sequence, Source, TraceError, hex};
 use half::f16;
-use pregate_predictor::Shape;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use std::fs::{self, File};
-use std::io::{BufWriter, ErrorKind, Write};
+use std::fs;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 /// A file that counts its digest.
 struct Column {
     path: PathBuf,
-    file: BufWriter<File>,
+    file: Whole,
     hash: Sha256,
 }
 
 impl Column {
     fn create(path: PathBuf) -> Result<Self, TraceError> {
-        let file = File::create(&path).map_err(|error| TraceError::io(&path, error))?;
-        Ok(Self { path, file: BufWriter::new(file), hash: Sha256::new() })
+        Ok(Self { file: Whole::create(&path)?, path, hash: Sha256::new() })
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), TraceError> {
@@ -29,11 +27,11 @@ impl Column {
         self.file.write_all(bytes).map_err(|error| TraceError::io(&self.path, error))
     }
 
-    /// Its name and digest.
-    fn finish(mut self) -> Result<(String, Value), TraceError> {
-        self.file.flush().map_err(|error| TraceError::io(&self.path, error))?;
+    /// Hands it to the disk; its name and digest.
+    fn settle(&mut self) -> Result<(String, Value), TraceError> {
+        self.file.settle()?;
         let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok((name, hex(&self.hash.finalize()).into()))
+        Ok((name, hex(&self.hash.finalize_reset()).into()))
     }
 }
 
@@ -56,13 +54,8 @@ enum State {
 }
 
 impl Optional {
-    /// Removes what an earlier export left there: it would be read with this
-    /// one.
-    fn new(name: &'static str, path: PathBuf) -> Result<Self, TraceError> {
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(TraceError::io(&path, error)),
-            _ => Ok(Self { name, path, state: State::Unknown }),
-        }
+    fn new(name: &'static str, path: PathBuf) -> Self {
+        Self { name, path, state: State::Unknown }
     }
 
     /// Where to put what the next token, number `token`, has of it.
@@ -72,12 +65,7 @@ impl Optional {
             State::Unknown | State::Absent if !has => State::Absent,
             State::Written(column) if has => State::Written(column),
             State::GivenUp(since) => State::GivenUp(since),
-            State::Written(column) => {
-                drop(column);
-                fs::remove_file(&self.path).map_err(|error| TraceError::io(&self.path, error))?;
-                State::GivenUp(token)
-            }
-            State::Unknown | State::Absent => State::GivenUp(token),
+            State::Written(_) | State::Unknown | State::Absent => State::GivenUp(token),
         };
         Ok(match &mut self.state {
             State::Written(column) => Some(column),
@@ -90,10 +78,24 @@ impl Optional {
         Some(format!("{name}: some tokens have them and others, such as token {token}, do not"))
     }
 
-    fn finish(self) -> Result<Option<(String, Value)>, TraceError> {
-        match self.state {
-            State::Written(column) => column.finish().map(Some),
+    fn settle(&mut self) -> Result<Option<(String, Value)>, TraceError> {
+        match &mut self.state {
+            State::Written(column) => column.settle().map(Some),
             _ => Ok(None),
+        }
+    }
+
+    /// Puts it in its place, or removes what an earlier export left there: it
+    /// would be read with this one.
+    fn commit(self) -> Result<(), TraceError> {
+        if let State::Written(column) = self.state {
+            return column.file.commit();
+        }
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(TraceError::io(&self.path, error))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -150,10 +152,11 @@ impl Columns {
 /// The manifest `path` (`.json`) and the files beside it, replacing those that
 /// are there. Weights and token ids are written if all tokens have them; else
 /// the answer says that they were left out. What rtrace-1 has no place for is
-/// left out: passes, costs, the fingerprint.
+/// left out: passes, costs, the fingerprint, the experts' bytes. The files take
+/// their places when all are written, the manifest last.
 ///
 /// # Errors
-/// Those of `source` and of the files; layers that differ, or more than 255
+/// Those of `source` and of the files, which then are as before; layers that differ, or more than 255
 /// experts.
 pub fn rtrace(
     source: &mut dyn Source,
@@ -161,16 +164,18 @@ pub fn rtrace(
     tell: Tell<'_>,
 ) -> Result<Exported, TraceError> {
     let header = source.header().clone();
-    let (experts, top_k) = uniform(&header.shape).ok_or_else(|| {
+    let kind = uniform(&header.shape).filter(|(experts, _)| *experts <= 255);
+    let (experts, top_k) = kind.ok_or_else(|| {
         let what = "rtrace-1 has layers of one kind, of 255 experts at most; .pgtrace and .jsonl \
                     have others";
         TraceError::whole(path, what)
     })?;
+    let mut file = Whole::create(path)?;
     let [ids, weights, token_ids] = rtrace::columns(path);
     let mut columns = Columns {
         ids: Column::create(ids)?,
-        weights: Optional::new("weights", weights)?,
-        token_ids: Optional::new("token ids", token_ids)?,
+        weights: Optional::new("weights", weights),
+        token_ids: Optional::new("token ids", token_ids),
         layers: header.shape.moe().map(|(index, _)| index).collect(),
         top_k,
     };
@@ -187,9 +192,12 @@ pub fn rtrace(
         start += 1;
         Ok(())
     })?;
-    let Columns { ids, weights, token_ids, layers, .. } = columns;
-    let left_out = [&weights, &token_ids].into_iter().filter_map(Optional::left_out).collect();
-    let files = [Some(ids.finish()?), weights.finish()?, token_ids.finish()?];
+    let Columns { mut ids, mut weights, mut token_ids, layers, .. } = columns;
+    let mut left_out: Vec<String> =
+        [&weights, &token_ids].into_iter().filter_map(Optional::left_out).collect();
+    let lost = Lost { model: false, fingerprint: true, sizes: true, labels: false };
+    left_out.extend(lost.told(source));
+    let files = [Some(ids.settle()?), weights.settle()?, token_ids.settle()?];
     let digests: serde_json::Map<String, Value> = files.into_iter().flatten().collect();
     let mut manifest = json!({
         "format": "rtrace-1", "tokens": tokens, "layers": layers.len(), "top_k": top_k,
@@ -200,7 +208,12 @@ pub fn rtrace(
     if let Provenance::Synthetic { from, seed } = &header.source {
         manifest["synthetic"] = json!({ "from": from, "seed": seed });
     }
-    fs::write(path, manifest.to_string()).map_err(|error| TraceError::io(path, error))?;
+    write!(file, "{manifest}").map_err(|error| TraceError::io(path, error))?;
+    file.settle()?;
+    ids.file.commit()?;
+    weights.commit()?;
+    token_ids.commit()?;
+    file.commit()?;
     Ok(Exported { tokens, left_out })
 }
 
@@ -225,12 +238,4 @@ fn labelled(source: &dyn Source, sequences: &[Sequence]) -> Vec<Value> {
         })
     };
     sequences.iter().map(label).collect()
-}
-
-/// Experts and top-k of all MoE layers.
-fn uniform(shape: &Shape) -> Option<(usize, usize)> {
-    let (_, first) = shape.moe().next()?;
-    let all =
-        shape.moe().all(|(_, layer)| (layer.experts, layer.top_k) == (first.experts, first.top_k));
-    (all && first.experts <= 255).then_some((first.experts, first.top_k))
 }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 pub struct Reader {
     path: PathBuf,
     file: BufReader<File>,
-    header: Header,
+    pub(crate) header: Header,
     sequences: Vec<Sequence>,
     layout: Layout,
     /// Where blocks begin.

@@ -2,7 +2,7 @@
 //! `events.csv` beside it.
 
 use super::csv::{self, Table};
-use super::{Hints, MAX_JSON};
+use super::{Hints, MAX_JSON, same};
 use crate::TraceError;
 use serde::Deserialize;
 use std::fs::File;
@@ -23,8 +23,9 @@ struct Model {
 /// Opens the table beside the manifest `path`.
 ///
 /// # Errors
-/// Files that cannot be read, are not such ones, or contradict each other.
-pub fn open(path: &Path) -> Result<Table, TraceError> {
+/// Files that cannot be read, are not such ones, or contradict each other or
+/// `hints`.
+pub fn open(path: &Path, hints: &Hints) -> Result<Table, TraceError> {
     let file = File::open(path).map_err(|source| TraceError::io(path, source))?;
     let manifest: Manifest =
         serde_json::from_reader(BufReader::new(file.take(MAX_JSON))).map_err(|error| {
@@ -32,11 +33,11 @@ pub fn open(path: &Path) -> Result<Table, TraceError> {
             TraceError::line(path, error.line() as u64, what)
         })?;
     let Model { num_layers, num_experts_per_layer } = manifest.model;
-    let hints = Hints {
-        layers: Some(num_layers),
-        experts: Some(num_experts_per_layer),
-        ..Hints::default()
-    };
+    same("layers", hints.layers, num_layers)
+        .and_then(|()| same("experts", hints.experts, num_experts_per_layer))
+        .map_err(|what| TraceError::whole(path, what))?;
+    let hints =
+        Hints { layers: Some(num_layers), experts: Some(num_experts_per_layer), ..hints.clone() };
     csv::open(&table(path), &hints)
 }
 

@@ -21,6 +21,7 @@ mod cells;
 use super::Hints;
 use super::passes::{Choice, Pass};
 use crate::limits::{self, MAX_EXPERTS, MAX_LAYERS};
+use crate::open::check_file;
 use crate::{Header, Provenance, Row, Source, TraceError};
 use cells::{Cells, parts};
 use pregate_predictor::{LayerShape, Shape};
@@ -118,6 +119,23 @@ pub struct Table {
     tokens: (usize, usize),
     position: u32,
     sequence: Option<String>,
+    lengths: Lengths,
+}
+
+/// What tells that a table was cut off between two lines.
+#[derive(Clone, Copy, Default)]
+struct Lengths {
+    /// Experts of the token read last, and the fewest of those before.
+    last: Option<usize>,
+    fewest: Option<usize>,
+    is_over: bool,
+}
+
+impl Lengths {
+    fn add(&mut self, row: &Row) {
+        let experts = (0..row.layers()).map(|layer| row.experts(layer).len()).sum();
+        self.fewest = self.fewest.into_iter().chain(self.last.replace(experts)).min();
+    }
 }
 
 /// What a line says beside its choices.
@@ -131,6 +149,7 @@ struct Facts {
 /// A file that cannot be read, has no such columns, or a line of which a
 /// number is none.
 pub fn open(path: &Path, hints: &Hints) -> Result<Table, TraceError> {
+    check_file(path)?;
     let file = File::open(path).map_err(|source| TraceError::io(path, source))?;
     let mut table = Table {
         path: path.to_path_buf(),
@@ -152,6 +171,7 @@ pub fn open(path: &Path, hints: &Hints) -> Result<Table, TraceError> {
         tokens: (0, 0),
         position: 0,
         sequence: None,
+        lengths: Lengths::default(),
     };
     let mut said = BTreeMap::new();
     table.read_header(&mut said)?;
@@ -463,11 +483,22 @@ impl Source for Table {
         row.clear();
         let (count, given) = self.tokens;
         if given == count && !self.next_rows()? {
+            self.lengths.is_over = true;
             return Ok(false);
         }
         std::mem::swap(row, &mut self.rows[self.tokens.1]);
         self.tokens.1 += 1;
+        self.lengths.add(row);
         Ok(true)
+    }
+
+    fn notice(&self) -> Option<String> {
+        let Lengths { last, fewest, is_over } = self.lengths;
+        let (last, fewest) = last.zip(fewest).filter(|(last, fewest)| is_over && last < fewest)?;
+        Some(format!(
+            "the last token has {last} experts in all layers, and all others have {fewest} or \
+             more: the table seems to be cut off"
+        ))
     }
 
     fn rewind(&mut self) -> Result<(), TraceError> {
@@ -477,6 +508,7 @@ impl Source for Table {
         self.ahead.clear();
         self.pass.clear();
         (self.tokens, self.position, self.sequence) = ((0, 0), 0, None);
+        self.lengths = Lengths::default();
         Ok(())
     }
 }

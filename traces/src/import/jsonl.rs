@@ -81,7 +81,7 @@ struct DroppedFields {
 pub struct Lines {
     path: PathBuf,
     file: BufReader<File>,
-    header: Header,
+    pub(crate) header: Header,
     line: Vec<u8>,
     number: u64,
     /// Where the tokens begin, and the number of the line before.

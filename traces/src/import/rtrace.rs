@@ -22,7 +22,7 @@ pub const NOT_RECORDED: u8 = 255;
 #[derive(Debug)]
 pub struct Rtrace {
     manifest: Manifest,
-    header: Header,
+    pub(crate) header: Header,
     /// Of each recorded layer, its number in the model, ascending.
     layers: Vec<usize>,
     ids: Column,
