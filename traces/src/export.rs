@@ -118,7 +118,12 @@ pub fn own(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<Expor
     };
     let file = Whole::create(path)?;
     let header = source.header().clone();
-    let mut writer = format::Writer::new(file, &header, source.sequences()).map_err(io)?;
+    let labels = source.sequences();
+    let head = format::Head::new(&header, labels).map_err(|what| TraceError::whole(path, what))?;
+    // The rows say as well where sequences start.
+    let has_labels = labels.is_empty() || head.length().is_some();
+    let labels = if has_labels { labels } else { &[] };
+    let mut writer = format::Writer::new(file, &header, labels).map_err(io)?;
     let read = items(source, tell, |item| match item {
         Item::Row(_) if writer.tokens() == whole => Ok(()),
         Item::Row(row) => writer.push(row).map_err(io),
@@ -128,8 +133,10 @@ pub fn own(source: &mut dyn Source, path: &Path, tell: Tell<'_>) -> Result<Expor
     writer.finish().map_err(io)?.commit()?;
     let left_over = read - tokens;
     let what = "as their pass is not whole";
-    let left_out = (left_over > 0).then(|| format!("the last {left_over} tokens, {what}"));
-    Ok(Exported { tokens, left_out: left_out.into_iter().collect() })
+    let passes = (left_over > 0).then(|| format!("the last {left_over} tokens, {what}"));
+    let labels = (!has_labels)
+        .then(|| "the sequences' labels, which are too many for the header of a .pgtrace".into());
+    Ok(Exported { tokens, left_out: passes.into_iter().chain(labels).collect() })
 }
 
 /// Tokens up to the end of the last whole pass.

@@ -3,6 +3,7 @@
 //! logits` writes out, one to replay.
 
 mod belady;
+mod bounded;
 mod error;
 pub mod export;
 pub mod format;

@@ -14,6 +14,9 @@ pub const MAX_EXPERTS_IN_ALL: usize = 1 << 20;
 /// Several times the largest that was published (Grok-1, 2.4 GB in 32 bits).
 /// Replay moves an expert in steps of 2 MiB.
 pub const MAX_EXPERT_BYTES: u64 = 16 << 30;
+/// Of a trace that names them beforehand: 72 bytes each and their labels, which
+/// with the text of a header stay below 64 MiB.
+pub const MAX_SEQUENCES: usize = 1 << 18;
 
 /// # Errors
 /// The layer and the figure that are too large, and what is allowed.

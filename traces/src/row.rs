@@ -33,15 +33,18 @@ pub enum Provenance {
 }
 
 /// What a file says about a run of tokens that belong together.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sequence {
     /// The first token, counted over the trace.
     pub start: u64,
     pub tokens: u64,
     /// Where the text came from; empty if the file does not say.
+    #[serde(default)]
     pub dataset: String,
+    #[serde(default)]
     pub category: String,
     /// The source calls it a degenerate loop.
+    #[serde(default)]
     pub is_repetitive: bool,
 }
 

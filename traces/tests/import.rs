@@ -326,6 +326,10 @@ fn answers_that_are_wrong_are_refused() {
         let found = answers(&text, &Hints::default()).expect_err(&text).to_string();
         assert!(found.contains(message), "{text}: {found}");
     }
+    let path = NamedTempFile::new().unwrap();
+    fs::write(path.path(), b"{\"text\":\"\xff\"}").unwrap();
+    let found = responses::open(path.path(), &Hints::default()).err().unwrap().to_string();
+    assert!(found.contains("byte 9: not UTF-8"), "{found}");
     // A layer that was not computed for a token is all zero.
     let all = answers(r#"{"routed_experts":[[[1,2]],[[0,0]]]}"#, &Hints::default()).unwrap();
     assert_eq!((all[0].experts(0), all[1].experts(0)), (&[1, 2][..], &[][..]));
@@ -632,7 +636,7 @@ fn what_a_table_has_no_place_for_is_said() {
     assert!(exported.left_out[0].contains("fingerprint, the experts' bytes"), "{exported:?}");
     // Labels, which only .pgtrace and rtrace-1 have.
     let text = fs::read_to_string(at("a.json")).unwrap();
-    fs::write(at("a.json"), text.replace("\"dataset\":\"\"", "\"dataset\":\"web\"")).unwrap();
+    fs::write(at("a.json"), text.replace("\"len\":3", "\"len\":3,\"dataset\":\"web\"")).unwrap();
     let mut labelled = open(&at("a.json")).unwrap();
     let lines = export::jsonl(labelled.as_mut(), &at("x"), Vec::new(), &mut |_| {}).unwrap();
     assert!(lines.left_out[0].contains("labels"), "{lines:?}");

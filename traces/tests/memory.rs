@@ -6,7 +6,7 @@ mod counting_allocator;
 use counting_allocator::peak_bytes;
 use pregate_predictor::Shape;
 use pregate_traces::format::{Reader, Writer};
-use pregate_traces::import::{Hints, csv, jsonl, responses};
+use pregate_traces::import::{Hints, csv, jsonl, responses, rtrace};
 use pregate_traces::replay::MemoryTrace;
 use pregate_traces::stats::Stats;
 use pregate_traces::{Header, Row, Source, export};
@@ -139,4 +139,68 @@ fn answers_take_a_few_times_their_file() {
         // ids of 32 for two characters each.
         assert!(peak < 6 * text.len() + MIB, "{peak} bytes for {}: {}", text.len(), &text[..60]);
     }
+}
+
+/// A manifest of one layer of four experts, with what `rest` says.
+fn manifest(path: &Path, tokens: usize, rest: &str) {
+    let text = format!(
+        r#"{{"format":"rtrace-1","tokens":{tokens},"layers":1,"top_k":1,"experts":4,{rest}}}"#
+    );
+    fs::write(path, text).unwrap();
+    fs::write(path.with_extension("ids.u8"), vec![1; tokens]).unwrap();
+}
+
+/// As many sequences as are allowed, with labels that no header has room for.
+#[test]
+fn a_manifest_of_many_sequences_takes_less_than_64_mib() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let many = |count: usize| {
+        let entry = |start| format!(r#"{{"start":{start},"len":1,"dataset":"a","category":"b"}}"#);
+        let all: Vec<String> = (0..count).map(entry).collect();
+        manifest(&at("t.json"), count, &format!(r#""sequences":[{}]"#, all.join(",")));
+    };
+    const MOST: usize = 1 << 18;
+    many(MOST);
+    let (exported, peak) = peak_bytes(|| {
+        let mut trace = rtrace::open(&at("t.json")).unwrap();
+        assert_eq!((all(&mut trace), trace.sequences().len()), (MOST as u64, MOST));
+        export::own(&mut trace, &at("t.pgtrace"), &mut |_| {}).unwrap()
+    });
+    assert!(peak < 40 * MIB, "{peak} bytes");
+    assert!(exported.left_out[0].contains("labels, which are too many"), "{exported:?}");
+    let mut own = Reader::open(&at("t.pgtrace")).unwrap();
+    assert_eq!((all(&mut own), own.sequences().len()), (MOST as u64, 0));
+    let (exported, peak) = peak_bytes(|| {
+        let mut trace = rtrace::open(&at("t.json")).unwrap();
+        export::rtrace(&mut trace, &at("back.json"), &mut |_| {}).unwrap()
+    });
+    assert!(peak < 40 * MIB && exported.left_out.is_empty(), "{peak} bytes, {exported:?}");
+    let back = rtrace::open(&at("back.json")).unwrap();
+    assert_eq!(back.sequences(), rtrace::open(&at("t.json")).unwrap().sequences());
+    many(MOST + 1);
+    let refused = rtrace::open(&at("t.json")).unwrap_err().to_string();
+    assert!(refused.contains("more than 262144 sequences"), "{refused}");
+}
+
+#[test]
+fn no_field_of_a_manifest_takes_many_times_its_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t.json");
+    let many = |what: &str, count: usize| vec![what; count].join(",");
+    let digests: Vec<String> = (0..300_000).map(|n| format!(r#""{n}":"""#)).collect();
+    for (rest, message) in [
+        (format!(r#""moe_layers":[{}]"#, many("1", 2_000_000)), "more than 4096 layers"),
+        (format!(r#""sequences":[[{}]]"#, many("1", 2_000_000)), "a sequence: [start, len]"),
+        (format!(r#""sha256":{{{}}}"#, digests.join(",")), "more than 16 digests"),
+        (format!(r#""else":[{}]"#, many("[]", 2_000_000)), ""),
+    ] {
+        manifest(&path, 1, &rest);
+        let (opened, peak) = peak_bytes(|| rtrace::open(&path).map(drop));
+        assert!(peak < MIB, "{peak} bytes: {}", &rest[..40]);
+        let told = opened.err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(told.contains(message), "{told}");
+    }
+    fs::write(&path, vec![b' '; (24 << 20) + 1]).unwrap();
+    assert!(rtrace::open(&path).unwrap_err().to_string().contains("are allowed"));
 }

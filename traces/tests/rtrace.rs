@@ -171,6 +171,9 @@ fn bad_contents_name_their_place() {
     assert!(open(Path::new("/nowhere/t.json")).is_err());
     files.beside("t.json", b"");
     assert!(files.error().contains("not a trace"));
+    files.beside("t.json", b"{\"format\":\"rtrace-1\",\n\"model\":\"\xff\"}");
+    let found = files.error();
+    assert!(found.contains("line 2: not rtrace-1") && found.contains("column 10"), "{found}");
 }
 
 #[test]

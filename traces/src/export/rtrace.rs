@@ -1,10 +1,13 @@
 //! Writes rtrace-1; see [`crate::import::rtrace`].
 
 use super::{Exported, Lost, Tell, Whole, rows, uniform};
-use crate::import::rtrace::{self, NOT_RECORDED};
+use crate::format::Measure;
+use crate::import::rtrace::{self, MAX_BYTES, NOT_RECORDED};
+use crate::limits::MAX_SEQUENCES;
 use crate::{Header, Provenance, Row, Sequence, Source, TraceError, hex};
 use half::f16;
-use serde_json::{Value, json};
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::io::{ErrorKind, Write};
@@ -179,14 +182,22 @@ pub fn rtrace(
         layers: header.shape.moe().map(|(index, _)| index).collect(),
         top_k,
     };
-    let mut sequences: Vec<Sequence> = Vec::new();
+    // Where each starts, and its tokens.
+    let mut sequences: Vec<(u64, u64)> = Vec::new();
     let mut start = 0;
     let tokens = rows(source, tell, |row| {
         if row.starts_sequence || sequences.is_empty() {
-            sequences.push(Sequence { start, ..Sequence::default() });
+            if sequences.len() == MAX_SEQUENCES {
+                let what = format!(
+                    "more than {MAX_SEQUENCES} sequences, as many as a manifest may have; \
+                     .pgtrace and .jsonl have any number"
+                );
+                return Err(TraceError::whole(path, what));
+            }
+            sequences.push((start, 0));
         }
-        if let Some(last) = sequences.last_mut() {
-            last.tokens += 1;
+        if let Some((_, tokens)) = sequences.last_mut() {
+            *tokens += 1;
         }
         columns.put(start, row)?;
         start += 1;
@@ -198,17 +209,31 @@ pub fn rtrace(
     let lost = Lost { model: false, fingerprint: true, sizes: true, labels: false };
     left_out.extend(lost.told(source));
     let files = [Some(ids.settle()?), weights.settle()?, token_ids.settle()?];
-    let digests: serde_json::Map<String, Value> = files.into_iter().flatten().collect();
-    let mut manifest = json!({
-        "format": "rtrace-1", "tokens": tokens, "layers": layers.len(), "top_k": top_k,
-        "experts": experts, "moe_layers": layers, "model": header.model,
-        "source": source_words(&header), "sequences": labelled(source, &sequences),
-        "sha256": digests,
-    });
-    if let Provenance::Synthetic { from, seed } = &header.source {
-        manifest["synthetic"] = json!({ "from": from, "seed": seed });
+    let synthetic = match &header.source {
+        Provenance::Synthetic { from, seed } => Some(json!({ "from": from, "seed": seed })),
+        _ => None,
+    };
+    let manifest = Manifest {
+        format: "rtrace-1",
+        tokens,
+        layers: layers.len(),
+        top_k,
+        experts,
+        moe_layers: &layers,
+        model: &header.model,
+        source: source_words(&header),
+        sequences: Labelled { own: &sequences, known: source.sequences() },
+        sha256: files.into_iter().flatten().collect(),
+        synthetic,
+    };
+    let io = |error: serde_json::Error| TraceError::io(path, error.into());
+    let mut measure = Measure::default();
+    serde_json::to_writer(&mut measure, &manifest).map_err(io)?;
+    if measure.bytes > MAX_BYTES {
+        let what = "the manifest would be larger than 24 MiB; .pgtrace and .jsonl leave labels out";
+        return Err(TraceError::whole(path, what));
     }
-    write!(file, "{manifest}").map_err(|error| TraceError::io(path, error))?;
+    serde_json::to_writer(&mut file, &manifest).map_err(io)?;
     file.settle()?;
     ids.file.commit()?;
     weights.commit()?;
@@ -226,16 +251,48 @@ fn source_words(header: &Header) -> String {
     format!("pregate trace export; {words}")
 }
 
-/// The sequences with the labels that `source` has for them.
-fn labelled(source: &dyn Source, sequences: &[Sequence]) -> Vec<Value> {
-    let known = source.sequences();
-    let label = |own: &Sequence| {
-        let at = known.binary_search_by_key(&own.start, |known| known.start);
-        let known = at.map_or(own, |at| &known[at]);
-        json!({
-            "start": own.start, "len": own.tokens, "dataset": known.dataset,
-            "category": known.category, "repetition": known.is_repetitive,
-        })
-    };
-    sequences.iter().map(label).collect()
+#[derive(Serialize)]
+struct Manifest<'m> {
+    format: &'m str,
+    tokens: u64,
+    layers: usize,
+    top_k: usize,
+    experts: usize,
+    moe_layers: &'m [usize],
+    model: &'m str,
+    source: String,
+    sequences: Labelled<'m>,
+    sha256: Map<String, Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    synthetic: Option<Value>,
+}
+
+/// Sequences as they are in the rows, with the labels that are known of them.
+struct Labelled<'m> {
+    own: &'m [(u64, u64)],
+    known: &'m [Sequence],
+}
+
+#[derive(Serialize)]
+struct Entry<'m> {
+    start: u64,
+    len: u64,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    dataset: &'m str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    category: &'m str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    repetition: bool,
+}
+
+impl Serialize for Labelled<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let unknown = Sequence::default();
+        serializer.collect_seq(self.own.iter().map(|&(start, len)| {
+            let at = self.known.binary_search_by_key(&start, |known| known.start);
+            let Sequence { dataset, category, is_repetitive, .. } =
+                at.map_or(&unknown, |at| &self.known[at]);
+            Entry { start, len, dataset, category, repetition: *is_repetitive }
+        }))
+    }
 }

@@ -8,20 +8,33 @@
 //! model; a run without `experts` is dense. `sequences` is there where labels
 //! were known beforehand.
 
+use super::MAX_HEADER;
+use crate::bounded::List;
 use crate::hex::{hex, unhex};
-use crate::limits::{MAX_LAYERS, check};
+use crate::limits::{MAX_LAYERS, MAX_SEQUENCES, check};
 use crate::{Header, Provenance, Sequence};
 use pregate_predictor::{LayerShape, Shape};
-use serde::{Deserialize, Serialize};
+use serde::de::DeserializeSeed;
+use serde::{Deserialize, Deserializer, Serialize};
+use std::borrow::Cow;
+use std::io::{self, BufWriter, Write};
 
 #[derive(Serialize, Deserialize)]
-struct Fields {
-    model: String,
+struct Fields<'h> {
+    model: Cow<'h, str>,
     fingerprint: Option<String>,
-    provenance: Provenance,
+    provenance: Cow<'h, Provenance>,
     layers: Vec<Run>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    sequences: Vec<Labels>,
+    #[serde(default, skip_serializing_if = "is_empty", deserialize_with = "sequences")]
+    sequences: Cow<'h, [Sequence]>,
+}
+
+fn is_empty(sequences: &[Sequence]) -> bool {
+    sequences.is_empty()
+}
+
+fn sequences<'de, 'h, D: Deserializer<'de>>(from: D) -> Result<Cow<'h, [Sequence]>, D::Error> {
+    List::<Sequence, Sequence>::new(MAX_SEQUENCES, "sequences").deserialize(from).map(Cow::Owned)
 }
 
 /// All of a layer's numbers, or none: then the layers are dense.
@@ -60,41 +73,79 @@ impl Run {
     }
 }
 
-#[derive(Serialize, Deserialize)]
-struct Labels {
-    start: u64,
-    tokens: u64,
-    #[serde(default)]
-    dataset: String,
-    #[serde(default)]
-    category: String,
-    #[serde(default)]
-    is_repetitive: bool,
+/// A header as it is written, without its text in memory.
+pub struct Head<'h> {
+    fields: Fields<'h>,
+    /// Of the text.
+    measure: Measure,
 }
 
-/// # Errors
-/// A shape that the format does not hold.
-pub fn write(header: &Header, sequences: &[Sequence]) -> Result<Vec<u8>, String> {
-    check(&header.shape)?;
-    let mut layers: Vec<Run> = Vec::new();
-    let mut last = None;
-    for &layer in &header.shape.layers {
-        match layers.last_mut().filter(|_| last == Some(layer)) {
-            Some(run) => run.count += 1,
-            None => layers.push(Run::new(layer)),
+impl<'h> Head<'h> {
+    /// # Errors
+    /// A shape that the format does not hold.
+    pub fn new(header: &'h Header, sequences: &'h [Sequence]) -> Result<Self, String> {
+        check(&header.shape)?;
+        let mut layers: Vec<Run> = Vec::new();
+        let mut last = None;
+        for &layer in &header.shape.layers {
+            match layers.last_mut().filter(|_| last == Some(layer)) {
+                Some(run) => run.count += 1,
+                None => layers.push(Run::new(layer)),
+            }
+            last = Some(layer);
         }
-        last = Some(layer);
+        let fields = Fields {
+            model: Cow::Borrowed(&header.model),
+            fingerprint: header.fingerprint.as_ref().map(|digest| hex(digest)),
+            provenance: Cow::Borrowed(&header.source),
+            layers,
+            sequences: Cow::Borrowed(sequences),
+        };
+        let mut measure = Measure::default();
+        serde_json::to_writer(&mut measure, &fields).map_err(|error| error.to_string())?;
+        Ok(Self { fields, measure })
     }
-    let fingerprint = header.fingerprint.as_ref().map(|digest| hex(digest));
-    let provenance = header.source.clone();
-    let labels = |sequence: &Sequence| {
-        let Sequence { start, tokens, dataset, category, is_repetitive } = sequence.clone();
-        Labels { start, tokens, dataset, category, is_repetitive }
-    };
-    let sequences = sequences.iter().map(labels).collect();
-    let model = header.model.clone();
-    serde_json::to_vec(&Fields { model, fingerprint, provenance, layers, sequences })
-        .map_err(|error| error.to_string())
+
+    /// Of the text; `None` where a reader would refuse it.
+    pub fn length(&self) -> Option<u32> {
+        let length = u32::try_from(self.measure.bytes).ok().filter(|&bytes| bytes <= MAX_HEADER);
+        length.filter(|_| self.fields.sequences.len() <= MAX_SEQUENCES)
+    }
+
+    /// Of `numbers` and the text behind them.
+    pub fn checksum(&self, numbers: &[u32]) -> u32 {
+        let mut hash = crc32fast::Hasher::new();
+        numbers.iter().for_each(|number| hash.update(&number.to_le_bytes()));
+        hash.combine(&self.measure.hash);
+        hash.finalize()
+    }
+
+    /// # Errors
+    /// Of `out`.
+    pub fn write(&self, out: impl Write) -> io::Result<()> {
+        let mut out = BufWriter::new(out);
+        serde_json::to_writer(&mut out, &self.fields)?;
+        out.flush()
+    }
+}
+
+/// Takes a text and keeps its length and checksum.
+#[derive(Default)]
+pub struct Measure {
+    pub bytes: u64,
+    hash: crc32fast::Hasher,
+}
+
+impl Write for Measure {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.bytes += bytes.len() as u64;
+        self.hash.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// # Errors
@@ -112,13 +163,8 @@ pub fn read(json: &[u8]) -> Result<(Header, Vec<Sequence>), String> {
     }
     check(&shape)?;
     let fingerprint = fields.fingerprint.as_deref().map(digest).transpose()?;
-    let source = fields.provenance;
-    let sequence = |labels: Labels| {
-        let Labels { start, tokens, dataset, category, is_repetitive } = labels;
-        Sequence { start, tokens, dataset, category, is_repetitive }
-    };
-    let sequences = fields.sequences.into_iter().map(sequence).collect();
-    Ok((Header { model: fields.model, fingerprint, shape, source }, sequences))
+    let (model, source) = (fields.model.into_owned(), fields.provenance.into_owned());
+    Ok((Header { model, fingerprint, shape, source }, fields.sequences.into_owned()))
 }
 
 fn digest(text: &str) -> Result<[u8; 32], String> {

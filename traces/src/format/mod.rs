@@ -22,6 +22,8 @@ mod writer;
 pub use reader::{Ending, Reader};
 pub use writer::Writer;
 
+pub(crate) use header::{Head, Measure};
+
 /// Like PNG's: not text, and broken by what changes line ends.
 pub const MAGIC: [u8; 8] = *b"\x89PGT\r\n\x1a\n";
 pub const VERSION: u32 = 1;

@@ -74,8 +74,9 @@ impl Reader {
         if length > MAX_HEADER {
             return Err(format(12, format!("a header of {length} bytes; {MAX_HEADER} at most")));
         }
-        // Grows with what is there, not with what the file says.
-        let mut json = Vec::new();
+        // As much as is there, not as the file says.
+        let there = file.get_ref().metadata().map_err(io)?.len().min(length.into());
+        let mut json = Vec::with_capacity(there as usize);
         file.by_ref().take(length.into()).read_to_end(&mut json).map_err(io)?;
         if json.len() < length as usize {
             return Err(format(20, "the file ends within its header".into()));

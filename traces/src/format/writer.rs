@@ -2,8 +2,7 @@
 
 use super::bits::put_varint;
 use super::row::Layout;
-use super::{BLOCK, Dropped, END, GAP, MAGIC, MAX_BLOCK, MAX_HEADER, ROWS, VERSION};
-use super::{checksum, header};
+use super::{BLOCK, Dropped, END, GAP, Head, MAGIC, MAX_BLOCK, ROWS, VERSION, checksum};
 use crate::{Header, Row, Sequence};
 use std::io::{Error, ErrorKind, Result, Write};
 
@@ -32,13 +31,12 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// Of `out`; `InvalidData` for a header that the format does not hold.
     pub fn new(mut out: W, header: &Header, sequences: &[Sequence]) -> Result<Self> {
-        let json = header::write(header, sequences).map_err(invalid)?;
-        let length = u32::try_from(json.len()).ok().filter(|&length| length <= MAX_HEADER);
-        let length = length.ok_or_else(|| invalid("a header of more than 16 MiB".into()))?;
-        let checksum = checksum(&[VERSION, length], &json);
+        let head = Head::new(header, sequences).map_err(invalid)?;
+        let length = head.length().ok_or_else(|| invalid("a header of more than 16 MiB".into()))?;
         out.write_all(&MAGIC)?;
-        [VERSION, length, checksum].iter().try_for_each(|n| out.write_all(&n.to_le_bytes()))?;
-        out.write_all(&json)?;
+        let numbers = [VERSION, length, head.checksum(&[VERSION, length])];
+        numbers.iter().try_for_each(|number| out.write_all(&number.to_le_bytes()))?;
+        head.write(&mut out)?;
         let layout = Layout::new(&header.shape);
         let (block, dropped) = (Vec::with_capacity(BLOCK * 2), Dropped::default());
         let (rows, position, tokens, written, pass_left) = (0, 0, 0, 0, 0);

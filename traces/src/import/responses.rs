@@ -52,8 +52,11 @@ pub struct Responses {
 pub fn open(path: &Path, hints: &Hints) -> Result<Responses, TraceError> {
     let io = |source| TraceError::io(path, source);
     let file = File::open(path).map_err(io)?;
-    let mut text = String::new();
-    file.take(MAX_JSON + 1).read_to_string(&mut text).map_err(io)?;
+    let mut bytes = Vec::new();
+    file.take(MAX_JSON + 1).read_to_end(&mut bytes).map_err(io)?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        TraceError::byte(path, error.utf8_error().valid_up_to() as u64, "not UTF-8, as JSON is")
+    })?;
     if text.len() as u64 > MAX_JSON {
         return Err(TraceError::whole(path, "more than 256 MiB of answers; split the file"));
     }

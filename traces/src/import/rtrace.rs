@@ -3,12 +3,14 @@
 //! 255 = not recorded; `NAME.w.f16`, little-endian halves in the same layout;
 //! `NAME.tok.u32`, a little-endian token id each. The last two may be absent.
 
+mod fields;
 mod manifest;
 
 pub use manifest::Manifest;
 
 use crate::{Header, Provenance, Row, Sequence, Source, TraceError, hex};
 use half::f16;
+pub(crate) use manifest::MAX_BYTES;
 use manifest::Synthetic;
 use sha2::{Digest, Sha256};
 use std::fs::File;

@@ -1,16 +1,17 @@
 //! The manifest of rtrace-1.
 
+use super::fields::{self, Layers};
 use crate::limits::{self, MAX_LAYERS};
 use crate::{Sequence, TraceError};
 use pregate_predictor::{LayerShape, Shape};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-/// A manifest with 16 bytes for each of a million sequences is not larger.
-const MAX_BYTES: u64 = 64 << 20;
+/// As many sequences as are allowed take less, unless their labels are long.
+pub const MAX_BYTES: u64 = 24 << 20;
 
 /// What the manifest says, checked against itself.
 #[derive(Clone, Debug)]
@@ -50,52 +51,29 @@ struct Fields {
     model: Option<String>,
     #[serde(default)]
     moe_layers: Option<Layers>,
-    #[serde(default)]
-    sequences: Vec<SequenceFields>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "fields::sequences")]
+    sequences: Vec<Sequence>,
+    #[serde(default, deserialize_with = "fields::digests")]
     sha256: BTreeMap<String, String>,
     #[serde(default)]
     synthetic: Option<Synthetic>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum Layers {
-    Words(String),
-    Numbers(Vec<usize>),
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum SequenceFields {
-    Named {
-        start: u64,
-        len: u64,
-        #[serde(default)]
-        dataset: Option<String>,
-        #[serde(default)]
-        category: Option<String>,
-        #[serde(default)]
-        repetition: Option<bool>,
-    },
-    Bare(u64, u64),
 }
 
 impl Manifest {
     /// # Errors
     /// A file that cannot be read, is not rtrace-1, or contradicts itself.
     pub fn read(path: &Path) -> Result<Self, TraceError> {
-        let mut text = String::new();
-        let file = File::open(path).map_err(|source| TraceError::io(path, source))?;
-        file.take(MAX_BYTES + 1)
-            .read_to_string(&mut text)
-            .map_err(|source| TraceError::io(path, source))?;
-        if text.len() as u64 > MAX_BYTES {
-            let what = "a manifest of more than 64 MiB";
+        let io = |source| TraceError::io(path, source);
+        let file = File::open(path).map_err(io)?;
+        let bytes = file.metadata().map_err(io)?.len();
+        if bytes > MAX_BYTES {
+            let what = format!("a manifest of {bytes} bytes; {MAX_BYTES} are allowed");
             return Err(TraceError::whole(path, what));
         }
-        let fields = serde_json::from_str(&text).map_err(|error| {
-            TraceError::line(path, error.line() as u64, format!("not rtrace-1: {error}"))
+        let fields = serde_json::from_reader(BufReader::with_capacity(1 << 16, file));
+        let fields = fields.map_err(|error| match error.is_io() {
+            true => io(error.into()),
+            false => TraceError::line(path, error.line() as u64, format!("not rtrace-1: {error}")),
         })?;
         Self::checked(path, fields).map_err(|what| TraceError::whole(path, what))
     }
@@ -113,11 +91,8 @@ impl Manifest {
         // Ids are bytes, and 255 has another meaning.
         within("experts", experts, 255)?;
         within("top_k", top_k, experts)?;
-        let mut sequences = Vec::with_capacity(fields.sequences.len());
         let mut end = 0;
-        for sequence in fields.sequences {
-            let sequence = sequence.into_sequence();
-            let Sequence { start, tokens: length, .. } = sequence;
+        for &Sequence { start, tokens: length, .. } in &fields.sequences {
             let next = start.checked_add(length).filter(|&next| next <= tokens);
             match next {
                 Some(next) if start >= end && length > 0 => end = next,
@@ -128,10 +103,9 @@ impl Manifest {
                     ));
                 }
             }
-            sequences.push(sequence);
         }
         let model = fields.model.unwrap_or_default();
-        let Fields { moe_layers, sha256, synthetic, .. } = fields;
+        let Fields { moe_layers, sequences, sha256, synthetic, .. } = fields;
         let path = path.to_path_buf();
         #[rustfmt::skip]
         let manifest = Self {
@@ -171,21 +145,6 @@ impl Manifest {
         recorded.iter().for_each(|&index| shape.layers[index] = Some(layer));
         limits::check(&shape)?;
         Ok((shape, recorded))
-    }
-}
-
-impl SequenceFields {
-    fn into_sequence(self) -> Sequence {
-        match self {
-            Self::Bare(start, tokens) => Sequence { start, tokens, ..Sequence::default() },
-            Self::Named { start, len, dataset, category, repetition } => Sequence {
-                start,
-                tokens: len,
-                dataset: dataset.unwrap_or_default(),
-                category: category.unwrap_or_default(),
-                is_repetitive: repetition.unwrap_or(false),
-            },
-        }
     }
 }
 
