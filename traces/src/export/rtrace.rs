@@ -50,7 +50,7 @@ struct Optional {
 enum State {
     /// No token was there yet.
     Unknown,
-    Written(Column),
+    Written(Box<Column>),
     Absent,
     /// Since this token.
     GivenUp(u64),
@@ -64,7 +64,7 @@ impl Optional {
     /// Where to put what the next token, number `token`, has of it.
     fn of_token(&mut self, token: u64, has: bool) -> Result<Option<&mut Column>, TraceError> {
         self.state = match std::mem::replace(&mut self.state, State::Absent) {
-            State::Unknown if has => State::Written(Column::create(self.path.clone())?),
+            State::Unknown if has => State::Written(Box::new(Column::create(self.path.clone())?)),
             State::Unknown | State::Absent if !has => State::Absent,
             State::Written(column) if has => State::Written(column),
             State::GivenUp(since) => State::GivenUp(since),
