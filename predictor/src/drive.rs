@@ -135,7 +135,10 @@ impl<T: Tier> Drive<T> {
         self.admit_kept();
         let mut leaving = std::mem::take(&mut self.ahead);
         self.planner.let_go(&mut leaving);
-        leaving.iter().for_each(|&id| self.tier.vacate(id));
+        for &id in &leaving {
+            self.layer_counts(id.layer()).evictions += 1;
+            self.tier.vacate(id);
+        }
         self.ahead = leaving;
         if pass.keeps_ahead {
             self.collect();
@@ -293,7 +296,8 @@ impl<T: Tier> Drive<T> {
         counts.early += early.len() as u64;
         counts.in_flight += in_flight.len() as u64;
         counts.misses += missing.len() as u64;
-        counts.prefetch_useful += (early.len() + in_flight.len()) as u64;
+        // Of those on their way it is told when they are waited for.
+        counts.prefetch_useful += early.len() as u64;
     }
 
     /// `id` was computed: who leaves for it, or does it leave itself? `None`:

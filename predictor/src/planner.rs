@@ -204,6 +204,7 @@ impl Planner {
     /// A chunk of a prompt enters the first layer.
     pub fn begin_chunk(&mut self, tokens: &[u32]) {
         self.begin(Pass::Chunk);
+        self.forecaster.iter_mut().for_each(Forecaster::begin_chunk);
         self.prompt = Some(Prompt::new(tokens, self.shape.layers.len()));
     }
 

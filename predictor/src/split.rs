@@ -152,7 +152,9 @@ impl Split {
         let mut layers = vec![None; shape.layers.len()];
         for (index, layer) in shape.moe() {
             let alike = |one: &LayerShape| {
-                (one.class, one.expert_bytes) == (layer.class, layer.expert_bytes)
+                // How soon experts are used again hangs on how many there are.
+                let sizes = |shape: &LayerShape| (shape.experts, shape.top_k, shape.expert_bytes);
+                (one.class, sizes(one)) == (layer.class, sizes(layer))
             };
             let class = shapes.iter().position(|(one, _)| alike(one)).unwrap_or_else(|| {
                 shapes.push((*layer, 0));

@@ -32,7 +32,7 @@ fn recall(ledger: &Ledger, forecast: &str, ahead: usize) -> f64 {
 fn every_forecast_learns_on_real_routing() {
     let trace = Trace::open(&rtrace::find("gptoss20b/cut.json").expect("the cut"));
     let shape = online::shape(&trace);
-    let mut forecaster = Forecaster::new(&shape, Options::default());
+    let mut forecaster = Forecaster::new(&shape, Options { horizon: 3, ..Options::default() });
     let mut ledger = ledger_for(&shape, &forecaster);
     online::run(&trace, 0..trace.tokens, &mut forecaster, &mut ledger);
     for (name, ahead, least) in [
@@ -75,6 +75,22 @@ fn the_blends_probabilities_come_true() {
         spread += 1;
     }
     assert!(spread >= 8, "only {spread} of ten buckets are used");
+}
+
+/// Eviction listens to probabilities, so none may be about another text.
+#[test]
+fn a_prompt_or_another_sequence_ends_what_was_said() {
+    let trace = Trace::open(&rtrace::find("gptoss20b/cut.json").expect("the cut"));
+    let shape = online::shape(&trace);
+    let mut forecaster = Forecaster::new(&shape, Options::default());
+    let mut ledger = ledger_for(&shape, &forecaster);
+    for end in [Forecaster::begin_chunk, Forecaster::new_sequence] {
+        online::run(&trace, 0..20, &mut forecaster, &mut ledger);
+        assert!((0..trace.layers).all(|layer| forecaster.probabilities(layer).is_some()));
+        end(&mut forecaster);
+        assert!((0..trace.layers).all(|layer| forecaster.probabilities(layer).is_none()));
+        assert_eq!(forecaster.probability(ExpertId::new(0, 0)), None);
+    }
 }
 
 /// However large the model is, the forecasts stay bounded.

@@ -125,7 +125,7 @@ fn what_comes_too_late_is_left_to_the_cpu_and_stays_for_later() {
     let mut request = Request::default();
     planner.request(0, &[1, 2], &mut request);
     assert_eq!(request.in_flight, [id(1)]);
-    planner.leave(id(1), SAVES_NS);
+    planner.leave(id(1));
     end(&mut planner);
     assert_eq!(land(&mut planner, 1), Admission::Added);
     // One that was waited for saved nothing.
@@ -139,6 +139,25 @@ fn what_comes_too_late_is_left_to_the_cpu_and_stays_for_later() {
     let books = planner.ledger().kept_traffic();
     assert_eq!([books.issued, books.useful], [2, 2]);
     assert_eq!(books.saved_ns, SAVES_NS);
+}
+
+#[test]
+fn a_read_ahead_that_is_left_to_the_cpu_is_not_in_the_books_of_keeping() {
+    let mut planner = planner(true);
+    let mut out = Vec::new();
+    planner.fetch_ahead([id(2)], &|_| 4, &mut out);
+    assert_eq!(out, [id(2)]);
+    let mut request = Request::default();
+    planner.request(0, &[2, 3], &mut request);
+    assert_eq!(request.in_flight, [id(2)]);
+    planner.leave(id(2));
+    end(&mut planner);
+    land(&mut planner, 2);
+    planner.request(0, &[2, 3], &mut request);
+    assert!(request.resident.contains(&id(2)), "it came for later");
+    end(&mut planner);
+    let books = planner.ledger().kept_traffic();
+    assert_eq!([books.issued, books.useful, books.wasted, books.lost_ns], [0; 4], "{books:?}");
 }
 
 #[test]

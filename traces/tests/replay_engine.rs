@@ -264,6 +264,28 @@ fn reading_ahead_what_comes_saves_its_wait() {
     assert!(with.bracket.unwrap().best_hits >= with.hits);
 }
 
+/// A copy and the host's computation wait for the same read of the disk.
+#[test]
+fn below_memory_an_expert_is_read_once() {
+    let mut trace = cut();
+    // A sixteenth of the experts: nearly every miss is on the disk.
+    let options = Options { ram_share: Some(0.0625), ..plain(8) };
+    let report = run(&mut trace, &gpu(), &options);
+    let misses = report.misses as f64 * 100_000.0 / report.decode.tokens as f64;
+    let disk = report.bound.busy_ns[Wire::Disk as usize];
+    assert!(disk > 0.5 * misses && disk <= misses * 1.0001, "{disk} ns for {misses} bytes");
+}
+
+#[test]
+fn a_trace_without_tokens_has_no_speed() {
+    let mut prompt = one_layer(&[0, 1, 2, 3]);
+    for (at, row) in prompt.rows.iter_mut().enumerate() {
+        (row.is_prompt, row.pass_tokens) = (true, if at == 0 { 4 } else { 0 });
+    }
+    let report = run(&mut prompt, &cpu(), &plain(8));
+    assert_eq!((report.decode.tokens, report.tok_s, report.bound.tok_s), (0, 0.0, 0.0));
+}
+
 #[test]
 fn what_cannot_be_replayed_says_why() {
     let mut trace = one_layer(&[0, 1]);

@@ -224,8 +224,9 @@ impl<T: Tier> Drive<T> {
         for &id in in_flight {
             match open.left.contains(&id) {
                 // It would come late; then it is there for later.
-                true => self.planner.leave(id, 0),
+                true => self.planner.leave(id),
                 false => {
+                    self.layer_counts(layer).prefetch_useful += 1;
                     self.tier.promote(id);
                     open.awaited += 1;
                 }

@@ -176,7 +176,7 @@ pub struct Blend {
 }
 
 /// Situations that get their own weights; later ones share the first's.
-const MAX_SITUATIONS: usize = 32;
+const MAX_SITUATIONS: usize = 4 * (super::MAX_HORIZON + 1);
 
 impl Blend {
     pub fn new(sources: usize, strong: u32, learns: bool) -> Self {

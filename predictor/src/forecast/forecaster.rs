@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 /// Layers that can be looked ahead.
 pub const MAX_HORIZON: usize = 16;
+/// MoE layers ahead that forecasts look, if nothing else is said.
+pub const HORIZON: usize = 2;
 
 /// How the forecaster works.
 #[derive(Clone, Debug)]
@@ -25,7 +27,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { horizon: 3, learns: true, group: 8 }
+        Self { horizon: HORIZON, learns: true, group: 8 }
     }
 }
 
@@ -192,9 +194,18 @@ impl Forecaster {
         self.path.iter_mut().for_each(Vec::clear);
         for layer in self.layers.iter_mut().flatten() {
             layer.kept.iter_mut().for_each(|kept| kept.waits = false);
-            layer.pending.iter_mut().for_each(|pending| pending.waits = false);
         }
+        self.begin_chunk();
         self.sources.iter_mut().for_each(Guarded::new_sequence);
+    }
+
+    /// A chunk of a prompt begins: what was guessed of the next token is about
+    /// none of its tokens, and not about the one behind it.
+    pub fn begin_chunk(&mut self) {
+        for layer in self.layers.iter_mut().flatten() {
+            layer.pending.iter_mut().for_each(|pending| pending.waits = false);
+            layer.answered = false;
+        }
     }
 
     /// Takes scores that the runtime computed, before their layer is routed.

@@ -16,7 +16,7 @@ mod token;
 mod transition;
 
 pub use catalogue::{LEARNED, LEARNED_USEFUL, NAMES, USEFUL, by_name, learned as learned_by_name};
-pub use forecaster::{Forecaster, MAX_HORIZON, Options};
+pub use forecaster::{Forecaster, HORIZON, MAX_HORIZON, Options};
 pub use guard::Fault;
 pub use recency::{Frequency, PreviousToken};
 pub use token::TokenMemory;
@@ -75,7 +75,7 @@ pub struct External<'a> {
 /// Which state the router was applied to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Source {
-    /// The hidden state `ahead` layers before the target.
+    /// The hidden state `ahead` MoE layers before the target, as [`Options::horizon`] counts.
     StaleGate { ahead: u8 },
     /// The same plus the output of that layer's shared expert.
     StaleGateShared { ahead: u8 },

@@ -20,6 +20,9 @@ struct One {
     victim: Option<ExpertId>,
     /// A demand that it was in the way of is booked.
     is_booked: bool,
+    /// A read-ahead that was left to the CPU: the books of reading ahead have
+    /// it, those of keeping do not.
+    was_ahead: bool,
 }
 
 /// Those that were not used yet.
@@ -38,7 +41,7 @@ impl Kept {
 
     /// `id` will not be used.
     pub fn wasted(&mut self, id: ExpertId, shape: &Shape, ledger: &mut Ledger) {
-        if self.take(id).is_some() {
+        if self.take(id).is_some_and(|one| !one.was_ahead) {
             ledger.kept_wasted(id.layer(), bytes(shape, id));
         }
     }
@@ -47,7 +50,7 @@ impl Kept {
     pub fn requested(&mut self, request: &Request, shape: &Shape, ledger: &mut Ledger) {
         let Request { resident, early, in_flight, missing, .. } = request;
         for &id in resident.iter().chain(early) {
-            if let Some(one) = self.take(id) {
+            if let Some(one) = self.take(id).filter(|one| !one.was_ahead) {
                 ledger.kept_used(id.layer(), bytes(shape, id), one.saves_ns);
             }
         }
@@ -57,7 +60,7 @@ impl Kept {
         }
         for one in &mut self.all {
             // It would have been there.
-            if one.victim.is_some_and(|victim| missing.contains(&victim)) {
+            if one.victim.is_some_and(|victim| missing.contains(&victim)) && !one.was_ahead {
                 one.victim = None;
                 ledger.kept_lost(one.id.layer(), one.saves_ns);
             }
@@ -66,7 +69,7 @@ impl Kept {
 
     /// The event is over. What it waited for came too late to save anything.
     pub fn ended(&mut self, shape: &Shape, ledger: &mut Ledger) {
-        for one in self.late.drain(..) {
+        for one in self.late.drain(..).filter(|one| !one.was_ahead) {
             ledger.kept_used(one.id.layer(), bytes(shape, one.id), 0);
         }
     }
@@ -78,7 +81,8 @@ impl Kept {
         shape: &Shape,
         ledger: &mut Ledger,
     ) {
-        for one in self.all.iter_mut().filter(|one| !one.is_booked && flies(one.id)) {
+        let costs = |one: &&mut One| !one.is_booked && !one.was_ahead && flies(one.id);
+        for one in self.all.iter_mut().filter(costs) {
             one.is_booked = true;
             let delay_ns = ledger.demand_ns(bytes(shape, one.id).min(IN_THE_WAY_BYTES));
             ledger.kept_lost(one.id.layer(), delay_ns);
@@ -111,7 +115,8 @@ impl Planner {
             if is_computed && pays && room > 0 {
                 room -= 1;
                 self.ledger.kept_issued(id.layer(), layer.expert_bytes);
-                self.kept.all.push(One { id, saves_ns, victim: None, is_booked: false });
+                let one = One { id, saves_ns, victim: None, is_booked: false, was_ahead: false };
+                self.kept.all.push(one);
                 self.set(id, State::Filling(Purpose::Keep));
                 out.push(id);
             }
@@ -125,9 +130,8 @@ impl Planner {
     }
 
     /// `id`, whose copy is under way and was wanted by the open event, is
-    /// computed instead: the copy would come late. It stays for later, where
-    /// its next use saves `saves_ns`.
-    pub fn leave(&mut self, id: ExpertId, saves_ns: u64) {
+    /// computed instead: the copy would come late. It stays for later.
+    pub fn leave(&mut self, id: ExpertId) {
         if self.state(id) != State::Filling(Purpose::Demand) {
             return;
         }
@@ -136,9 +140,7 @@ impl Planner {
             Some(at) => late.swap_remove(at),
             None => {
                 self.accounts.came_late(id, &self.shape, &mut self.ledger);
-                let bytes = bytes(&self.shape, id);
-                self.ledger.kept_issued(id.layer(), bytes);
-                One { id, saves_ns, victim: None, is_booked: false }
+                One { id, saves_ns: 0, victim: None, is_booked: false, was_ahead: true }
             }
         };
         self.kept.all.push(one);

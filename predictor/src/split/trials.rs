@@ -16,6 +16,9 @@ const PATIENCE: u64 = 16;
 const SOON: u64 = 16;
 /// Measurements after which a jump is the machine's, not the seed's error.
 const SETTLED: u64 = 16;
+/// Tokens until a disaster is looked at again, at most: what kept a worker busy
+/// may be over.
+const LONGEST_PAUSE: u64 = 4096;
 /// Layers' walls that may be saved for second looks.
 const SAVED: f64 = 256.0;
 
@@ -214,7 +217,7 @@ impl Trials {
         if idle < due || one.cost() - best.cost() > self.saved_ns {
             return None;
         }
-        watch.pause = watch.pause.saturating_mul(3);
+        watch.pause = watch.pause.saturating_mul(3).min(LONGEST_PAUSE);
         watch.is_look = true;
         Some(one)
     }

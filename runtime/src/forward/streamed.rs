@@ -118,7 +118,6 @@ impl Streamed<'_> {
     /// lookahead (2308.12066) without training, as a forecast.
     fn foresee(&self, scratch: &mut Scratch, event: &mut Event<'_>, shared: Option<(f32, &[f32])>) {
         let layers = &self.engine.weights.layers;
-        let ahead_of = |layer: usize| (layer - self.layer) as u8;
         let mut targets = std::mem::take(&mut scratch.targets);
         targets.clear();
         let is_moe =
@@ -126,7 +125,7 @@ impl Streamed<'_> {
         let ahead = (self.layer + 1..layers.len()).filter(is_moe).take(self.store.horizon());
         targets.extend(ahead.filter(|&layer| event.wants(layer)));
         for &target in &targets {
-            let ahead = ahead_of(target);
+            let ahead = (self.layer + 1..=target).filter(is_moe).count() as u8;
             self.ask_router(scratch, event, target, self.residual, Source::StaleGate { ahead });
             if let Some((gate, shared)) = shared {
                 let mut state = std::mem::take(&mut scratch.state);

@@ -260,8 +260,7 @@ impl<'p, 'c, 'a, 'm> Service<'p, 'c, 'a, 'm> {
             let from = index * mail.layout.experts;
             let logits = &mut posted.ahead[from..from + moe.experts.len()];
             moe.rule.rank(logits);
-            // Of layers: dense ones count.
-            let ahead = (target - event.layer()) as u8;
+            let ahead = (index + 1) as u8;
             let source = Source::StaleGate { ahead };
             event.foresee(&External { source, target, logits });
             targets.push(target);

@@ -111,7 +111,7 @@ impl Default for Streaming {
             policy: policy::DEFAULT.to_string(),
             forecast: "blend".to_string(),
             trained: None,
-            horizon: 2,
+            horizon: pregate_predictor::forecast::HORIZON,
             ahead: Ahead::default(),
             source: Source::Disk(DiskOptions::default()),
         }

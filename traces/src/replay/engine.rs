@@ -120,9 +120,10 @@ impl Engine {
     pub fn pass(&mut self, pass: &mut Pass) {
         let tokens = pass.rows().len();
         self.ids.clear();
-        // Without ids every token is a new one.
+        // Without ids every token is a new one, and none that was trained.
         let unknown = self.totals.tokens_seen() as u32;
-        let id = |(row, at): (&crate::Row, u32)| row.token.unwrap_or(unknown.wrapping_add(at));
+        let new = |at: u32| u32::MAX - unknown.wrapping_add(at);
+        let id = |(row, at): (&crate::Row, u32)| row.token.unwrap_or_else(|| new(at));
         self.ids.extend(pass.rows().iter().zip(0..).map(id));
         let is_start = pass.first().starts_sequence;
         // A chunk is a prompt's; so may a single token be, behind its others.
@@ -141,7 +142,9 @@ impl Engine {
         }
         let first = self.shape.moe().next().map(|(index, _)| index);
         for layer in 0..self.shape.layers.len() {
-            let asks_first = tokens == 1 && self.has_forecasts && first == Some(layer);
+            // Beside a GPU the runtime asks first when its first layer is heard.
+            let asks_first =
+                tokens == 1 && self.has_forecasts && self.host.is_none() && first == Some(layer);
             if asks_first && self.drive.planner().wants(layer) {
                 self.drive.foresee_now(None);
             }
@@ -159,7 +162,10 @@ impl Engine {
 
     /// What the wires had to do for the decoded tokens.
     pub(super) fn bound(&self, decode: &PhaseReport) -> Bound {
-        let tokens = decode.tokens.max(1) as f64;
+        if decode.tokens == 0 {
+            return bound_of([0.0; 4]);
+        }
+        let tokens = decode.tokens as f64;
         let counts = &decode.counts;
         let bytes = |experts: fn(&LayerCounts) -> u64| -> f64 {
             let of = |(index, layer): (usize, &LayerShape)| {
@@ -221,7 +227,7 @@ impl Engine {
         }
         let tier = self.drive.tier_mut();
         if let Some(below) = &mut tier.below {
-            below.ram.event(layer, pass.experts(layer));
+            below.used(layer, pass.experts(layer));
         }
         let stalled = tier.stall.since(&stall);
         self.totals.served(layer, self.drive.open().request(), stalled);

@@ -97,7 +97,7 @@ impl Default for Options {
             ring: None,
             policy: pregate_predictor::policy::DEFAULT.to_string(),
             forecast: "blend".to_string(),
-            horizon: 3,
+            horizon: pregate_predictor::forecast::HORIZON,
             ahead: Ahead::default(),
             warm: Warm::Cold,
             misses: Misses::Auto,
@@ -125,6 +125,8 @@ pub enum ReplayError {
     Name { kind: &'static str, name: String, known: String },
     #[error("{0}")]
     Count(#[from] super::count::CountError),
+    #[error("{0}")]
+    TooWide(String),
     #[error("a trace without tokens behind those that warm the caches")]
     Empty,
 }

@@ -170,9 +170,9 @@ pub struct Bracket {
 }
 
 impl Bracket {
-    /// The share of the way from LRU to Belady; `None` where they tie.
+    /// The share of the way from LRU to the best; `None` where they tie.
     pub fn closed(&self) -> Option<f64> {
-        let gap = self.belady_hits as f64 - self.lru_hits as f64;
+        let gap = self.best_hits as f64 - self.lru_hits as f64;
         (gap > 0.0).then(|| (self.this_hits as f64 - self.lru_hits as f64) / gap)
     }
 }
@@ -262,12 +262,12 @@ mod tests {
 
     #[test]
     fn a_bracket_without_a_gap_has_no_share() {
-        let bracket = |lru_hits, this_hits, belady_hits| Bracket {
+        let bracket = |lru_hits, this_hits, best_hits| Bracket {
             no_cache_hits: 0,
             lru_hits,
             this_hits,
-            belady_hits,
-            best_hits: belady_hits,
+            belady_hits: lru_hits,
+            best_hits,
         };
         assert_eq!(bracket(10, 10, 10).closed(), None);
         assert_eq!(bracket(10, 15, 20).closed(), Some(0.5));

@@ -6,6 +6,7 @@ use super::machine::Machine;
 use super::options::{Options, ReplayError, Warm};
 use super::passes::{Pass, Passes};
 use super::report::{Bound, Bracket, Counts, Report, Wire};
+use crate::check_remembered;
 use crate::{Header, Provenance, Row, Source, TraceError};
 use pregate_predictor::forecast::{self, Forecaster};
 use pregate_predictor::{Policy, Scope, Shape, policy};
@@ -56,6 +57,7 @@ pub fn replay_with(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Report, ReplayError> {
     let shape = shape_of(source.header(), options);
+    check_remembered(&shape).map_err(ReplayError::TooWide)?;
     let scope = scope_of(&shape, options, &*policy);
     let mut engine = Engine::new(&shape, machine, options, policy, forecaster)?;
     source.rewind()?;

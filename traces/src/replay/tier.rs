@@ -40,19 +40,35 @@ pub struct Below {
     /// When the disk is done with what it was asked for.
     free_ns: u64,
     pub bytes: u64,
+    /// What was read since its layer ran, and when it is there: a copy and the
+    /// host's computation wait for the same read.
+    coming: Vec<(ExpertId, u64)>,
 }
 
 impl Below {
     pub fn new(disk: Rate, ram: Lru) -> Self {
-        Self { disk, ram, free_ns: 0, bytes: 0 }
+        Self { disk, ram, free_ns: 0, bytes: 0, coming: Vec::new() }
     }
 
-    /// When `bytes`, asked for at `now`, are in memory.
-    fn read(&mut self, now: u64, bytes: u64) -> u64 {
+    /// When the `bytes` of `id`, asked for at `now`, are in memory.
+    fn read(&mut self, id: ExpertId, now: u64, bytes: u64) -> u64 {
+        if self.ram.contains(id.layer(), id.expert as u16) {
+            return now;
+        }
+        if let Some((_, ready_ns)) = self.coming.iter().find(|(other, _)| *other == id) {
+            return now.max(*ready_ns);
+        }
         self.bytes += bytes;
         let from = self.free_ns.max(now + self.disk.start_ns);
         self.free_ns = from + (bytes as f64 * self.disk.ns_per_byte) as u64;
+        self.coming.push((id, self.free_ns));
         self.free_ns
+    }
+
+    /// Layer `layer` ran with `experts`.
+    pub fn used(&mut self, layer: usize, experts: &[u16]) {
+        self.ram.event(layer, experts);
+        self.coming.retain(|(id, _)| id.layer() != layer);
     }
 }
 
@@ -152,12 +168,7 @@ impl VirtualTier {
     /// The CPU wants `id` in memory; when it is there.
     pub fn in_ram_ns(&mut self, id: ExpertId) -> u64 {
         let bytes = self.bytes_of(id);
-        match &mut self.below {
-            Some(below) if !below.ram.contains(id.layer(), id.expert as u16) => {
-                below.read(self.now, bytes)
-            }
-            _ => self.now,
-        }
+        self.below.as_mut().map_or(self.now, |below| below.read(id, self.now, bytes))
     }
 
     fn class(&self, id: ExpertId) -> usize {
@@ -270,12 +281,7 @@ impl Tier for VirtualTier {
         self.order += 1;
         let (class, bytes) = (self.class(id), self.bytes_of(id));
         self.free[class] -= 1;
-        let mut ready_ns = self.now;
-        if let Some(below) = &mut self.below
-            && !below.ram.contains(id.layer(), id.expert as u16)
-        {
-            ready_ns = below.read(self.now, bytes);
-        }
+        let ready_ns = self.in_ram_ns(id);
         self.flights.push(Flight {
             id,
             urgency,

@@ -44,7 +44,7 @@ impl Sizes {
         let rows = self.rows.count();
         [
             (rows, hidden),
-            (rows, self.width() - hidden),
+            (if self.is_direct { rows } else { 0 }, self.width() - hidden),
             (FIELDS * experts, hidden),
             (FIELDS + 1, experts),
             (hidden, experts),
