@@ -351,10 +351,11 @@ impl Planned {
     /// Says on standard error what a file of `--predictor` is used for in
     /// `model`; [`Planned::notes`] said where it is not.
     pub fn predictor_note(&self, model: &Model) {
-        let trained = self.streaming.predictor.as_ref().filter(|_| !self.is_fixed_in_part());
-        if let Some(trained) = trained.filter(|_| model.store().is_some()) {
+        let file = self.streaming.predictor.as_ref().filter(|_| !self.is_fixed_in_part());
+        if let Some(file) = file.filter(|_| model.store().is_some()) {
             let Streaming { policy, forecast, .. } = self.streaming.streaming();
-            eprintln!("predictor: {}", predictor_words(trained, &[forecast], &[policy]));
+            let words = predictor_words(&file.trained, &[forecast], &[policy]);
+            eprintln!("predictor: {words}");
         }
     }
 

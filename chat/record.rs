@@ -1,6 +1,6 @@
 //! `--record FILE`: what routers choose goes to a trace file meanwhile.
 
-use crate::{exit::Failure, model, save};
+use crate::{exit::Failure, model, save, streaming::Predictor};
 use pregate_predictor::{NoObserver, Observer, Shape};
 use pregate_runtime::{Model, store::layout::ModelLayout};
 use pregate_traces::{
@@ -22,8 +22,13 @@ pub struct Record {
 }
 
 impl Record {
-    /// Creates the file, if one was asked for.
-    pub fn start(path: Option<&Path>, model: &Model, file: &Path) -> Result<Option<Self>, Failure> {
+    /// Creates the file, if one was asked for. `predictor`: what else is read.
+    pub fn start(
+        path: Option<&Path>,
+        model: &Model,
+        file: &Path,
+        predictor: Option<&Predictor>,
+    ) -> Result<Option<Self>, Failure> {
         let Some(path) = path else { return Ok(None) };
         let header = Header {
             model: model::name(model.description(), file),
@@ -33,6 +38,8 @@ impl Record {
         };
         let files = model.files().paths().iter().map(PathBuf::as_path);
         save::refuse_same(path, files, "a file of the model")?;
+        let predictor = predictor.map(|file| file.path.as_path());
+        save::refuse_same(path, predictor, "the file of --predictor")?;
         let recorder = Recorder::create(path, &header)?;
         let recorder = Arc::new(Mutex::new(Some(recorder)));
         Ok(Some(Self { path: path.to_path_buf(), recorder }))

@@ -1,5 +1,5 @@
 //! Files that appear whole or not at all: written beside their place, then
-//! renamed.
+//! renamed. What is no regular file (a device, a pipe) is written as it is.
 
 use crate::{
     engine::{Message, Role},
@@ -14,28 +14,69 @@ use std::{
 
 /// Writes through `fill` to a temporary file in the folder of `path`, syncs
 /// it and renames it. On any error nothing is left behind and an existing
-/// file stays as it was.
+/// file stays as it was. Of a link the target is replaced.
 pub fn write_whole(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<(), Failure> {
     let failed = |source| Failure::io(path.display().to_string(), source);
-    let temporary = temporary_path(path).ok_or_else(|| {
-        Failure::Usage(format!("{}: a file name is needed, not a folder", path.display()))
-    })?;
+    let Place::File { file, temporary } = place(path)? else {
+        return OpenOptions::new()
+            .write(true)
+            .open(path)
+            .and_then(|mut to| fill(&mut to))
+            .map_err(failed);
+    };
     let written = (|| {
-        let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary)?;
-        let mut buffered = io::BufWriter::new(&mut file);
+        let mut to = create_new(&temporary)?;
+        let mut buffered = io::BufWriter::new(&mut to);
         fill(&mut buffered)?;
         buffered.flush()?;
         drop(buffered);
-        file.sync_all()?;
-        fs::rename(&temporary, path)
+        to.sync_all()?;
+        fs::rename(&temporary, file)
     })();
     written.map_err(|error| {
         let _ = fs::remove_file(&temporary);
         failed(error)
     })
+}
+
+/// Whether [`write_whole`] could write there, as far as that is known before:
+/// to be asked ahead of long work.
+pub fn check_place(path: &Path) -> Result<(), Failure> {
+    let Place::File { temporary, .. } = place(path)? else { return Ok(()) };
+    create_new(&temporary)
+        .and_then(|_| fs::remove_file(&temporary))
+        .map_err(|source| Failure::io(path.display().to_string(), source))
+}
+
+enum Place {
+    /// A file that is there or not, and where it is written first.
+    File { file: PathBuf, temporary: PathBuf },
+    /// Renaming would put a file into its place.
+    Device,
+}
+
+fn place(path: &Path) -> Result<Place, Failure> {
+    let failed = |source| Failure::io(path.display().to_string(), source);
+    let file = match fs::metadata(path) {
+        Ok(found) if found.is_file() => path.canonicalize().map_err(failed)?,
+        Ok(found) if !found.is_dir() => return Ok(Place::Device),
+        Ok(_) => return Err(no_name(path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_path_buf(),
+        Err(error) => return Err(failed(error)),
+    };
+    let temporary = temporary_path(&file).ok_or_else(|| no_name(path))?;
+    Ok(Place::File { file, temporary })
+}
+
+fn no_name(path: &Path) -> Failure {
+    Failure::Usage(format!("{}: a file name is needed, not a folder", path.display()))
+}
+
+fn create_new(path: &Path) -> io::Result<fs::File> {
+    OpenOptions::new().write(true).create_new(true).open(path)
 }
 
 /// Whether two names are of one file, which then is there.
@@ -117,6 +158,30 @@ mod tests {
         assert!(result.is_err());
         assert_eq!(fs::read_to_string(&file).unwrap(), "old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn devices_are_written_and_links_stay_links() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let write = |path: &Path| write_whole(path, |out| out.write_all(b"new"));
+        assert!(matches!(write(folder.path()), Err(Failure::Usage(_))));
+        assert!(matches!(check_place(folder.path()), Err(Failure::Usage(_))));
+        assert!(check_place(&at("no/such")).is_err());
+        check_place(&at("new")).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left behind");
+        #[cfg(unix)]
+        {
+            fs::write(at("old"), "old").unwrap();
+            std::os::unix::fs::symlink(at("old"), at("link")).unwrap();
+            write(&at("link")).unwrap();
+            assert_eq!(fs::read_to_string(at("old")).unwrap(), "new");
+            assert!(fs::symlink_metadata(at("link")).unwrap().is_symlink());
+            // A socket is no regular file, and nobody else's.
+            let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+            assert!(write(&at("socket")).is_err());
+            assert!(!fs::symlink_metadata(at("socket")).unwrap().is_file());
+        }
     }
 
     #[test]

@@ -23,6 +23,17 @@ impl Size {
 const ALLOWED: &str = "a size is allowed: 1.5G or 1.5GiB (2^30 bytes), 800M, 2GB (10^9 bytes), or \
                        50% of the model's files";
 
+/// Where nothing is there to take a share of.
+pub fn absolute(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(Size::Bytes(bytes)) => Ok(bytes),
+        _ => {
+            Err("a size is allowed: 1.5G or 1.5GiB (2^30 bytes), 800M, 2GB (10^9 bytes)"
+                .to_string())
+        }
+    }
+}
+
 impl FromStr for Size {
     type Err = String;
 

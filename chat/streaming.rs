@@ -15,6 +15,7 @@ use pregate_runtime::{
 };
 use std::fs;
 use std::io::Read;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 #[derive(Clone, Debug, Default, Args)]
@@ -58,7 +59,7 @@ pub struct StreamingArgs {
     /// --forecast learned-network takes one of them alone; its tables for eviction join the
     /// policies adaptive and learned
     #[arg(long, help_heading = HEADING, value_name = "FILE", value_parser = predictor)]
-    pub predictor: Option<Arc<Trained>>,
+    pub predictor: Option<Predictor>,
     #[arg(
         long,
         help_heading = HEADING,
@@ -110,13 +111,22 @@ fn forecasts() -> Vec<PossibleValue> {
         .collect()
 }
 
+/// A file of `--predictor`, read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Predictor {
+    /// What must not be written over.
+    pub path: PathBuf,
+    pub trained: Arc<Trained>,
+}
+
 /// Reads and checks the file; whether it fits the model is known later.
-pub fn predictor(path: &str) -> Result<Arc<Trained>, String> {
+pub fn predictor(path: &str) -> Result<Predictor, String> {
     let file = fs::File::open(path).map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
     let limit = LIMIT_BYTES as u64 + 1;
     file.take(limit).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    Trained::parse(&bytes).map(Arc::new).map_err(|error| error.to_string())
+    let trained = Trained::parse(&bytes).map(Arc::new).map_err(|error| error.to_string())?;
+    Ok(Predictor { path: path.into(), trained })
 }
 
 /// What a file is good for beside these forecasts and policies: "trained for
@@ -142,7 +152,7 @@ pub fn predictor_words(trained: &Trained, forecasts: &[String], policies: &[Stri
     format!("trained for {model}; {forecasts}, {tables}")
 }
 
-fn horizon(text: &str) -> Result<usize, String> {
+pub fn horizon(text: &str) -> Result<usize, String> {
     whole(text, forecast::MAX_HORIZON)
 }
 
@@ -173,7 +183,7 @@ impl StreamingArgs {
         Streaming {
             policy: self.policy.clone().unwrap_or(usual.policy),
             forecast: self.forecast.clone().unwrap_or(usual.forecast),
-            trained: self.predictor.clone(),
+            trained: self.predictor.as_ref().map(|file| file.trained.clone()),
             horizon: self.horizon.unwrap_or(usual.horizon),
             source: Source::Disk(self.disk()),
             ..usual

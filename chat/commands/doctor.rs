@@ -12,7 +12,7 @@ use crate::{
     expert_speed::{self, Line, Pool, Speed, USUAL},
     memory, model,
     output::{self, bytes},
-    plan,
+    plan, save,
 };
 use decoding::Decoding;
 use limits::Limits;
@@ -25,7 +25,7 @@ use pregate_runtime::{
     },
 };
 use serde::Serialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -78,6 +78,7 @@ struct Report {
 
 /// The exit code: 0 if models can run on the processor.
 pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
+    check_output(args)?;
     let (mut findings, measured) = processor();
     let (with, cpu_experts) = measured.unzip();
     let (limits, of_limits) = limits::look();
@@ -109,6 +110,19 @@ pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
         false => output::line(text(&report).trim_end())?,
     }
     Ok(if can_run { 0 } else { exit::RESOURCES })
+}
+
+/// The machine's file replaces no model, and can be written.
+fn check_output(args: &DoctorArgs) -> Result<(), Failure> {
+    let Some(out) = &args.machine_file else { return Ok(()) };
+    if let Some(model) = &args.model {
+        // One that does not open is found below; its own name is known.
+        let opened = OpenedModel::open(model, &mut |_| {}).ok();
+        let files = opened.iter().flat_map(|opened| opened.files().paths());
+        let files = files.map(PathBuf::as_path).chain([model.as_path()]);
+        save::refuse_same(out, files, "a file of the model")?;
+    }
+    save::check_place(out)
 }
 
 fn text(report: &Report) -> String {

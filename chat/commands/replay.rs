@@ -26,6 +26,7 @@ use std::{
     io::{IsTerminal, stdout},
     path::{Path, PathBuf},
 };
+pub use subject::check_memory;
 use subject::{Model, Subject};
 
 pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
@@ -35,7 +36,8 @@ pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
     check_outputs(args)?;
     let machines = room::machines(args)?;
     let model = args.model.as_deref().map(Model::find).transpose()?;
-    let subjects = args.traces.iter().map(|path| Subject::new(path, model.as_ref()));
+    let subject = |path: &PathBuf| Subject::new(path, model.as_ref(), args.expert_bytes);
+    let subjects = args.traces.iter().map(subject);
     let asked = Asked::new(args, subjects.collect::<Result<_, _>>()?, machines);
     asked.check_predictor()?;
     let between = args.compare.then(|| Between::of(&asked)).transpose()?;
@@ -52,32 +54,40 @@ pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
     }
     let all: Vec<&Run> = runs.iter().collect();
     // Pictures first: a reader of the table may close the pipe.
+    let drawn = draw(args, &asked, &all);
+    match (args.json, between) {
+        (true, Some(between)) => between.lines(&asked, &all).iter().try_for_each(object)?,
+        (true, None) => runs.iter().try_for_each(|run| object(&Line::new(&asked, run)))?,
+        (false, _) => output::line(text(&asked, &runs, between).trim_end())?,
+    }
+    drawn
+}
+
+/// Writes the pictures that were asked for.
+fn draw(args: &ReplayArgs, asked: &Asked, runs: &[&Run]) -> Result<(), Failure> {
     if let Some(path) = &args.plot {
-        write(path, &svg::draw(&[pictures::hits(&asked, &all), pictures::speed(&asked, &all)]))?;
+        write(path, &svg::draw(&[pictures::hits(asked, runs), pictures::speed(asked, runs)]))?;
     }
     if let Some(path) = &args.heatmap {
-        write(path, &heat::draw(&pictures::maps(&asked, &all)))?;
+        write(path, &heat::draw(&pictures::maps(asked, runs)))?;
     }
-    if args.json {
-        return match between {
-            Some(between) => between.lines(&asked, &all).iter().try_for_each(object),
-            None => runs.iter().try_for_each(|run| object(&Line::new(&asked, run))),
-        };
-    }
-    output::line(text(&asked, &runs, between).trim_end())
+    Ok(())
 }
 
 /// Pictures do not replace what is read, nor each other.
 fn check_outputs(args: &ReplayArgs) -> Result<(), Failure> {
-    let read = args.traces.iter().map(PathBuf::as_path);
-    let named = args.machine.iter().map(String::as_str).chain(args.model.as_deref());
-    let read: Vec<&Path> = read.chain(named.map(Path::new)).collect();
+    let traces = args.traces.iter().flat_map(|trace| pregate_traces::files(trace));
+    let named = args.machine.iter().chain(&args.model).map(PathBuf::from);
+    let predictor = args.predictor.as_ref().map(|file| file.path.clone());
+    let read: Vec<PathBuf> = traces.chain(named).chain(predictor).collect();
     let outputs = [("--plot", &args.plot), ("--heatmap", &args.heatmap)];
     for (name, path) in outputs.iter().filter_map(|(name, path)| Some((name, path.as_ref()?))) {
         if let Some(read) = read.iter().find(|read| save::is_same_file(read, path)) {
             let read = read.display();
             return Err(Failure::Usage(format!("{name} {}: is read as {read}", path.display())));
         }
+        // Better now than behind minutes of replaying.
+        save::check_place(path)?;
     }
     let is_one = |(plot, map): (&PathBuf, &PathBuf)| plot == map || save::is_same_file(plot, map);
     match args.plot.as_ref().zip(args.heatmap.as_ref()).is_some_and(is_one) {
@@ -93,7 +103,7 @@ fn object(line: &impl Serialize) -> Result<(), Failure> {
 }
 
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    std::fs::write(path, text).map_err(|error| Failure::io(path.display().to_string(), error))?;
+    save::write_whole(path, |to| to.write_all(text.as_bytes()))?;
     eprintln!("wrote {}", path.display());
     Ok(())
 }
@@ -116,7 +126,9 @@ fn text(asked: &Asked, runs: &[Run], between: Option<Between>) -> String {
                 let rules = table::rules(&here).map(|rules| format!("rules     {rules}\n"));
                 let table = table::of(&here, columns().unwrap_or(usize::MAX));
                 let name = printable(&machine.name);
-                out += &format!("machine   {name}\n{}\n{table}\n", rules.unwrap_or_default());
+                let note = table::too_large(&here).map(|note| format!("note      {note}\n"));
+                let notes = [rules, note].map(Option::unwrap_or_default).concat();
+                out += &format!("machine   {name}\n{notes}\n{table}\n");
             }
         }
         if asked.sizes.len() >= LEAST_SIZES {

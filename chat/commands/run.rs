@@ -38,7 +38,12 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let needs = Needs::new(&args.memory, args.session.options());
     let Loaded { model, session, .. } = model::load(&path, &device, &needs)?;
     let mut engine = Local::new(session, &args.sampling, args.model.model.is_none())?;
-    let record = Record::start(args.record.as_deref(), &model, &path)?;
+    let record = Record::start(
+        args.record.as_deref(),
+        &model,
+        &path,
+        args.memory.streaming.predictor.as_ref(),
+    )?;
     engine.record(record.clone());
     if !args.raw {
         engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
@@ -68,8 +73,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         engine.chat(&messages, &cancel, &mut on_event)
     };
     drop(bar);
+    let printed = printer.end();
     record.iter().for_each(Record::finish);
-    printer.end()?;
+    printed?;
     notices::tell_of_disk(&model);
     engine.warn();
     let answer = answer?;

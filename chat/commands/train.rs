@@ -2,6 +2,7 @@
 
 use crate::{
     cli::TrainArgs,
+    commands::replay::check_memory,
     exit::Failure,
     model,
     output::{bytes, line},
@@ -74,10 +75,12 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
 /// The answer does not replace what is learned from.
 fn check_output(args: &TrainArgs) -> Result<(), Failure> {
     let Some(out) = &args.out else { return Ok(()) };
-    match args.traces.iter().chain(&args.model).any(|read| save::is_same_file(read, out)) {
-        true => Err(Failure::Usage(format!("--out {}: is read", out.display()))),
-        false => Ok(()),
+    let traces = args.traces.iter().flat_map(|trace| pregate_traces::files(trace));
+    if traces.chain(args.model.clone()).any(|read| save::is_same_file(&read, out)) {
+        return Err(Failure::Usage(format!("--out {}: is read", out.display())));
     }
+    // Better now than behind minutes of training.
+    save::check_place(out)
 }
 
 /// The first `limit` tokens of traces, which must be of one model, and the
@@ -86,6 +89,7 @@ fn gather(traces: &[PathBuf], limit: usize) -> Result<(Corpus, Vec<&Path>), Fail
     let (mut corpus, mut cut): (Option<Corpus>, Vec<&Path>) = (None, Vec::new());
     for path in traces {
         let mut source = pregate_traces::open(path)?;
+        check_memory(path, source.header())?;
         let corpus = corpus.get_or_insert_with(|| Corpus::new(source.header().clone()));
         if let Some(problem) = corpus.differs(source.header()) {
             return Err(Failure::Usage(format!("{}: {problem}", path.display())));

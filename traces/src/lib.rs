@@ -22,11 +22,7 @@ pub mod train;
 pub use belady::{AccessLog, Hits};
 pub use error::{Place, TraceError};
 pub use hex::hex;
-<<<<<<< HEAD
-pub use limits::{MAX_EXPERT_BYTES, MAX_EXPERTS};
-=======
 pub use limits::{MAX_EXPERT_BYTES, MAX_EXPERTS, check_remembered};
->>>>>>> save
 pub use open::{files, open, open_any};
 pub use row::{Header, LayerServed, Provenance, Row, Sequence, Source};
 

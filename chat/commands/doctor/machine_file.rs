@@ -10,12 +10,12 @@ use crate::{
     expert_speed::{USUAL, median},
     memory,
     output::bytes,
-    plan,
+    plan, save,
 };
 use pregate_kernels::{Backend, ExpertGroup, ExpertRows, GatedActivation};
 use pregate_runtime::store::disk::DiskReport;
 use pregate_traces::replay::{self, Figure, Machine};
-use std::{fs, hint::black_box, path::Path, time::Instant};
+use std::{hint::black_box, path::Path, time::Instant};
 
 /// Writes the machine; what could not be measured is assumed and says so.
 ///
@@ -35,11 +35,16 @@ pub fn write(
     let gmacs = prompt_gmacs(with)?;
     // The times of a stand-in mean nothing.
     let gpu = gpus.iter().find(|gpu| !gpu.is_standin && gpu.speed.is_some());
-    let machine = machine((cpu, decoding), disk, gpu, gmacs, memory::available().bytes);
+    let mut machine = machine((cpu, decoding), disk, gpu, gmacs, memory::available().bytes);
+    // Several such files are compared by their names.
+    let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+    machine.name = stem.unwrap_or(machine.name);
     let head = "# A machine for `pregate replay --machine`, written by `pregate doctor`. Rates are \
                 in GB/s, delays\n# in ns; a source says what was measured and what is assumed.\n";
-    fs::write(path, format!("{head}{}", machine.to_toml()))
-        .map_err(|error| Failure::io(path.display().to_string(), error))
+    let text = format!("{head}{}", machine.to_toml());
+    save::write_whole(path, |to| to.write_all(text.as_bytes()))?;
+    eprintln!("wrote {}", path.display());
+    Ok(())
 }
 
 const MEASURED: &str = "measured by pregate doctor";

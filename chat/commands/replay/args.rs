@@ -1,16 +1,22 @@
 //! What `pregate replay` can be asked.
 
-use crate::{size::Size, streaming::predictor};
+use crate::{
+    size::absolute,
+    streaming::{Predictor, horizon, predictor},
+};
 use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser},
 };
 use pregate_predictor::{
-    forecast::{self, LEARNED, LEARNED_USEFUL, learned::Trained},
+    forecast::{self, LEARNED, LEARNED_USEFUL},
     policy,
 };
-use pregate_traces::replay::{LEAST_RATE, Slots, models, presets};
-use std::{path::PathBuf, str::FromStr, sync::Arc};
+use pregate_traces::{
+    MAX_EXPERT_BYTES,
+    replay::{LEAST_RATE, Slots, models, presets},
+};
+use std::{path::PathBuf, str::FromStr};
 
 pub const HELP: &str = "Examples:
   pregate replay trace.json --machine rtx3060-12gb,rtx4090
@@ -26,13 +32,16 @@ manifest (.json). The runtime's own planner, policy and forecasts go through it 
 a clock that are simulated, so nothing of the model is needed but the sizes of its experts.
 
 hits: experts that were in a slot when their router asked. Beside them what LRU and Belady's rule
-(which knows the future) hit in the same slots, and how much of the way from one to the other this
-policy went (below LRU: none of it). LRU and Belady take every miss in; where a GPU shares its
-misses with the processor, an expert that the processor computed comes to a slot only where its
-copy pays, so hits may lie below LRU's and tokens come sooner. waits: for what was asked for
+(which knows the future) hit in the same slots, each layer its own, taking every miss in; best: the
+most that any rule could hit that may share slots between layers, as this policy does or does not,
+and may leave a miss out; and how much of the way from LRU to that this policy went (below LRU: none
+of it). Where a GPU shares its misses with the processor, an expert that the processor computed
+comes to a slot only where its copy pays, so hits may lie below LRU's and tokens come sooner. waits: for what was asked for
 (demand), behind what was read ahead, for that coming late, for the processor, and for host and
 GPU to hear of each other. bound: what the slowest wire of the machine allows with the bytes that
-these hits leave it. Everything is counted cold, from the first token on, unless --warm says otherwise.";
+these hits leave it. Everything is counted cold, from the first token on, unless --warm says
+otherwise; with --warm=whole policies and forecasts that remember have seen the very tokens that are
+counted, so their hits are higher than those of a chat that goes on.";
 
 #[derive(Clone, Debug, Args)]
 pub struct ReplayArgs {
@@ -43,16 +52,20 @@ pub struct ReplayArgs {
     /// [default: what the trace says, else the model that it names]
     #[arg(short, long, value_name = "FILE|NAME")]
     pub model: Option<String>,
+    /// Of each expert, instead of what the model or the trace says; for traces of models that have
+    /// no name here
+    #[arg(long, value_name = "SIZE", value_parser = expert_size)]
+    pub expert_bytes: Option<u64>,
     /// Machines: names (--list), or .toml files as `pregate doctor --machine-file` writes
     /// [default: cpu-ddr5]
     #[arg(long, value_name = "NAME|FILE", value_delimiter = ',')]
     pub machine: Vec<String>,
     /// Instead of the machine's memory on the GPU, less what others take of it
-    #[arg(long, value_name = "SIZE")]
-    pub vram: Option<Size>,
+    #[arg(long, value_name = "SIZE", value_parser = absolute)]
+    pub vram: Option<u64>,
     /// Instead of the machine's memory, less what others take of it
-    #[arg(long, value_name = "SIZE")]
-    pub ram: Option<Size>,
+    #[arg(long, value_name = "SIZE", value_parser = absolute)]
+    pub ram: Option<u64>,
     /// Instead of the machine's disk, GB/s
     #[arg(long, value_name = "GB_S", value_parser = rate)]
     pub disk: Option<f64>,
@@ -82,12 +95,15 @@ pub struct ReplayArgs {
         value_parser = PossibleValuesParser::new(forecast_values())
     )]
     pub forecast: Vec<String>,
+    /// Layers that forecasts look ahead, as run --horizon
+    #[arg(long, value_name = "N", default_value_t = forecast::HORIZON, value_parser = horizon)]
+    pub horizon: usize,
     /// Forecasts that were trained (pregate train-predictor); they join the blend and have names of
     /// their own
     #[arg(long, value_name = "FILE", value_parser = predictor)]
-    pub predictor: Option<Arc<Trained>>,
+    pub predictor: Option<Predictor>,
     /// The first tokens only warm caches and forecasts; `whole`: all of them do, and are replayed
-    /// once more [default of --warm alone: a tenth of the trace]
+    /// once more, which flatters what remembers them [default of --warm alone: a tenth of the trace]
     #[arg(
         long,
         value_name = "TOKENS|whole",
@@ -246,6 +262,13 @@ fn rate(text: &str) -> Result<f64, String> {
     }
 }
 
+fn expert_size(text: &str) -> Result<u64, String> {
+    match absolute(text)? {
+        bytes @ ..=MAX_EXPERT_BYTES => Ok(bytes),
+        _ => Err(format!("an expert has {MAX_EXPERT_BYTES} bytes at most")),
+    }
+}
+
 fn positions(text: &str) -> Result<u64, String> {
     match text.parse::<u64>() {
         Ok(tokens) if (1..=1 << 24).contains(&tokens) => Ok(tokens),
@@ -291,6 +314,9 @@ mod tests {
             &["t", "--disk", "1e-4"],
             &["t", "--disk", "inf"],
             &["t", "--context", "0"],
+            &["t", "--vram", "50%"],
+            &["t", "--expert-bytes", "0"],
+            &["t", "--expert-bytes", "900T"],
             &["t", "--policy", "belady"],
             &["t", "--forecast", "oracle"],
             &["t", "--warm=lots"],

@@ -29,6 +29,9 @@ pub struct Line<'a> {
     /// The mean over MoE layers, rounded down, and each MoE layer's.
     slots_per_layer: usize,
     slots: Vec<usize>,
+    /// Whether the machine has memory for so many, beside all other weights
+    /// and the KV cache.
+    fits: bool,
     tokens: u64,
     prompt_tokens: u64,
     /// Experts asked for, in a slot, read ahead and there, on their way, and
@@ -52,7 +55,7 @@ pub struct Line<'a> {
     belady_hits: Option<u64>,
     /// The most that any policy could hit in this one's scope.
     best_hits: Option<u64>,
-    /// Share of the way from LRU to Belady; `null` where they tie.
+    /// Share of the way from LRU to the best; `null` where they tie.
     gap_closed: Option<f64>,
     tok_s: f64,
     tpot_ms: Times,
@@ -119,6 +122,7 @@ impl<'a> Line<'a> {
                 .zip(&subject.header.shape.layers)
                 .filter_map(|(layer, shape)| shape.map(|_| layer.slots))
                 .collect(),
+            fits: run.fits(),
             tokens: report.decode.tokens,
             prompt_tokens: report.prompts.tokens,
             accesses: report.accesses,

@@ -123,7 +123,7 @@ pub fn hits(asked: &Asked, runs: &[&Run]) -> Chart {
                 series.push(Series { name: format!("{rule}{of}"), role: Role::Reference, points });
             }
         };
-        add("Belady", |report| Some(report.bracket?.belady_hits));
+        add("Belady, at best", |report| Some(report.bracket?.best_hits));
         if !asked.policies.iter().any(|policy| policy == "lru") {
             add("LRU", |report| Some(report.bracket?.lru_hits));
         }

@@ -4,7 +4,7 @@ use super::{
     args::{ReplayArgs, SlotsArg},
     subject::Subject,
 };
-use crate::{exit::Failure, output::bytes, size::Size};
+use crate::{exit::Failure, output::bytes};
 use pregate_traces::replay::{Figure, Machine, MachineError, Slots, presets};
 use std::path::Path;
 
@@ -22,7 +22,18 @@ pub fn machines(args: &ReplayArgs) -> Result<Vec<Machine>, Failure> {
     for machine in &mut machines {
         change(machine, args)?;
     }
+    tell_apart(&mut machines, &args.machine);
     Ok(machines)
+}
+
+/// Machines of one name get what the command line calls them behind it.
+fn tell_apart(machines: &mut [Machine], asked: &[String]) {
+    let names: Vec<String> = machines.iter().map(|machine| machine.name.clone()).collect();
+    for (machine, asked) in machines.iter_mut().zip(asked) {
+        if names.iter().filter(|name| **name == machine.name).count() > 1 {
+            machine.name = format!("{} ({asked})", machine.name);
+        }
+    }
 }
 
 /// A preset, or a file.
@@ -53,20 +64,18 @@ fn change(machine: &mut Machine, args: &ReplayArgs) -> Result<(), Failure> {
         *figure = Figure::new(value, "given on the command line");
         changes.push(words);
     };
-    let absolute = |size: Size, name: &str| match size {
-        Size::Bytes(bytes) => Ok(bytes),
-        Size::Share(_) => Err(Failure::Usage(format!("{name}: a size is allowed, such as 8G"))),
-    };
     if let Some(size) = args.vram {
-        let size = absolute(size, "--vram")?;
         let Some(gpu) = &mut machine.gpu else {
-            let name = &machine.name;
-            return Err(Failure::Usage(format!("--vram: {name} has no GPU; --ram has room there")));
+            let default = if args.machine.is_empty() { ", which is the default," } else { "" };
+            return Err(Failure::Usage(format!(
+                "--vram: the machine {}{default} has no GPU; name one that has with --machine, \
+                 such as rtx4070 (--list shows all)",
+                machine.name
+            )));
         };
         set(&mut gpu.vram_bytes, size as f64, format!("{} of VRAM", bytes(size)));
     }
     if let Some(size) = args.ram {
-        let size = absolute(size, "--ram")?;
         set(&mut machine.ram_bytes, size as f64, format!("{} of RAM", bytes(size)));
     }
     if let Some(rate) = args.disk {
@@ -84,6 +93,8 @@ pub struct Room {
     pub slots: Slots,
     /// Of a GPU's experts, the share that RAM has a copy of; `None`: all.
     pub ram_share: Option<f64>,
+    /// Slots of each layer that the machine has memory for.
+    pub most: usize,
 }
 
 /// Frames that are no slots, as the runtime has them.
@@ -102,11 +113,12 @@ impl Room {
         let ram = machine.ram_bytes.value;
         let all = subject.expert_bytes() as f64;
         let ram_share = machine.gpu.as_ref().filter(|_| all > ram).map(|_| ram / all);
-        let slots = match size {
-            SlotsArg::Of(slots) => slots.clone(),
-            SlotsArg::Fit => Slots::Each(fitting(machine, subject, context)?),
+        let fitting = fitting(machine, subject, context);
+        let (slots, most) = match size {
+            SlotsArg::Of(slots) => (slots.clone(), fitting.unwrap_or(0)),
+            SlotsArg::Fit => fitting.map(|slots| (Slots::Each(slots), slots))?,
         };
-        Ok(Self { slots, ram_share })
+        Ok(Self { slots, ram_share, most })
     }
 }
 
@@ -199,7 +211,21 @@ mod tests {
         assert_eq!(machine.disk.gbs, Figure::new(3.5, "given on the command line"));
         let words = machines(&args(&["--machine", "cpu-ddr5", "--vram", "8G"])).unwrap_err();
         assert!(words.to_string().contains("no GPU"));
-        assert!(machines(&args(&["--ram", "50%"])).is_err());
+        let default = machines(&args(&["--vram", "8G"])).unwrap_err().to_string();
+        assert!(default.contains("default") && default.contains("rtx4070"), "{default}");
+    }
+
+    #[test]
+    fn machines_of_one_name_are_told_apart() {
+        let two = machines(&args(&["--machine", "rtx4090,rtx4070"])).unwrap();
+        assert_eq!([&*two[0].name, &*two[1].name], ["rtx4090", "rtx4070"]);
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.toml");
+        std::fs::write(&file, presets::preset("rtx4090").unwrap().to_toml()).unwrap();
+        let asked = format!("rtx4090,{}", file.display());
+        let two = machines(&args(&["--machine", &asked])).unwrap();
+        assert_ne!(two[0].name, two[1].name);
+        assert!(two[1].name.contains("a.toml"), "{}", two[1].name);
     }
 
     #[test]

@@ -36,7 +36,16 @@ pub struct Job {
     pub forecast: usize,
     /// Per layer of the model.
     slots: Vec<usize>,
+    /// Slots of each layer that the machine has memory for.
+    pub most: usize,
     options: Options,
+}
+
+impl Run {
+    /// Whether the machine has memory for so many slots.
+    pub fn fits(&self) -> bool {
+        self.report.slots_per_layer <= self.job.most
+    }
 }
 
 /// A setting and what it led to.
@@ -59,6 +68,7 @@ pub struct Asked {
     pub forecasts: Vec<String>,
     /// What was trained for the model of the traces.
     pub predictor: Option<Arc<Trained>>,
+    horizon: usize,
     pub context: u64,
     pub warm: Option<WarmArg>,
 }
@@ -72,7 +82,8 @@ impl Asked {
             sizes_are_asked: !args.slots.is_empty(),
             policies: args.policies(),
             forecasts: args.forecasts(),
-            predictor: args.predictor.clone(),
+            predictor: args.predictor.as_ref().map(|file| file.trained.clone()),
+            horizon: args.horizon,
             context: args.context,
             warm: args.warm,
         }
@@ -134,6 +145,7 @@ impl Asked {
                                 slots: room.slots.clone(),
                                 policy: policy_name.clone(),
                                 forecast: forecast_name.clone(),
+                                horizon: self.horizon,
                                 warm: self.warm(subject),
                                 dense_bytes: self.dense_bytes(subject),
                                 ram_share: room.ram_share,
@@ -152,6 +164,7 @@ impl Asked {
                                 policy,
                                 forecast,
                                 slots,
+                                most: room.most,
                                 options,
                             });
                         }

@@ -11,7 +11,7 @@ use pregate_runtime::{
     forward::cache::{KvFormat, cache_bytes},
 };
 use pregate_traces::{
-    Header, Provenance, Row, Sequence, Source, TraceError,
+    Header, Provenance, Row, Sequence, Source, TraceError, check_remembered,
     format::Dropped,
     replay::{
         Warm,
@@ -43,13 +43,29 @@ pub struct Weights {
 }
 
 impl Subject {
-    /// Opens the trace and settles whose experts it is about.
-    pub fn new(path: &Path, model: Option<&Model>) -> Result<Self, Failure> {
+    /// Opens the trace and settles whose experts it is about, and how large
+    /// they are; `expert_bytes` has the last word.
+    pub fn new(
+        path: &Path,
+        model: Option<&Model>,
+        expert_bytes: Option<u64>,
+    ) -> Result<Self, Failure> {
         let mut source = pregate_traces::open(path)?;
         let mut header = source.header().clone();
-        let weights = match model {
-            Some(model) => model.apply(path, &mut header)?,
-            None => assumed(path, &mut header)?,
+        check_memory(path, &header)?;
+        let weights = match (model, expert_bytes) {
+            (None, None) => assumed(path, &mut header, "as the trace says")?,
+            (None, Some(bytes)) => {
+                set_sizes(&mut header, bytes);
+                assumed(path, &mut header, GIVEN)?
+            }
+            (Some(model), None) => model.apply(path, &mut header)?,
+            (Some(model), Some(bytes)) => {
+                let mut weights = model.apply(path, &mut header)?;
+                set_sizes(&mut header, bytes);
+                weights.words = format!("{GIVEN}; other weights: {}", weights.words);
+                weights
+            }
         };
         Ok(Self {
             path: path.to_path_buf(),
@@ -178,11 +194,21 @@ impl Model {
     }
 }
 
+/// Whether what remembers a trace's tokens has room for them.
+pub fn check_memory(path: &Path, header: &Header) -> Result<(), Failure> {
+    check_remembered(&header.shape)
+        .map_err(|problem| Failure::File(format!("{}: {problem}", path.display())))
+}
+
+const GIVEN: &str = "as --expert-bytes says";
+
+fn set_sizes(header: &mut Header, bytes: u64) {
+    header.shape.layers.iter_mut().flatten().for_each(|layer| layer.expert_bytes = bytes);
+}
+
 /// The sizes of a model with a name.
 fn known(model: &KnownModel, header: &mut Header, why: &str) -> Weights {
-    for layer in header.shape.layers.iter_mut().flatten() {
-        layer.expert_bytes = model.expert_bytes();
-    }
+    set_sizes(header, model.expert_bytes());
     Weights {
         words: format!("{} in {}{why}", model.name, model.quantisation),
         other_bytes: Some(model.other_bytes()),
@@ -190,8 +216,9 @@ fn known(model: &KnownModel, header: &mut Header, why: &str) -> Weights {
     }
 }
 
-/// Without `--model`: what the trace says, else the model that it names.
-fn assumed(path: &Path, header: &mut Header) -> Result<Weights, Failure> {
+/// Without `--model`: what the trace says, else the model that it names. `who`
+/// told the sizes that are in the header.
+fn assumed(path: &Path, header: &mut Header, who: &str) -> Result<Weights, Failure> {
     let named = models::by_name(&header.model).filter(|model| model.fits(&header.shape));
     let told = header.shape.moe().all(|(_, layer)| layer.expert_bytes > 0);
     match (told, named) {
@@ -199,25 +226,27 @@ fn assumed(path: &Path, header: &mut Header) -> Result<Weights, Failure> {
             // Of another quantisation, perhaps; better than nothing.
             let share = first_expert(header) as f64 / model.expert_bytes() as f64;
             Ok(Weights {
-                words: format!("as the trace says; other weights as {} has them", model.name),
+                words: format!("{who}; other weights as {} has them", model.name),
                 other_bytes: Some((model.other_bytes() as f64 * share) as u64),
                 kv_bytes: model.kv_bytes,
             })
         }
         (true, None) => Ok(Weights {
-            words: "as the trace says; other weights are not counted (--model names them)"
-                .to_string(),
+            words: format!("{who}; other weights are not counted (--model names them)"),
             other_bytes: None,
             kv_bytes: 0,
         }),
         (false, Some(model)) => Ok(known(model, header, ", assumed: the trace says no sizes")),
         (false, None) => {
-            let known: Vec<&str> = models::names().collect();
+            let fits = |name: &&str| models::by_name(name).is_some_and(|m| m.fits(&header.shape));
+            let fitting: Vec<&str> = models::names().filter(fits).collect();
+            let or =
+                if fitting.is_empty() { "" } else { " or the name of a model of this shape: " };
             Err(Failure::Usage(format!(
-                "{}: the trace does not say how many bytes an expert has: add --model with a \
-                 file or one of {}",
+                "{}: the trace does not say how many bytes an expert has: add --expert-bytes SIZE, \
+                 or --model with the model's file{or}{}",
                 path.display(),
-                known.join(", ")
+                fitting.join(", ")
             )))
         }
     }
@@ -297,7 +326,7 @@ mod tests {
         let shape = |bytes| Shape::uniform(24, 32, 4, bytes);
         // A name, and a trace without sizes.
         let mut anonymous = header("openai/gpt-oss-20b", shape(0));
-        let weights = assumed(path, &mut anonymous).unwrap();
+        let weights = assumed(path, &mut anonymous, "told").unwrap();
         assert_eq!(
             first_expert(&anonymous),
             models::by_name("gpt-oss-20b").unwrap().expert_bytes()
@@ -305,15 +334,19 @@ mod tests {
         assert!(weights.words.contains("MXFP4") && weights.words.contains("assumed"));
         // The trace's own sizes stay.
         let mut told = header("openai/gpt-oss-20b", shape(1000));
-        let weights = assumed(path, &mut told).unwrap();
+        let weights = assumed(path, &mut told, "told").unwrap();
         assert_eq!(first_expert(&told), 1000);
         assert!(weights.other_bytes.unwrap() < 1_000_000);
         let mut unknown = header("mine", shape(1000));
-        assert_eq!(assumed(path, &mut unknown).unwrap().other_bytes, None);
+        assert_eq!(assumed(path, &mut unknown, "told").unwrap().other_bytes, None);
         // Nothing is guessed from a name whose model has other layers.
         let mut other = header("openai/gpt-oss-20b", Shape::uniform(25, 32, 4, 0));
-        let words = assumed(path, &mut other).unwrap_err().to_string();
-        assert!(words.contains("--model") && words.contains("olmoe"), "{words}");
+        let words = assumed(path, &mut other, "told").unwrap_err().to_string();
+        assert!(words.contains("--expert-bytes") && !words.contains("olmoe"), "{words}");
+        let mut fits = header("mine", models::by_name("olmoe").unwrap().shape());
+        set_sizes(&mut fits, 0);
+        let words = assumed(path, &mut fits, "told").unwrap_err().to_string();
+        assert!(words.contains("olmoe"), "{words}");
     }
 
     #[test]

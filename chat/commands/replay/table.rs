@@ -40,13 +40,14 @@ pub fn about_trace(asked: &Asked, subject: &Subject) -> String {
 /// A column: its name, and its cell for a report; `None` is left blank.
 type Column = (&'static str, fn(&Report) -> Option<String>);
 
-const COLUMNS: [Column; 20] = [
+const COLUMNS: [Column; 21] = [
     ("slots", |report| Some(slots(report))),
     ("policy", |report| Some(report.policy.clone())),
     ("forecast", |report| Some(report.forecast.clone())),
     ("hits %", |report| Some(percent(report.hits, report.accesses))),
     ("LRU %", |report| Some(percent(report.bracket?.lru_hits, report.accesses))),
     ("Belady %", |report| Some(percent(report.bracket?.belady_hits, report.accesses))),
+    ("best %", |report| Some(percent(report.bracket?.best_hits, report.accesses))),
     ("of gap %", gap),
     ("misses", |report| Some(report.misses.to_string())),
     ("MB/token", |report| Some(figure(report.bytes_per_token / 1e6))),
@@ -69,7 +70,7 @@ const COLUMNS: [Column; 20] = [
 /// How many of [`COLUMNS`] name the row, and how many of the others are about
 /// hits; the rest is about time.
 const NAMES: usize = 3;
-const HITS: usize = 6;
+const HITS: usize = 7;
 
 /// Columns whose text begins at the left.
 const LEFT: [&str; 4] = ["slots", "policy", "forecast", "bound"];
@@ -93,10 +94,10 @@ pub fn figure(value: f64) -> String {
     }
 }
 
-/// How much of the way from LRU to Belady; of a short way it means nothing.
+/// How much of the way from LRU to the best; of a short way it means nothing.
 fn gap(report: &Report) -> Option<String> {
     let bracket = report.bracket?;
-    let gap = bracket.belady_hits.saturating_sub(bracket.lru_hits);
+    let gap = bracket.best_hits.saturating_sub(bracket.lru_hits);
     let is_wide = gap as f64 >= LEAST_GAP * report.accesses as f64;
     let cell = |closed: f64| match closed < 0.0 {
         true => "below LRU".to_string(),
@@ -148,6 +149,19 @@ pub fn rules(runs: &[&Run]) -> Option<String> {
     let (policy, forecast) = of(runs.first()?);
     let same = runs.iter().all(|run| of(run) == (policy.clone(), forecast.clone()));
     same.then(|| format!("policy {policy}, forecast {forecast}"))
+}
+
+/// What is said of settings that the machine has no memory for.
+pub fn too_large(runs: &[&Run]) -> Option<String> {
+    let (least, most) = runs
+        .iter()
+        .filter(|run| !run.fits())
+        .map(|run| (run.report.slots_per_layer, run.job.most))
+        .min()?;
+    let what = if most == 0 { "no token's experts".to_string() } else { format!("{most}") };
+    Some(format!(
+        "from {least} slots a layer on they do not fit this machine, which has memory for {what}"
+    ))
 }
 
 /// Columns side by side; names of others are made [`printable`].
