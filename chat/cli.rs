@@ -166,7 +166,7 @@ pub struct TrainArgs {
     #[arg(value_name = "TRACE", required = true)]
     pub traces: Vec<PathBuf>,
     /// Where the trained forecasts go
-    #[arg(long, value_name = "FILE", required_unless_present = "evaluate")]
+    #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
     /// Judge this file on all of the traces instead of training
     #[arg(long, value_name = "FILE", conflicts_with = "out")]

@@ -32,14 +32,14 @@ const HELD_OUT: usize = 8;
 const HORIZON: usize = 8;
 
 pub fn run(args: &TrainArgs) -> Result<(), Failure> {
-    check_output(args)?;
+    let goal = goal(args)?;
     let corpus = corpus(&args.traces, args.model.as_deref())?;
     let all = 0..corpus.sequences.len();
     let (held, learned): (Vec<usize>, Vec<usize>) =
         all.partition(|sequence| sequence % HELD_OUT == HELD_OUT - 1);
-    let trained = match (&args.evaluate, &args.out) {
-        (Some(file), _) => read(file, &corpus)?,
-        (None, Some(out)) => {
+    let trained = match goal {
+        Goal::Judge(file) => read(file, &corpus)?,
+        Goal::Train(out) => {
             let trained = train(&corpus, &learned, args);
             let file = trained.to_bytes();
             save::write_whole(out, |to| to.write_all(&file))?;
@@ -52,9 +52,6 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
                 if trained.value.is_some() { "tables" } else { "no tables" }
             ))?;
             trained
-        }
-        (None, None) => {
-            return Err(Failure::Usage("--out FILE or --evaluate FILE is needed".to_string()));
         }
     };
     // A file that is judged was trained elsewhere, on other sequences.
@@ -72,15 +69,28 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     ))
 }
 
-/// The answer does not replace what is learned from.
-fn check_output(args: &TrainArgs) -> Result<(), Failure> {
-    let Some(out) = &args.out else { return Ok(()) };
+/// Which file is judged, or written.
+enum Goal<'a> {
+    Judge(&'a Path),
+    Train(&'a Path),
+}
+
+/// What is wanted. The answer does not replace what is learned from.
+fn goal(args: &TrainArgs) -> Result<Goal<'_>, Failure> {
+    let out = match (&args.evaluate, &args.out) {
+        (Some(file), _) => return Ok(Goal::Judge(file)),
+        (None, Some(out)) => out,
+        (None, None) => {
+            return Err(Failure::Usage("--out FILE or --evaluate FILE is needed".to_string()));
+        }
+    };
     let traces = args.traces.iter().flat_map(|trace| pregate_traces::files(trace));
     if traces.chain(args.model.clone()).any(|read| save::is_same_file(&read, out)) {
         return Err(Failure::Usage(format!("--out {}: is read", out.display())));
     }
     // Better now than behind minutes of training.
-    save::check_place(out)
+    save::check_place(out)?;
+    Ok(Goal::Train(out))
 }
 
 /// The first `limit` tokens of traces, which must be of one model, and the
