@@ -12,6 +12,9 @@
 //! FILE` takes the network from FILE, `--fitted FILE` adds the policies with
 //! tables, `--warm` leaves out the cold caches, `--held-out` the whole traces.
 //!
+//! Behind `adaptive-layer` stands how far it lies below the best fixed policy
+//! (of separate caches) in the group of four layers where that is farthest.
+//!
 //! Caches are per layer unless a name ends in `pool`; an event's experts are
 //! asked for together. Warm: caches live on over sequences. Cold: every
 //! sequence finds an empty one. Policies' histories live on in both.
@@ -138,17 +141,42 @@ fn teach(out: &str, traces: &[String]) -> Result<(), Failure> {
     Ok(())
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Hits {
     uses: u64,
     hits: u64,
     micros: f64,
+    /// Of each layer.
+    layers: Vec<[u64; 2]>,
 }
 
+/// Layers of a group whose hits are compared.
+const GROUP: usize = 4;
+/// With caches per layer, which `adaptive-layer` chooses among.
+const FIXED: [&str; 4] = ["lfu", "least-stale", "frequency-layer", "learned"];
+
 impl Hits {
-    fn ratio(self) -> f64 {
+    fn ratio(&self) -> f64 {
         self.hits as f64 / self.uses as f64
     }
+
+    /// Hit ratios of groups of layers.
+    fn groups(&self) -> impl Iterator<Item = f64> {
+        self.layers.chunks(GROUP).map(|layers| {
+            let sum = |of: usize| layers.iter().map(|layer| layer[of]).sum::<u64>() as f64;
+            sum(1) / sum(0).max(1.0)
+        })
+    }
+}
+
+/// How far `found` lies below the best of `fixed` in the group of layers where
+/// that is farthest.
+fn farthest_below(found: &Hits, fixed: &[Hits]) -> f64 {
+    let groups = found.groups().enumerate().map(|(group, ratio)| {
+        let best = fixed.iter().filter_map(|one| one.groups().nth(group)).fold(0.0, f64::max);
+        best - ratio
+    });
+    groups.fold(0.0, f64::max)
 }
 
 /// Nanoseconds that this thread had a processor, where the system tells; a
@@ -162,7 +190,7 @@ fn now_ns(start: Instant) -> f64 {
 /// One policy over one trace.
 fn replay(rows: &[Row], shape: &Shape, slots: usize, rule: Box<dyn Policy>, cold: bool) -> Hits {
     let mut cache = Cache::new(shape, &vec![slots; shape.layers.len()], rule).expect("slots");
-    let mut total = Hits::default();
+    let mut total = Hits { layers: vec![[0; 2]; shape.layers.len()], ..Hits::default() };
     let (mut experts, mut missing, ones) = (Vec::new(), Vec::new(), [1; 64]);
     let start = Instant::now();
     let began = now_ns(start);
@@ -189,6 +217,8 @@ fn replay(rows: &[Row], shape: &Shape, slots: usize, rule: Box<dyn Policy>, cold
             missing.extend(ids.filter(|&id| !cache.contains(id)));
             total.uses += experts.len() as u64;
             total.hits += (experts.len() - missing.len()) as u64;
+            total.layers[layer][0] += experts.len() as u64;
+            total.layers[layer][1] += (experts.len() - missing.len()) as u64;
             let counts = &ones[..experts.len()];
             cache.used(&Event { layer, experts: &experts, counts, tokens: 1 });
             for &id in &missing {
@@ -269,10 +299,17 @@ fn print(settings: &Settings) -> Result<(), Failure> {
                         lru.micros,
                         belady.ratio()
                     );
+                    let mut fixed = vec![lru.clone()];
                     for (name, make) in &makers {
                         let found = run(make());
                         let share = (found.ratio() - lru.ratio()) / (belady.ratio() - lru.ratio());
                         print!(", {name} {share:.3} ({:.4}) [{:.1}]", found.ratio(), found.micros);
+                        if *name == "adaptive-layer" {
+                            print!(" {:.4} below", farthest_below(&found, &fixed));
+                        }
+                        if FIXED.contains(name) {
+                            fixed.push(found);
+                        }
                     }
                     println!();
                 }
