@@ -2,6 +2,7 @@
 
 use super::driver::Driver;
 use super::error::{CudaError, Version};
+use super::gate::Gate;
 use super::kernel_table::KernelName;
 use super::mapped::Mapped;
 use super::memory::{Arena, Pinned};
@@ -54,6 +55,7 @@ pub struct Device(Arc<Inner>);
 
 struct Inner {
     info: DeviceInfo,
+    gate: Arc<Gate>,
     // In the order of dropping: what is in the context before the driver.
     modules: ModuleCache,
     compute: Stream,
@@ -80,7 +82,9 @@ impl DeviceInfo {
 }
 
 impl Device {
-    /// Opens GPU `ordinal`, counted from 0 in the driver's order.
+    /// Opens GPU `ordinal`, counted from 0 in the driver's order. Once in a
+    /// process, and cloned for every model: what is opened apart has a
+    /// [`Gate`] of its own, and the same context.
     ///
     /// # Errors
     /// [`CudaError::NoDriver`], [`CudaError::OldDriver`],
@@ -112,11 +116,19 @@ impl Device {
         let copy = Stream::new(&driver, &events, true)?;
         let visits = Stream::new(&driver, &events, true)?;
         let modules = ModuleCache::new(options.modules.clone(), &info);
-        Ok(Self(Arc::new(Inner { info, modules, compute, copy, visits, events, driver })))
+        let gate = Arc::default();
+        Ok(Self(Arc::new(Inner { info, gate, modules, compute, copy, visits, events, driver })))
     }
 
     pub fn info(&self) -> &DeviceInfo {
         &self.0.info
+    }
+
+    /// Passed by whoever launches, takes or frees memory, or loads kernels while
+    /// others may be computing: a model is loaded and dropped behind it, and a
+    /// session made, dropped, and computed with.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.0.gate
     }
 
     /// The stream of kernels.

@@ -94,6 +94,10 @@ bool advance(const std::shared_ptr<Stream>& stream) {
 Result enqueue(const std::shared_ptr<Stream>& stream, Work work) {
   if (stream->failed != SUCCESS) return stream->failed;
   if (stream->capture) {
+    // Allowed, but in the graph for good, and never run here.
+    if (stream->capture->owner != std::this_thread::get_id()) {
+      state().violation(format("%s goes into another thread's capture", work.call), false);
+    }
     stream->capture->work.push_back(std::move(work));
     return SUCCESS;
   }

@@ -15,7 +15,6 @@ mod delta_net;
 mod exchange;
 mod experts;
 mod feed_forward;
-mod gate;
 mod host_frames;
 mod host_rows;
 mod host_share;
@@ -49,14 +48,12 @@ use crate::model::weights::ModelWeights;
 use crate::store::ExpertStore;
 use crate::store::disk::DiskReport;
 use crate::store::layout::ModelLayout;
-use gate::Gate;
 use moving::Moving;
 use needs::{dense_bytes, experts_bytes};
-use pregate_kernels::cuda::Device;
+use pregate_kernels::cuda::{Device, Entered};
 use pregate_predictor::roofline::Machine;
 use pregate_predictor::split::{LayerSplit, Seed};
 use slots::SlotTable;
-use std::sync::Arc;
 use upload::Uploader;
 use weights::{DeviceLayer, DeviceWeights};
 
@@ -65,12 +62,15 @@ pub struct GpuModel {
     device: Device,
     weights: DeviceWeights,
     moving: Option<Moving>,
-    gate: Arc<Gate>,
+    /// Held while all fields above are dropped.
+    leaving: Option<Entered>,
 }
 
 impl GpuModel {
     /// Uploads all weights but routed experts, and of these what `experts`
     /// says; `tell` hears the bytes that are done, and how many there are.
+    /// Behind the device's gate: nobody else computes on it meanwhile, and
+    /// `tell` must not.
     ///
     /// # Errors
     /// [`crate::Error::Cuda`]: the device has no room, or lacks a kernel for
@@ -83,6 +83,8 @@ impl GpuModel {
         experts: GpuExperts,
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
+        // Also while what was made is dropped, where the rest is refused.
+        let _entered = device.gate().clone().enter();
         let (fixed, streaming) = match experts {
             GpuExperts::All => (needs::all(weights), None),
             GpuExperts::Some { fixed } => (fixed, None),
@@ -118,7 +120,7 @@ impl GpuModel {
             })
             .transpose()?;
         debug_assert!(told <= total);
-        Ok(Self { device, weights: weights_there, moving, gate: Arc::default() })
+        Ok(Self { device, weights: weights_there, moving, leaving: None })
     }
 
     pub fn device(&self) -> &Device {
@@ -128,11 +130,6 @@ impl GpuModel {
     /// The experts that come and go, if some do.
     pub fn store(&self) -> Option<&ExpertStore> {
         self.moving.as_ref().map(Moving::store)
-    }
-
-    /// What every session passes before it is at the device.
-    fn gate(&self) -> &Arc<Gate> {
-        &self.gate
     }
 
     fn layers(&self) -> &[DeviceLayer] {
@@ -184,5 +181,11 @@ impl GpuModel {
     /// with the reason.
     pub fn host_bytes(&self) -> (u64, Option<(u64, String)>) {
         self.moving.as_ref().map_or((0, None), Moving::host_bytes)
+    }
+}
+
+impl Drop for GpuModel {
+    fn drop(&mut self) {
+        self.leaving = Some(self.device.gate().enter());
     }
 }

@@ -5,7 +5,6 @@ use super::alone::{NoToken, Token};
 use super::buffers::{Buffers, pass_tokens};
 use super::exchange::Exchange;
 use super::feed_forward;
-use super::gate::{Entered, Gate};
 use super::network::{head, launch, launch_token, tell};
 use super::pass::{Companions, Pass, read_floats};
 use super::serve::Service;
@@ -20,7 +19,7 @@ use crate::model::description::ModelDescription;
 use crate::model::rope::Rope;
 use crate::session::{Cancel, SessionOptions};
 use crate::store::PassInfo;
-use pregate_kernels::cuda::{CudaError, Device};
+use pregate_kernels::cuda::{CudaError, Device, Entered, Gate};
 use pregate_predictor::{Fed, Observer};
 use std::sync::Arc;
 
@@ -143,7 +142,7 @@ impl GpuSession {
     ) -> Result<Self> {
         let (model, description) = (gpu_of(of)?, of.description());
         // Also while what was made is dropped, where the rest is refused.
-        let _entered = model.gate().enter();
+        let _entered = model.device().gate().enter();
         let kv = options.kv;
         let tokens = pass_tokens(options.prefill_chunk, capacity);
         let arena = model.device().arena(state::bytes(description, capacity, kv).max(1))?;
@@ -176,7 +175,7 @@ impl GpuSession {
             is_new: true,
             inputs: Inputs::default(),
             token,
-            gate: model.gate().clone(),
+            gate: model.device().gate().clone(),
             leaving: None,
         })
     }
@@ -242,7 +241,7 @@ impl GpuSession {
         let gpu = gpu_of(model)?;
         let (description, on) = (model.description(), On { model, gpu, ropes });
         if self.is_new {
-            let _entered = gpu.gate().enter_or(cancel)?;
+            let _entered = enter(gpu, cancel)?;
             self.clear(gpu.device())?;
         }
         self.logits.clear();
@@ -256,7 +255,7 @@ impl GpuSession {
             // Of this piece, those that are among the last `wanted`.
             let wanted = (before + pass.wanted).saturating_sub(pass.ids.len()).min(ids.len());
             let piece = GpuPass { ids, first_position, wanted, ..pass };
-            let _entered = gpu.gate().enter_or(cancel)?;
+            let _entered = enter(gpu, cancel)?;
             let GpuPass { session, is_prompt, .. } = pass;
             let fed = Fed { session, first_position, tokens: ids, is_prompt };
             observer.fed(&fed);
@@ -382,6 +381,13 @@ impl Drop for GpuSession {
     fn drop(&mut self) {
         self.leaving = Some(self.gate.enter());
     }
+}
+
+/// Passes the device's gate. Nobody passes it twice at once: an observer must
+/// not make or drop a session or a model.
+fn enter(gpu: &GpuModel, cancel: &Cancel) -> Result<Entered> {
+    let gate = gpu.device().gate();
+    gate.enter_unless(&|| cancel.is_cancelled()).ok_or(Error::Cancelled)
 }
 
 fn gpu_of(model: &Model) -> Result<&GpuModel, CudaError> {

@@ -193,6 +193,39 @@ fn f15_a_process_that_was_stopped_does_not_blame_the_device() {
     }
 }
 
+/// On two threads, each with a model of its own: what one captures or waits for
+/// meets no launch, allocation or load of the other.
+#[test]
+fn models_come_and_go_on_a_device_while_another_computes() {
+    let Some(world) = World::new("gpu-models") else { return };
+    for seed in 0..4 {
+        let at = format!("seed {seed}");
+        world.reset(seed + 1);
+        let device = world.device();
+        let model = world.load(&device, seed).unwrap();
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                let mut models = 0;
+                while !is_over.load(Ordering::Relaxed) {
+                    world.assert_bits(&world.run(&device, seed + 1).unwrap(), "the other model");
+                    models += 1;
+                }
+                models
+            });
+            let rounds = (0..4).map(|_| {
+                let mut session = Session::new(&model, options())?;
+                converse(&mut session)
+            });
+            let found: Vec<_> = rounds.collect();
+            is_over.store(true, Ordering::Relaxed);
+            assert!(other.join().unwrap() > 0, "{at}");
+            found.into_iter().for_each(|bits| world.assert_bits(&bits.unwrap(), &at));
+        });
+        world.assert_clean(&at);
+    }
+}
+
 #[test]
 fn sessions_come_and_go_while_another_computes() {
     let Some(world) = World::new("gpu-sessions") else { return };
