@@ -30,8 +30,8 @@ pub struct Gpu {
     pub misses: Misses,
     /// A token is one CUDA graph.
     pub graphs: bool,
-    /// Launches return when they have run: someone looks for a bug.
-    pub launches_block: bool,
+    /// Whether it may wait for the host in the middle of a token.
+    pub device_tokens: bool,
 }
 
 /// How much of a GPU's memory may be taken.
@@ -154,14 +154,17 @@ impl Device {
         let line = format!("{} (chosen by --device cuda)", device.info().describe());
         let budget = GpuBudget { free_bytes, cap_bytes, below_bytes: None };
         let graphs = args.graphs == Switch::On;
-        let launches_block = launches_block(std::env::var_os("CUDA_LAUNCH_BLOCKING").as_deref());
-        if launches_block {
+        let set = SERIALISING.into_iter().find(|(name, serialises)| {
+            std::env::var_os(name).is_some_and(|value| serialises(&value))
+        });
+        if let Some((name, _)) = set {
             eprintln!(
-                "note: CUDA_LAUNCH_BLOCKING is set: the host launches layer by layer, because a \
-                 GPU that computes tokens by itself would wait for it for ever"
+                "note: {name} is set: the host launches layer by layer, because a GPU that \
+                 computes tokens by itself would wait for it in vain"
             );
         }
-        let gpu = Some(Gpu { device, budget, misses: args.misses.into(), graphs, launches_block });
+        let (misses, device_tokens) = (args.misses.into(), set.is_none());
+        let gpu = Some(Gpu { device, budget, misses, graphs, device_tokens });
         Ok(Self { line, gpu, ..Self::cpu(args.threads, "beside a GPU")? })
     }
 
@@ -206,10 +209,16 @@ fn automatic() -> String {
     format!("--device auto: CPU because {why}")
 }
 
-/// What the driver makes of `CUDA_LAUNCH_BLOCKING`.
-fn launches_block(value: Option<&OsStr>) -> bool {
-    value.is_some_and(|value| value != "0")
-}
+/// Variables of the driver, and whether a value of theirs makes work wait that
+/// a running launch waits for: launches return when they have run, or streams
+/// share a queue (32 at most, 8 if nothing is said; three streams have work
+/// while a token is computed, and loading has one more).
+const SERIALISING: [(&str, fn(&OsStr) -> bool); 2] = [
+    ("CUDA_LAUNCH_BLOCKING", |value| value != "0"),
+    ("CUDA_DEVICE_MAX_CONNECTIONS", |value| {
+        value.to_str().and_then(|text| text.trim().parse().ok()).is_some_and(|count: u32| count < 4)
+    }),
+];
 
 #[cfg(test)]
 mod tests {

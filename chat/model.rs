@@ -120,7 +120,7 @@ fn try_place(
         .set(megabytes(progress.bytes_done));
     })?;
     let graphs = device.gpu.as_ref().is_none_or(|gpu| gpu.graphs);
-    let device_tokens = device.gpu.as_ref().is_none_or(|gpu| !gpu.launches_block);
+    let device_tokens = device.gpu.as_ref().is_none_or(|gpu| gpu.device_tokens);
     let usual = needs.session.prefill_chunk;
     let prefill_chunk = planned.gpu.as_ref().map_or(usual, |gpu| gpu.prefill_chunk);
     let options = SessionOptions { graphs, device_tokens, prefill_chunk, ..needs.session };

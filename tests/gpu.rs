@@ -49,12 +49,19 @@ fn a_gpu_gives_the_answer_of_the_processor() {
 fn where_launches_block_the_host_launches_layer_by_layer_and_says_so() {
     let cpu = pregate(&[&ANSWER[..], &["--device", "cpu"]].concat()).output().unwrap();
     let arguments = [&ANSWER[..], &["--device", "cuda", "--vram", "270M"]].concat();
-    for (value, is_told) in [("1", true), ("0", false)] {
+    let (blocking, connections) = ("CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS");
+    let rows = [
+        (blocking, "1", true),
+        (blocking, "0", false),
+        (connections, "1", true),
+        (connections, "8", false),
+    ];
+    for (name, value, is_told) in rows {
         let Some(mut command) = gpu::command("drain=eager", &arguments) else { return };
-        let output = command.env("CUDA_LAUNCH_BLOCKING", value).output().unwrap();
+        let output = command.env(name, value).output().unwrap();
         let notes = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && output.stdout == cpu.stdout, "{value}: {notes}");
-        assert_eq!(notes.contains("CUDA_LAUNCH_BLOCKING is set"), is_told, "{notes}");
+        assert_eq!(notes.contains(&format!("{name} is set")), is_told, "{value}: {notes}");
         assert!(!notes.contains("pregate-standin: "), "{value}: {notes}");
     }
 }

@@ -27,7 +27,9 @@ pub struct SessionOptions {
     /// is missing; else the host launches layer by layer and looks at the
     /// choices between. It changes speed, never results. To be off where a
     /// launch returns only when it has run (`CUDA_LAUNCH_BLOCKING`, some
-    /// debuggers and profilers): host and device would wait for each other.
+    /// debuggers and profilers), or copies queue behind launches
+    /// (`CUDA_DEVICE_MAX_CONNECTIONS=1`): host and device would wait for each
+    /// other, until a session that has met that twice goes on without.
     pub device_tokens: bool,
 }
 

@@ -15,7 +15,14 @@ pub enum NoToken {
     /// Nobody wants it to.
     Off,
     Refused(CudaError),
+    /// The host came too late for two of them.
+    Late(CudaError),
 }
+
+/// Of so many tokens two for which the host was late are no accident: a debugger
+/// that runs launches one by one, copies that wait behind the launches that
+/// wait for them, a disk that is too slow.
+const NEARBY: u32 = 64;
 
 /// Tokens that the device computes by itself.
 pub struct Token {
@@ -24,6 +31,8 @@ pub struct Token {
     pub rehearsed: Rehearsed,
     /// Of the last token.
     pub step: u32,
+    /// The last one for which the host was late.
+    late: Option<u32>,
     /// Of entries of experts, with the token.
     pub updates: Vec<(u32, u32)>,
     pub buffers: ServiceBuffers,
@@ -40,7 +49,15 @@ impl Token {
         let path = TokenPath::new(model.device(), arena, description, &model.weights, horizon)?;
         let graphs = graphs.then(Graphs::default);
         let (updates, buffers) = (Vec::new(), ServiceBuffers::default());
-        Ok(Self { path, graphs, rehearsed: Rehearsed::default(), step: 0, updates, buffers })
+        let rehearsed = Rehearsed::default();
+        Ok(Self { path, graphs, rehearsed, step: 0, late: None, updates, buffers })
+    }
+
+    /// The host was late for the last token. Whether it was for one shortly
+    /// before, too.
+    pub fn is_late_again(&mut self) -> bool {
+        let before = self.late.replace(self.step);
+        before.is_some_and(|before| self.step.wrapping_sub(before) <= NEARBY)
     }
 }
 

@@ -196,6 +196,11 @@ impl GpuSession {
                 "no memory that the GPU and the processor share ({error}): the GPU waits for the \
                  processor in every layer"
             )),
+            Err(NoToken::Late(error)) => Some(format!(
+                "{error}. That was the second time within a few tokens: from now on the processor \
+                 launches layer by layer, which is slower but waits for nothing. See whether a \
+                 disk stalls, or a debugger or profiler runs launches one by one"
+            )),
             Ok(token) => token.graphs.as_ref().and_then(Graphs::refusal).map(|error| {
                 format!(
                     "the driver refused a CUDA graph of a token ({error}): its kernels are \
@@ -267,7 +272,10 @@ impl GpuSession {
             match self.token(on, piece, observer, cancel) {
                 // The device waits for nobody in a piece. Its cells are written
                 // again; a recurrent state has gone on.
-                Err(Error::Cuda(CudaError::Late { .. })) if self.can_rewind() => {
+                Err(Error::Cuda(late @ CudaError::Late { .. })) if self.can_rewind() => {
+                    if self.token.as_mut().is_ok_and(Token::is_late_again) {
+                        self.token = Err(NoToken::Late(late));
+                    }
                     observer.fed(&fed);
                     self.logits.truncate(told);
                     self.piece(on, piece, observer, cancel)?;
@@ -328,7 +336,7 @@ impl GpuSession {
         let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
         let mut meter = Meter::start(store);
         let most = Graphs::most(pass.first_position, self.capacity);
-        let Token { path, graphs, rehearsed, step, updates, buffers } = token;
+        let Token { path, graphs, rehearsed, step, updates, buffers, .. } = token;
         self.inputs.fill(on, &path.exchange, pass)?;
         let path = &*path;
         let step_of = Some(Step { path, most });

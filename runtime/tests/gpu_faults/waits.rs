@@ -61,11 +61,11 @@ fn f10_kernels_that_do_not_fit_are_memory_that_was_refused() {
     assert!(matches!(error, Error::Cuda(CudaError::OutOfMemory { .. })), "{error}");
 }
 
-/// Leaves the device alone while it waits, once.
+/// Leaves the device alone while it waits, once in each of some passes.
 struct Absent<'a> {
     device: &'a Device,
-    /// In the how-manieth pass.
-    pass: usize,
+    /// The how-manieth they are, of those to come.
+    passes: &'a [usize],
     fed: Vec<usize>,
     /// Asked of the device meanwhile, until it had ended the token.
     questions: usize,
@@ -78,9 +78,12 @@ impl Observer for Absent<'_> {
 
     fn routed(&mut self, _: usize, _: usize, _: &[u32], _: &[f32]) {
         // In a layer that misses nothing the device does not wait.
-        if self.fed.len() == self.pass && self.questions < 1000 {
+        if self.passes.first() == Some(&self.fed.len()) {
             let questions = (1..200_000).find(|_| self.device.compute().query().unwrap());
             self.questions = questions.expect("the device ends the token");
+            if self.questions >= 1000 {
+                self.passes = &self.passes[1..];
+            }
         }
     }
 }
@@ -88,15 +91,14 @@ impl Observer for Absent<'_> {
 /// Where each pass began, questions asked while the host was away, logits.
 type Conversed = (Vec<usize>, usize, Bits);
 
-/// Feeds the prompt and the expected answer. The host is away in pass `pass`;
-/// where each pass began, how often the device was asked meanwhile, and the
+/// Feeds the prompt and the expected answer. The host is away in `passes`; where each pass began, how often the device was asked meanwhile, and the
 /// logits.
 fn converse_absently(
     session: &mut Session,
     device: &Device,
-    pass: usize,
+    passes: &[usize],
 ) -> Result<Conversed, (Error, Vec<usize>)> {
-    let mut absent = Absent { device, pass, fed: Vec::new(), questions: 0 };
+    let mut absent = Absent { device, passes, fed: Vec::new(), questions: 0 };
     let (mut all, mut ids) = (Bits::new(), PROMPT.to_vec());
     for _ in 0..=ANSWER {
         let cancel = Cancel::new();
@@ -122,17 +124,51 @@ fn f15_a_token_that_the_host_was_late_for_is_computed_again() {
         let device = world.device();
         let model = world.load(&device, seed).unwrap();
         let mut session = Session::new(&model, SessionOptions { graphs, ..options() }).unwrap();
-        let (fed, questions, bits) = converse_absently(&mut session, &device, 2).unwrap();
+        let (fed, questions, bits) = converse_absently(&mut session, &device, &[2]).unwrap();
         // Only that token, and once.
         assert_eq!(fed, [0, 3, 3, 4], "{at}");
         assert!((30_000..31_000).contains(&questions), "{at}: {questions}");
         world.assert_bits(&bits, &at);
         // The session goes on as any other.
         session.reset();
-        let (fed, _, bits) = converse_absently(&mut session, &device, 9).unwrap();
+        let (fed, _, bits) = converse_absently(&mut session, &device, &[]).unwrap();
         assert_eq!(fed, [0, 3, 4], "{at}");
         world.assert_bits(&bits, &at);
         assert_eq!(device.failure(), None);
+        world.assert_clean(&at);
+    }
+}
+
+#[test]
+fn f15_a_host_that_is_late_again_launches_layer_by_layer_and_says_why() {
+    let Some(world) = World::new("gpu-f15-again") else { return };
+    for seed in [0, 6] {
+        let at = format!("seed {seed}");
+        world.reset(seed);
+        world.standin.command("tick=1000000");
+        let device = world.device();
+        let model = world.load(&device, seed).unwrap();
+        let mut session = Session::new(&model, options()).unwrap();
+        // What is computed again is a pass of its own.
+        let (fed, _, bits) = converse_absently(&mut session, &device, &[2, 4]).unwrap();
+        assert_eq!(fed, [0, 3, 3, 4, 4], "{at}");
+        world.assert_bits(&bits, &at);
+        let warning = session.warning().unwrap_or_else(|| panic!("{at}: no warning"));
+        for words in ["waited 30 s", "second time", "layer by layer", "debugger"] {
+            assert!(warning.contains(words), "{warning}");
+        }
+        // The device waits for nobody any more.
+        session.reset();
+        let launched = world.count("cuGraphLaunch");
+        let (fed, _, bits) = converse_absently(&mut session, &device, &[2]).unwrap();
+        assert_eq!(fed, [0, 3, 4], "{at}");
+        world.assert_bits(&bits, &at);
+        assert_eq!(world.count("cuGraphLaunch"), launched, "{at}");
+        // Another session starts as any.
+        let mut another = Session::new(&model, options()).unwrap();
+        world.assert_bits(&converse(&mut another).unwrap(), &at);
+        assert_eq!(another.warning(), None, "{at}");
+        assert!(world.count("cuGraphLaunch") > launched, "{at}");
         world.assert_clean(&at);
     }
 }
@@ -147,7 +183,7 @@ fn f15_beside_a_watchdog_no_kernel_waits_for_longer_than_a_second() {
     assert!(device.info().has_watchdog);
     let model = world.load(&device, 0).unwrap();
     let mut session = Session::new(&model, options()).unwrap();
-    let (_, questions, bits) = converse_absently(&mut session, &device, 2).unwrap();
+    let (_, questions, bits) = converse_absently(&mut session, &device, &[2]).unwrap();
     assert!((1000..2000).contains(&questions), "{questions}");
     world.assert_bits(&bits, "beside a watchdog");
     world.assert_clean("beside a watchdog");
@@ -163,7 +199,7 @@ fn f15_a_recurrent_state_that_has_gone_on_is_an_error_of_its_sequence() {
     let device = world.device();
     let model = world.load(&device, 0).unwrap();
     let mut session = Session::new(&model, options()).unwrap();
-    let (error, fed) = converse_absently(&mut session, &device, 2).unwrap_err();
+    let (error, fed) = converse_absently(&mut session, &device, &[2]).unwrap_err();
     let error = cuda(error, "a token that was late");
     assert!(matches!(error, CudaError::Late { seconds: 30, .. }), "{error}");
     assert!(error.to_string().contains("Xid"), "{error}");
