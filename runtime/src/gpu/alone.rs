@@ -1,10 +1,7 @@
 //! What a session has for tokens that the device computes by itself.
 
 use super::GpuModel;
-use super::network::launch_token;
-use super::pass::Pass;
 use super::serve::ServiceBuffers;
-use super::state::LayerState;
 use super::token::{Graphs, TokenPath};
 use crate::model::description::ModelDescription;
 use crate::store::ExpertStore;
@@ -28,7 +25,6 @@ const NEARBY: u32 = 64;
 pub struct Token {
     pub path: TokenPath,
     pub graphs: Option<Graphs>,
-    pub rehearsed: Rehearsed,
     /// Of the last token.
     pub step: u32,
     /// The last one for which the host was late.
@@ -49,8 +45,7 @@ impl Token {
         let path = TokenPath::new(model.device(), arena, description, &model.weights, horizon)?;
         let graphs = graphs.then(Graphs::default);
         let (updates, buffers) = (Vec::new(), ServiceBuffers::default());
-        let rehearsed = Rehearsed::default();
-        Ok(Self { path, graphs, rehearsed, step: 0, late: None, updates, buffers })
+        Ok(Self { path, graphs, step: 0, late: None, updates, buffers })
     }
 
     /// The host was late for the last token. Whether it was for one shortly
@@ -58,20 +53,5 @@ impl Token {
     pub fn is_late_again(&mut self) -> bool {
         let before = self.late.replace(self.step);
         before.is_some_and(|before| self.step.wrapping_sub(before) <= NEARBY)
-    }
-}
-
-/// For how many positions the launches of a token were rehearsed last.
-#[derive(Default)]
-pub struct Rehearsed(Option<usize>);
-
-impl Rehearsed {
-    /// Loads what the launches of the pass, a token, need: that may wait for
-    /// the device, which must not wait for the host then.
-    pub fn ensure(&mut self, pass: &Pass<'_>, layers: &[LayerState]) -> Result<(), CudaError> {
-        let Some(step) = pass.step.filter(|step| self.0 != Some(step.most)) else { return Ok(()) };
-        pass.stream().rehearse(|| launch_token(pass, step.path, layers, &mut |_| Ok(())))?;
-        self.0 = Some(step.most);
-        Ok(())
     }
 }

@@ -29,7 +29,8 @@ pub struct GpuParts {
     pub experts_bytes: u64,
     /// Of frames that experts come to before another leaves.
     pub ring_bytes: u64,
-    /// Of the KV cache with a full context, and of recurrent layers.
+    /// Of the KV cache with a full context, and of recurrent layers: twice
+    /// where not all experts stay, so that a token can be computed again.
     pub kv_bytes: u64,
     /// Buffers of passes.
     pub scratch_bytes: u64,
@@ -113,6 +114,11 @@ impl GpuShare {
         if experts.bytes(&all(weights)) <= left {
             return Ok(experts.fixed(parts, all(weights)));
         }
+        let copy_bytes = GpuSession::copy_bytes(description) as u64;
+        let parts = GpuParts { kv_bytes: parts.kv_bytes + copy_bytes, ..parts };
+        let Some(left) = left.checked_sub(copy_bytes) else {
+            return Err(NoShare::Device(parts));
+        };
         let too_many = experts.bytes(&all(weights)).saturating_sub(room.host_bytes);
         let mut fixed = experts.fill(|before, bytes| before < too_many && bytes <= left);
         let mut on_disk = None;

@@ -8,7 +8,7 @@ use super::feed_forward;
 use super::network::{head, launch, launch_token, tell};
 use super::pass::{Companions, Pass, read_floats};
 use super::serve::Service;
-use super::state::{self, LayerState};
+use super::state::{self, SequenceState};
 use super::token::{Graphs, Step, TokenPath};
 use super::weights::DeviceLayer;
 use crate::error::{Error, Result};
@@ -19,7 +19,7 @@ use crate::model::description::ModelDescription;
 use crate::model::rope::Rope;
 use crate::session::{Cancel, SessionOptions};
 use crate::store::PassInfo;
-use pregate_kernels::cuda::{CudaError, Device, Entered, Gate};
+use pregate_kernels::cuda::{CudaError, Entered, Gate};
 use pregate_predictor::{Fed, Observer};
 use std::sync::Arc;
 
@@ -42,7 +42,7 @@ pub struct GpuPass<'a> {
 pub struct GpuSession {
     buffers: Buffers,
     exchange: Exchange,
-    layers: Vec<LayerState>,
+    state: SequenceState,
     capacity: usize,
     /// Tokens of a pass, at most.
     pass_tokens: usize,
@@ -120,6 +120,12 @@ impl GpuSession {
         state::bytes(description, capacity, kv)
     }
 
+    /// Bytes of what a sequence has besides where not all experts stay on the
+    /// device: there the host may be late for a token.
+    pub fn copy_bytes(description: &ModelDescription) -> usize {
+        state::recurrent_bytes(description)
+    }
+
     /// Bytes of what passes over up to `tokens` tokens use.
     pub fn scratch_bytes(description: &ModelDescription, capacity: usize, tokens: usize) -> usize {
         Buffers::bytes(description, capacity, tokens) + Self::exchange_bytes(description, tokens)
@@ -129,7 +135,8 @@ impl GpuSession {
         Exchange::bytes(description, tokens) + TokenPath::device_bytes(description)
     }
 
-    /// For `capacity` positions. Loads the kernels of a token.
+    /// For `capacity` positions. Loads the kernels of tokens in contexts of any
+    /// length.
     ///
     /// # Errors
     /// [`CudaError::OutOfMemory`] where the device has no room, for kernels
@@ -145,28 +152,29 @@ impl GpuSession {
         let _entered = model.device().gate().enter();
         let kv = options.kv;
         let tokens = pass_tokens(options.prefill_chunk, capacity);
-        let arena = model.device().arena(state::bytes(description, capacity, kv).max(1))?;
-        let layers = (description.layers.iter())
-            .map(|layer| LayerState::new(&arena, &layer.mixer, capacity, kv));
-        let layers = layers.collect::<Result<Vec<_>, CudaError>>()?;
+        let keeps_copy = options.device_tokens && !model.weights.is_whole();
+        let state = SequenceState::new(model.device(), description, (capacity, kv), keeps_copy)?;
         let arena = model.device().arena(Self::exchange_bytes(description, tokens))?;
         let token = || Token::new(model, &arena, description, options.graphs);
-        let mut token = match options.device_tokens.then(token) {
+        let token = match options.device_tokens.then(token) {
             None => Err(NoToken::Off),
             Some(Err(error)) if error.is_sticky() => return Err(error.into()),
             Some(token) => token.map_err(NoToken::Refused),
         };
         let buffers = Buffers::new(model.device(), description, capacity, tokens)?;
-        if let Ok(Token { path, rehearsed, .. }) = &mut token {
+        if let Ok(Token { path, .. }) = &token {
             let on = On { model: of, gpu: model, ropes };
             let ids = &[0];
             let first = GpuPass { ids, first_position: 0, wanted: 1, session: 0, is_prompt: false };
-            let step = Step { path, most: Graphs::most(0, capacity) };
-            let pass = on.pass((&buffers, &path.exchange), &first, Some(step));
-            rehearsed.ensure(&pass, &layers)?;
+            for most in Graphs::sizes(capacity) {
+                let step = Some(Step { path, most });
+                let pass = on.pass((&buffers, &path.exchange), &first, step);
+                let launch = || launch_token(&pass, path, &state.layers, &mut |_| Ok(()));
+                pass.stream().rehearse(launch)?;
+            }
         }
         Ok(Self {
-            layers,
+            state,
             buffers,
             exchange: Exchange::new(&arena, description, tokens)?,
             capacity,
@@ -212,24 +220,12 @@ impl GpuSession {
 
     /// Recurrent state cannot go back.
     pub fn can_rewind(&self) -> bool {
-        !self.layers.iter().any(|layer| matches!(layer, LayerState::DeltaNet(_)))
+        self.state.can_rewind()
     }
 
-    /// Forgets everything, before the next pass. Cells need no clearing:
-    /// positions are written before they are read.
+    /// Forgets everything, before the next pass.
     pub fn forget(&mut self) {
         self.is_new = true;
-    }
-
-    fn clear(&mut self, device: &Device) -> Result<()> {
-        for layer in &self.layers {
-            if let LayerState::DeltaNet(state) = layer {
-                device.compute().fill(&state.conv, 0)?;
-                device.compute().fill(&state.memory, 0)?;
-            }
-        }
-        self.is_new = false;
-        Ok(())
     }
 
     /// Runs a pass and leaves its logits, `[wanted, vocab]`. A failed or
@@ -247,7 +243,8 @@ impl GpuSession {
         let (description, on) = (model.description(), On { model, gpu, ropes });
         if self.is_new {
             let _entered = enter(gpu, cancel)?;
-            self.clear(gpu.device())?;
+            self.state.clear(gpu.device().compute())?;
+            self.is_new = false;
         }
         self.logits.clear();
         let mut before = 0;
@@ -271,8 +268,11 @@ impl GpuSession {
             let told = self.logits.len();
             match self.token(on, piece, observer, cancel) {
                 // The device waits for nobody in a piece. Its cells are written
-                // again; a recurrent state has gone on.
-                Err(Error::Cuda(late @ CudaError::Late { .. })) if self.can_rewind() => {
+                // again.
+                Err(Error::Cuda(late @ CudaError::Late { .. })) => {
+                    if !self.state.go_back(gpu.device().compute())? {
+                        return Err(late.into());
+                    }
                     if self.token.as_mut().is_ok_and(Token::is_late_again) {
                         self.token = Err(NoToken::Late(late));
                     }
@@ -307,7 +307,7 @@ impl GpuSession {
         let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
         let mut meter = Meter::start(store);
         let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
-        launch(&piece, &self.layers, pass.wanted, &mut |index, layer: &DeviceLayer| {
+        launch(&piece, &self.state.layers, pass.wanted, &mut |index, layer: &DeviceLayer| {
             if companions.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
@@ -336,17 +336,17 @@ impl GpuSession {
         let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
         let mut meter = Meter::start(store);
         let most = Graphs::most(pass.first_position, self.capacity);
-        let Token { path, graphs, rehearsed, step, updates, buffers, .. } = token;
+        let Token { path, graphs, step, updates, buffers, .. } = token;
         self.inputs.fill(on, &path.exchange, pass)?;
         let path = &*path;
         let step_of = Some(Step { path, most });
         let piece = on.pass((&self.buffers, &path.exchange), &pass, step_of);
-        let layers = &self.layers;
+        let layers = &self.state.layers;
         let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
-        rehearsed.ensure(&piece, layers)?;
         if let Some(graphs) = graphs {
             graphs.make(&piece, most, || launch_token(&piece, path, layers, &mut |_| Ok(())))?;
         }
+        self.state.keep(piece.stream())?;
         *step = step.checked_add(1).unwrap_or(1);
         gpu.slots().take(updates);
         let written = path.write_step(*step, pass.first_position, updates, &self.inputs.bytes);

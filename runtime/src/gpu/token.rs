@@ -16,6 +16,7 @@ use pregate_kernels::cuda::{
 };
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::iter;
 
 /// Positions that the smallest graph is for.
 const SMALLEST_GRAPH: usize = 256;
@@ -289,10 +290,7 @@ impl Mail {
         weights: &DeviceWeights,
         horizon: usize,
     ) -> Result<Self, CudaError> {
-        let is_whole = weights.layers.iter().all(|layer| match &layer.feed_forward {
-            DeviceFeedForward::Moe(moe) => moe.experts.is_whole(),
-            DeviceFeedForward::Dense(_) => true,
-        });
+        let is_whole = weights.is_whole();
         let (mut boxes, mut words, mut rows) = (0, 0, 0);
         let hidden = description.hidden;
         let mut mail = |(index, layer): (usize, &DeviceLayer)| {
@@ -344,6 +342,12 @@ impl Graphs {
         let most = (position + 1).next_power_of_two().max(SMALLEST_GRAPH).min(capacity);
         assert!(position < most, "position {position} of {capacity}");
         most
+    }
+
+    /// All values of [`Graphs::most`].
+    pub fn sizes(capacity: usize) -> impl Iterator<Item = usize> {
+        let next = move |&most: &usize| (most < capacity).then(|| Self::most(most, capacity));
+        iter::successors(Some(Self::most(0, capacity)), next)
     }
 
     /// Makes the graph for `most` positions, of what `launch` launches, unless
@@ -404,6 +408,8 @@ mod tests {
     fn a_graph_is_for_its_position_and_all_before() {
         let most = |position| Graphs::most(position, 1000);
         assert_eq!([0, 255, 256, 511, 512, 999].map(most), [256, 256, 512, 512, 1000, 1000]);
+        assert_eq!(Graphs::sizes(1000).collect::<Vec<_>>(), [256, 512, 1000]);
+        assert_eq!(Graphs::sizes(256).collect::<Vec<_>>(), [256]);
         assert_eq!(Graphs::most(0, 1), 1);
         assert_eq!(Graphs::most(31, 32), 32);
     }

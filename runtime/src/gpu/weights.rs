@@ -113,6 +113,14 @@ pub struct DeviceMoe {
 }
 
 impl DeviceWeights {
+    /// Whether all experts stay on the device: it asks the host for nothing.
+    pub fn is_whole(&self) -> bool {
+        self.layers.iter().all(|layer| match &layer.feed_forward {
+            DeviceFeedForward::Moe(moe) => moe.experts.is_whole(),
+            DeviceFeedForward::Dense(_) => true,
+        })
+    }
+
     pub fn upload(
         device: &Device,
         up: &mut Uploader<'_>,

@@ -4,6 +4,7 @@
 
 use super::*;
 use pregate_predictor::{Fed, Observer};
+use pregate_runtime::gpu::{GpuRoom, GpuShare};
 use pregate_runtime::{Cancel, Run};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -36,6 +37,29 @@ fn kernels_of_a_token_are_loaded_before_the_first_one() {
         assert_eq!(LOADS.map(|name| world.count(name)), before, "{at}");
         world.assert_clean(&at);
     }
+}
+
+/// Wider tiles of attention and a launch that merges chunks, for contexts that
+/// nobody reaches here: a token in the middle of an answer finds them there.
+#[test]
+fn kernels_of_long_contexts_are_loaded_before_the_first_token() {
+    let scratch = Scratch::new("gpu-loads-long");
+    let file = gguf_builder::Gguf::from_bytes(&tiny::tiny());
+    let file = file.replace("qwen3moe.context_length", gguf_builder::u32(16_384));
+    let Some(world) = World::of(scratch.write("long.gguf", &file.build())) else { return };
+    let loads = |context: usize| {
+        world.reset(0);
+        let device = world.device();
+        let model = world.load(&device, 0).unwrap();
+        let before = world.count("cuFuncLoad");
+        let options = SessionOptions { context: Some(context), ..options() };
+        let session = Session::new(&model, options).unwrap();
+        let loads = world.count("cuFuncLoad") - before;
+        drop(session);
+        loads
+    };
+    let [short, long] = [256, 16_384].map(loads);
+    assert!(long > short, "{short} kernels for 256 positions, {long} for 16384");
 }
 
 #[test]
@@ -97,16 +121,13 @@ fn converse_absently(
     session: &mut Session,
     device: &Device,
     passes: &[usize],
-) -> Result<Conversed, (Error, Vec<usize>)> {
+) -> Result<Conversed, Error> {
     let mut absent = Absent { device, passes, fed: Vec::new(), questions: 0 };
     let (mut all, mut ids) = (Bits::new(), PROMPT.to_vec());
     for _ in 0..=ANSWER {
         let cancel = Cancel::new();
         let mut run = Run { observer: &mut absent, cancel: &cancel, progress: None };
-        let logits = match session.feed(&ids, &mut run) {
-            Ok(logits) => logits,
-            Err(error) => return Err((error, absent.fed)),
-        };
+        let logits = session.feed(&ids, &mut run)?;
         all.push(logits.iter().map(|logit| logit.to_bits()).collect());
         ids = vec![argmax(logits)];
     }
@@ -189,24 +210,60 @@ fn f15_beside_a_watchdog_no_kernel_waits_for_longer_than_a_second() {
     world.assert_clean("beside a watchdog");
 }
 
+/// The late token has changed the recurrent state: it goes back to what it was.
 #[test]
-fn f15_a_recurrent_state_that_has_gone_on_is_an_error_of_its_sequence() {
+fn f15_a_recurrent_state_loses_no_token_that_the_host_was_late_for() {
+    let path = golden::find("hf/qwen3_5_moe_text").expect("in the repository");
+    let Some(mut world) = World::of(path) else { return };
+    world.slots = 4;
+    for (seed, graphs, has_watchdog) in [(0, true, false), (6, false, true), (12, true, true)] {
+        let at = format!("seed {seed}, graphs {graphs}");
+        world.reset(seed);
+        world.standin.command("tick=1000000");
+        world.standin.command(&format!("watchdog={}", usize::from(has_watchdog)));
+        let device = world.device();
+        let model = world.load(&device, seed).unwrap();
+        let mut session = Session::new(&model, SessionOptions { graphs, ..options() }).unwrap();
+        let (fed, _, bits) = converse_absently(&mut session, &device, &[2, 4]).unwrap();
+        assert_eq!(fed, [0, 3, 3, 4, 4], "{at}");
+        world.assert_bits(&bits, &at);
+        session.reset();
+        world.assert_bits(&converse(&mut session).unwrap(), &at);
+        world.assert_clean(&at);
+    }
+}
+
+#[test]
+fn the_plan_counts_the_copy_of_a_recurrent_state() {
     let path = golden::find("hf/qwen3_5_moe_text").expect("in the repository");
     let Some(mut world) = World::of(path) else { return };
     world.slots = 4;
     world.reset(0);
-    world.standin.command("tick=1000000");
-    let device = world.device();
-    let model = world.load(&device, 0).unwrap();
-    let mut session = Session::new(&model, options()).unwrap();
-    let (error, fed) = converse_absently(&mut session, &device, &[2]).unwrap_err();
-    let error = cuda(error, "a token that was late");
-    assert!(matches!(error, CudaError::Late { seconds: 30, .. }), "{error}");
-    assert!(error.to_string().contains("Xid"), "{error}");
-    assert_eq!(fed, [0, 3]);
-    // From its start it is as any other.
-    world.assert_bits(&converse(&mut session).unwrap(), "the sequence again");
-    world.assert_clean("recurrent");
+    let opened = OpenedModel::open(&world.path, &mut |_| {}).unwrap();
+    let share = |vram_bytes: u64| {
+        let (files, weights) = (opened.files(), opened.weights());
+        let room = GpuRoom { vram_bytes, host_bytes: 1 << 30, ring: Some(2) };
+        GpuShare::of(files, opened.description(), weights, (16, &options()), room).unwrap()
+    };
+    let whole = share(1 << 30);
+    let some = share(whole.parts.total() - whole.parts.experts_bytes / 4);
+    assert!(whole.is_whole() && some.moves(), "{some:?}");
+    let taken = |model: &Model| {
+        let before = world.standin.count("device_bytes");
+        let session = Session::new(model, options()).unwrap();
+        (world.standin.count("device_bytes") - before, drop(session)).0
+    };
+    let (device, scratch) = (world.device(), some.parts.scratch_bytes);
+    // Allocations are padded.
+    let planned = some.parts.kv_bytes + scratch..some.parts.kv_bytes + scratch + 4096;
+    let found = taken(&world.load(&device, 0).unwrap());
+    assert!(planned.contains(&found), "{found} bytes; {planned:?}");
+    let residency = Residency::Gpu { device: device.clone(), experts: GpuExperts::All };
+    let load = LoadOptions { backend: world.cpu.clone(), residency };
+    let found = taken(&Model::load(&world.path, load, &mut |_| {}).unwrap());
+    let planned = whole.parts.kv_bytes + scratch..whole.parts.kv_bytes + scratch + 4096;
+    assert!(planned.contains(&found), "{found} bytes with all experts; {planned:?}");
+    assert!(some.parts.kv_bytes > whole.parts.kv_bytes + 4096, "{some:?}");
 }
 
 #[test]
