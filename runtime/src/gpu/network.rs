@@ -52,8 +52,8 @@ pub fn launch<E: From<CudaError>>(
 }
 
 /// All launches of a token that the device computes by itself. `launched`
-/// hears of each layer whose launches were made, and may serve those before
-/// it: more than a driver takes at once would wait for the device, and the
+/// hears 0 behind the first launch, then of each layer whose launches were
+/// made, and may serve those before it: more than a driver takes at once would wait for the device, and the
 /// device for the host.
 pub fn launch_token<E: From<CudaError>>(
     pass: &Pass<'_>,
@@ -62,6 +62,7 @@ pub fn launch_token<E: From<CudaError>>(
     launched: &mut dyn FnMut(usize) -> Result<(), E>,
 ) -> Result<(), E> {
     path.begin(pass)?;
+    launched(0)?;
     launch(pass, layers, 1, &mut |index, layer: &DeviceLayer| -> Result<bool, E> {
         let (norm, block) = (&layer.feed_forward_norm, &layer.feed_forward);
         let has_delta = feed_forward::step(pass, path, index, norm, block)?;

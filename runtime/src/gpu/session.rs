@@ -357,18 +357,22 @@ impl GpuSession {
         if let Some(moving) = gpu.moving() {
             moving.decider().next_token();
         }
+        let mut has_begun = false;
         let mut service = Service::new(&piece, path, *step, &mut companions, buffers);
         let submit = |graphs: &mut Graphs| graphs.submit(piece.stream(), most);
         let launched = match graphs.as_mut().map_or(Ok(false), submit) {
             Ok(true) => Ok(()),
-            Ok(false) => {
-                launch_token(&piece, path, layers, &mut |layer| service.serve_before(layer))
-            }
+            Ok(false) => launch_token(&piece, path, layers, &mut |layer| {
+                has_begun = true;
+                service.serve_before(layer)
+            }),
             Err(error) => Err(error.into()),
         };
         if let Err(error) = launched {
-            // Setting an entry twice does no harm.
-            gpu.slots().put_back(updates);
+            // Once they are set, copies set entries as well.
+            if !has_begun {
+                gpu.slots().put_back(updates);
+            }
             return Err(error);
         }
         service.serve_before(layers.len())?;
@@ -406,3 +410,6 @@ fn pass_info<'a>(pass: &GpuPass<'a>, keeps_ahead: bool) -> PassInfo<'a> {
     let GpuPass { ids, first_position, session, .. } = *pass;
     PassInfo { ids, session, is_start: first_position == 0, keeps_ahead }
 }
+
+#[cfg(test)]
+mod tests;
