@@ -1,8 +1,8 @@
 //! A GPU: one context, a stream for computing and one for copies.
 
-use super::driver::Driver;
+use super::driver::{CallersContext, Driver};
 use super::error::{CudaError, Version};
-use super::gate::Gate;
+use super::gate::{Entered, Gate};
 use super::kernel_table::KernelName;
 use super::mapped::Mapped;
 use super::memory::{Arena, Pinned};
@@ -50,6 +50,10 @@ pub struct DeviceInfo {
 /// ([`CudaError::is_sticky`]) every method answers with that error and calls
 /// the driver no more; destructors leave to the end of the process what they
 /// would free.
+///
+/// Calls leave the device's context current on their thread, as the driver has
+/// it. Opening a device, dropping the last of its clones, and [`Device::enter`]
+/// give the thread back the one that it had.
 #[derive(Clone)]
 pub struct Device(Arc<Inner>);
 
@@ -63,6 +67,14 @@ struct Inner {
     visits: Stream,
     events: Arc<Events>,
     driver: Arc<Driver>,
+    /// Set while all fields above are dropped.
+    leaving: Option<CallersContext>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.leaving = Some(CallersContext::of(&self.driver));
+    }
 }
 
 impl fmt::Debug for Device {
@@ -83,8 +95,8 @@ impl DeviceInfo {
 
 impl Device {
     /// Opens GPU `ordinal`, counted from 0 in the driver's order. Once in a
-    /// process, and cloned for every model: what is opened apart has a
-    /// [`Gate`] of its own, and the same context.
+    /// process, and cloned for every model: what is opened apart knows nothing of
+    /// who has entered ([`Device::enter`]), and has the same context.
     ///
     /// # Errors
     /// [`CudaError::NoDriver`], [`CudaError::OldDriver`],
@@ -95,6 +107,7 @@ impl Device {
     pub fn open(ordinal: usize, options: &DeviceOptions) -> Result<Self, CudaError> {
         let (driver, attributes) = Driver::open(ordinal)?;
         let driver = Arc::new(driver);
+        let _context = CallersContext::of(&driver);
         let (domain, bus, slot) = attributes.pci;
         let info = DeviceInfo {
             ordinal,
@@ -117,18 +130,27 @@ impl Device {
         let visits = Stream::new(&driver, &events, true)?;
         let modules = ModuleCache::new(options.modules.clone(), &info);
         let gate = Arc::default();
-        Ok(Self(Arc::new(Inner { info, gate, modules, compute, copy, visits, events, driver })))
+        let leaving = None;
+        let inner = Inner { info, gate, modules, compute, copy, visits, events, driver, leaving };
+        Ok(Self(Arc::new(inner)))
     }
 
     pub fn info(&self) -> &DeviceInfo {
         &self.0.info
     }
 
-    /// Passed by whoever launches, takes or frees memory, or loads kernels while
-    /// others may be computing: a model is loaded and dropped behind it, and a
-    /// session made, dropped, and computed with.
-    pub fn gate(&self) -> &Arc<Gate> {
-        &self.0.gate
+    /// Waits until nobody is at the device. For whoever launches, takes or frees
+    /// memory, or loads kernels while others may be computing: models are loaded
+    /// and dropped so, and sessions made, dropped, and computed with. Who is at
+    /// the device already would wait for ever.
+    pub fn enter(&self) -> Entered {
+        self.enter_unless(&|| false).unwrap_or_else(|| unreachable!("nothing ends the wait"))
+    }
+
+    /// [`Device::enter`]; `None`: `is_over` ended the wait.
+    pub fn enter_unless(&self, is_over: &dyn Fn() -> bool) -> Option<Entered> {
+        let inside = self.0.gate.enter_unless(is_over)?;
+        Some(Entered::new(&self.0.driver, inside))
     }
 
     /// The stream of kernels.

@@ -32,7 +32,8 @@ use cudarc::driver::sys;
 use std::ffi::c_uint;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::{self, ThreadId};
 use streams::Known;
 
 /// A GPU's context.
@@ -102,9 +103,23 @@ impl Driver {
     }
 
     fn bind(&self) -> Result<(), CudaError> {
-        let context = self.context as sys::CUcontext;
-        // SAFETY: the context is released only with `self`.
+        self.make_current(self.context)
+    }
+
+    fn make_current(&self, context: usize) -> Result<(), CudaError> {
+        let context = context as sys::CUcontext;
+        // SAFETY: `self.context`, which is released only with `self`, or the one
+        // that was current on this thread before. Where its owner has destroyed
+        // that meanwhile, the driver says so.
         self.call("cuCtxSetCurrent", || unsafe { (self.functions.cuCtxSetCurrent)(context) })
+    }
+
+    /// The context that is current on this thread, as an integer; 0: none.
+    fn current(&self) -> Result<usize, CudaError> {
+        let mut context: sys::CUcontext = ptr::null_mut();
+        // SAFETY: pointer to a local.
+        self.call("cuCtxGetCurrent", || unsafe { (self.functions.cuCtxGetCurrent)(&mut context) })?;
+        Ok(context as usize)
     }
 
     /// The sticky error that came before, if one did.
@@ -180,11 +195,41 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
+        let before = self.current();
         self.destroy_streams();
+        if let Ok(before) = before {
+            let _ = self.make_current(before);
+        }
         // SAFETY: retained by `open`; everything that was made in the context
         // held this `Driver` and is gone.
         let _ = self.call("cuDevicePrimaryCtxRelease", || unsafe {
             (self.functions.cuDevicePrimaryCtxRelease_v2)(self.device)
         });
+    }
+}
+
+/// The caller's context, which is current again when this goes, on the thread
+/// that made it: every call makes the device's own current. After a sticky
+/// error it stays as it is, because no call is made.
+pub(super) struct CallersContext {
+    driver: Arc<Driver>,
+    /// `None`: it is not known.
+    context: Option<usize>,
+    thread: ThreadId,
+}
+
+impl CallersContext {
+    pub fn of(driver: &Arc<Driver>) -> Self {
+        let thread = thread::current().id();
+        Self { driver: driver.clone(), context: driver.current().ok(), thread }
+    }
+}
+
+impl Drop for CallersContext {
+    fn drop(&mut self) {
+        let Some(context) = self.context else { return };
+        if self.thread == thread::current().id() && context != self.driver.context {
+            let _ = self.driver.make_current(context);
+        }
     }
 }

@@ -73,6 +73,7 @@ macro_rules! functions {
 }
 
 functions! {
+    fn cuCtxGetCurrent(*mut sys::CUcontext);
     fn cuCtxGetStreamPriorityRange(*mut c_int, *mut c_int);
     fn cuCtxSetCurrent(sys::CUcontext);
     fn cuDeviceGet(*mut sys::CUdevice, c_int);

@@ -6,6 +6,7 @@
 //! driver would wait for the device meanwhile, and keep who has to answer it
 //! from its calls.
 
+use super::driver::{CallersContext, Driver};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,10 +14,10 @@ use std::time::Duration;
 /// Between two looks at whether to go on waiting.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// The way to a device ([`super::Device::gate`]). Who came first enters first,
+/// The way to a device ([`super::Device::enter`]). Who came first enters first,
 /// so that who leaves and comes back lets others in between.
 #[derive(Default)]
-pub struct Gate {
+pub(super) struct Gate {
     line: Mutex<Line>,
     left: Condvar,
 }
@@ -30,18 +31,26 @@ struct Line {
     numbers: u64,
 }
 
-/// Who holds it is alone at the device.
-pub struct Entered(Arc<Gate>);
+/// Who holds it is alone at the device. It goes on the thread that made it,
+/// whose current context is then what it was before.
+pub struct Entered {
+    // In the order of dropping.
+    _context: CallersContext,
+    _inside: Inside,
+}
+
+impl Entered {
+    pub(super) fn new(driver: &Arc<Driver>, inside: Inside) -> Self {
+        Self { _context: CallersContext::of(driver), _inside: inside }
+    }
+}
+
+/// Who has passed the gate; the next one may when it goes.
+pub(super) struct Inside(Arc<Gate>);
 
 impl Gate {
-    /// Waits until nobody is at the device. Who is there already would wait for
-    /// ever.
-    pub fn enter(self: &Arc<Self>) -> Entered {
-        self.enter_unless(&|| false).unwrap_or_else(|| unreachable!("nothing ends the wait"))
-    }
-
-    /// [`Gate::enter`]; `None`: `is_over` ended the wait.
-    pub fn enter_unless(self: &Arc<Self>, is_over: &dyn Fn() -> bool) -> Option<Entered> {
+    /// Waits until nobody is at the device; `None`: `is_over` ended the wait.
+    pub fn enter_unless(self: &Arc<Self>, is_over: &dyn Fn() -> bool) -> Option<Inside> {
         let mut line = self.line();
         let number = line.numbers;
         line.numbers += 1;
@@ -58,7 +67,7 @@ impl Gate {
         }
         line.waiting.pop_front();
         line.is_taken = true;
-        Some(Entered(self.clone()))
+        Some(Inside(self.clone()))
     }
 
     fn line(&self) -> MutexGuard<'_, Line> {
@@ -66,7 +75,7 @@ impl Gate {
     }
 }
 
-impl Drop for Entered {
+impl Drop for Inside {
     fn drop(&mut self) {
         self.0.line().is_taken = false;
         self.0.left.notify_all();
@@ -79,15 +88,19 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
+    fn enter(gate: &Arc<Gate>) -> Inside {
+        gate.enter_unless(&|| false).unwrap()
+    }
+
     #[test]
     fn who_waits_comes_in_when_the_other_has_left_or_is_told_to_stop() {
         let gate = Arc::new(Gate::default());
-        let inside = gate.enter();
+        let inside = enter(&gate);
         assert!(gate.enter_unless(&|| true).is_none());
         let entered = AtomicBool::new(false);
         thread::scope(|scope| {
             let other = scope.spawn(|| {
-                let _inside = gate.enter();
+                let _inside = enter(&gate);
                 entered.store(true, Ordering::Relaxed);
             });
             thread::sleep(3 * LOOK);
@@ -103,18 +116,18 @@ mod tests {
     #[test]
     fn who_comes_back_at_once_is_behind_who_waited() {
         let gate = Arc::new(Gate::default());
-        let inside = gate.enter();
+        let inside = enter(&gate);
         let entered = AtomicBool::new(false);
         thread::scope(|scope| {
             scope.spawn(|| {
-                let _inside = gate.enter();
+                let _inside = enter(&gate);
                 entered.store(true, Ordering::Relaxed);
             });
             while gate.line().waiting.is_empty() {
                 thread::yield_now();
             }
             drop(inside);
-            let _again = gate.enter();
+            let _again = enter(&gate);
             assert!(entered.load(Ordering::Relaxed));
         });
     }

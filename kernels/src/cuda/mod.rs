@@ -64,7 +64,7 @@ pub use experts::{
     Choices, Combine, Down, ExpertMatrix, GateUp, HostRows, SharedAnswer, combine, down, gate_up,
 };
 pub use flash::{Flash, flash, has_flash};
-pub use gate::{Entered, Gate};
+pub use gate::Entered;
 pub use gemm::{Gemm, GroupGemm, Groups, Up, gemm, group_gemm, group_tiles};
 pub use graph::Graph;
 pub use link::{Landed, Link, LinkCounters, LinkError, LinkOptions, Part, Transfer, Urgency};

@@ -132,6 +132,7 @@ static bool command(State& s, const std::string& line) {
   if (line.empty()) return true;
   if (line == "reset") {
     reset_all();
+    set_context_current(false);  // of this thread
     from_environment(s);
     return true;
   }
@@ -250,7 +251,8 @@ CONTROL int pregate_standin_control(const char* line) {
 // `calls`, `calls:NAME`, `calls_after_sticky`, `launches`, `launches:KERNEL`, `races`, `violations`,
 // `kernels`, `sanitizer`, `pending_work`; what is alive: `device_bytes`,
 // `device_blocks`, `pinned_bytes`, `pinned_blocks`, `streams`, `events`,
-// `modules`, `graphs`, `contexts`. Unknown names count 0.
+// `modules`, `graphs`, `contexts`; whether one is `current` on the calling
+// thread. Unknown names count 0.
 CONTROL uint64_t pregate_standin_count(const char* what) {
   std::lock_guard guard(state().mutex);
   State& s = state();
@@ -276,6 +278,7 @@ CONTROL uint64_t pregate_standin_count(const char* what) {
   if (name == "modules") return s.modules.size();
   if (name == "graphs") return s.graphs.size() + s.executables.size();
   if (name == "contexts") return uint64_t(s.contexts);
+  if (name == "current") return context_current();
   if (name == "pending_work") {
     uint64_t sum = 0;
     for (auto& stream : all_streams()) sum += stream->queue.size();

@@ -69,6 +69,33 @@ fn a_device_that_opens_tells_what_it_is_and_leaves_nothing() {
     world.assert_nothing_alive();
 }
 
+/// A program may have a context of its own on a thread, or none: it has the same
+/// again.
+#[test]
+fn a_thread_has_its_context_back() {
+    let Some(world) = standin(Settings::default()) else { return };
+    let is_current = || world.count("current") == 1;
+    let device = open(0).unwrap();
+    assert!(!is_current(), "after opening");
+    let entered = device.enter();
+    let arena = device.arena(64).unwrap();
+    assert!(is_current());
+    drop(entered);
+    assert!(!is_current(), "after leaving");
+    drop(arena);
+    assert!(is_current(), "a call alone");
+    let again = device.enter();
+    device.compute().synchronize().unwrap();
+    drop(again);
+    assert!(is_current(), "as it was before");
+    let other = std::thread::scope(|scope| {
+        let other = scope.spawn(|| (drop(device), is_current()).1);
+        other.join().unwrap()
+    });
+    assert!(!other, "after the last clone");
+    world.assert_nothing_alive();
+}
+
 #[test]
 fn devices_may_be_opened_again_and_at_the_same_time() {
     let Some(world) = standin(Settings::default()) else { return };

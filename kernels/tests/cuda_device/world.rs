@@ -139,6 +139,11 @@ impl World {
         Device::open(0, &DeviceOptions { modules: Modules::Named })
     }
 
+    /// As the stand-in counts.
+    pub fn count(&self, what: &str) -> u64 {
+        self.machine.count(what)
+    }
+
     /// Calls of the driver since the last reset.
     pub fn calls(&self) -> u64 {
         self.machine.calls()

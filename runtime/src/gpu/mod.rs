@@ -84,7 +84,7 @@ impl GpuModel {
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
         // Also while what was made is dropped, where the rest is refused.
-        let _entered = device.gate().clone().enter();
+        let _entered = device.enter();
         let (fixed, streaming) = match experts {
             GpuExperts::All => (needs::all(weights), None),
             GpuExperts::Some { fixed } => (fixed, None),
@@ -186,6 +186,6 @@ impl GpuModel {
 
 impl Drop for GpuModel {
     fn drop(&mut self) {
-        self.leaving = Some(self.device.gate().enter());
+        self.leaving = Some(self.device.enter());
     }
 }

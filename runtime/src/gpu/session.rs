@@ -19,9 +19,8 @@ use crate::model::description::ModelDescription;
 use crate::model::rope::Rope;
 use crate::session::{Cancel, SessionOptions};
 use crate::store::PassInfo;
-use pregate_kernels::cuda::{CudaError, Entered, Gate};
+use pregate_kernels::cuda::{CudaError, Device, Entered};
 use pregate_predictor::{Fed, Observer};
-use std::sync::Arc;
 
 /// What a pass is asked for.
 #[derive(Clone, Copy)]
@@ -53,7 +52,7 @@ pub struct GpuSession {
     inputs: Inputs,
     /// Tokens that the device computes by itself.
     token: Result<Token, NoToken>,
-    gate: Arc<Gate>,
+    device: Device,
     /// Held while all fields above are dropped.
     leaving: Option<Entered>,
 }
@@ -149,7 +148,7 @@ impl GpuSession {
     ) -> Result<Self> {
         let (model, description) = (gpu_of(of)?, of.description());
         // Also while what was made is dropped, where the rest is refused.
-        let _entered = model.device().gate().enter();
+        let _entered = model.device().enter();
         let kv = options.kv;
         let tokens = pass_tokens(options.prefill_chunk, capacity);
         let keeps_copy = options.device_tokens && !model.weights.is_whole();
@@ -183,7 +182,7 @@ impl GpuSession {
             is_new: true,
             inputs: Inputs::default(),
             token,
-            gate: model.device().gate().clone(),
+            device: model.device().clone(),
             leaving: None,
         })
     }
@@ -391,15 +390,14 @@ impl GpuSession {
 
 impl Drop for GpuSession {
     fn drop(&mut self) {
-        self.leaving = Some(self.gate.enter());
+        self.leaving = Some(self.device.enter());
     }
 }
 
-/// Passes the device's gate. Nobody passes it twice at once: an observer must
-/// not make or drop a session or a model.
+/// Alone at the device. Nobody is there twice at once: an observer must not
+/// make or drop a session or a model.
 fn enter(gpu: &GpuModel, cancel: &Cancel) -> Result<Entered> {
-    let gate = gpu.device().gate();
-    gate.enter_unless(&|| cancel.is_cancelled()).ok_or(Error::Cancelled)
+    gpu.device().enter_unless(&|| cancel.is_cancelled()).ok_or(Error::Cancelled)
 }
 
 fn gpu_of(model: &Model) -> Result<&GpuModel, CudaError> {

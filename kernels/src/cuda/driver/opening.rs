@@ -83,7 +83,6 @@ impl Driver {
         let patience_ms = AtomicU64::new(PATIENCE_MS);
         let driver =
             Self { functions, device, context, sticky, calls, captures, streams, patience_ms };
-        driver.bind()?;
         Ok((driver, attributes))
     }
 }

@@ -7,6 +7,7 @@ use pregate_kernels::cuda::{Device, DeviceOptions, Modules};
 use pregate_kernels::{Cpu, CpuOptions};
 use pregate_standin::{Fault, testing};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Where few experts fit, and kernels are launched one by one.
 fn session() -> Session {
