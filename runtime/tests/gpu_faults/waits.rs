@@ -123,15 +123,30 @@ fn converse_absently(
     passes: &[usize],
 ) -> Result<Conversed, Error> {
     let mut absent = Absent { device, passes, fed: Vec::new(), questions: 0 };
+    let bits = converse_beside(session, &mut absent)?;
+    Ok((absent.fed, absent.questions, bits))
+}
+
+/// Feeds the prompt and the expected answer.
+fn converse_beside(session: &mut Session, observer: &mut dyn Observer) -> Result<Bits, Error> {
     let (mut all, mut ids) = (Bits::new(), PROMPT.to_vec());
     for _ in 0..=ANSWER {
         let cancel = Cancel::new();
-        let mut run = Run { observer: &mut absent, cancel: &cancel, progress: None };
+        let mut run = Run { observer, cancel: &cancel, progress: None };
         let logits = session.feed(&ids, &mut run)?;
         all.push(logits.iter().map(|logit| logit.to_bits()).collect());
         ids = vec![argmax(logits)];
     }
-    Ok((absent.fed, absent.questions, all))
+    Ok(all)
+}
+
+/// Lets the device wait in every layer.
+struct Dawdler;
+
+impl Observer for Dawdler {
+    fn routed(&mut self, _: usize, _: usize, _: &[u32], _: &[f32]) {
+        thread::sleep(Duration::from_millis(2));
+    }
 }
 
 #[test]
@@ -308,7 +323,7 @@ fn models_come_and_go_on_a_device_while_another_computes() {
             });
             let rounds = (0..4).map(|_| {
                 let mut session = Session::new(&model, options())?;
-                converse(&mut session)
+                converse_beside(&mut session, &mut Dawdler)
             });
             let found: Vec<_> = rounds.collect();
             is_over.store(true, Ordering::Relaxed);
