@@ -209,11 +209,14 @@ fn automatic() -> String {
     format!("--device auto: CPU because {why}")
 }
 
+/// Whether a variable's value lets work wait that must not.
+type Serialises = fn(&OsStr) -> bool;
+
 /// Variables of the driver, and whether a value of theirs makes work wait that
 /// a running launch waits for: launches return when they have run, or streams
 /// share a queue (32 at most, 8 if nothing is said; three streams have work
 /// while a token is computed, and loading has one more).
-const SERIALISING: [(&str, fn(&OsStr) -> bool); 2] = [
+const SERIALISING: [(&str, Serialises); 2] = [
     ("CUDA_LAUNCH_BLOCKING", |value| value != "0"),
     ("CUDA_DEVICE_MAX_CONNECTIONS", |value| {
         value.to_str().and_then(|text| text.trim().parse().ok()).is_some_and(|count: u32| count < 4)
