@@ -53,8 +53,8 @@ pub fn launch<E: From<CudaError>>(
 
 /// All launches of a token that the device computes by itself. `launched`
 /// hears 0 behind the first launch, then of each layer whose launches were
-/// made, and may serve those before it: more than a driver takes at once would wait for the device, and the
-/// device for the host.
+/// made, and may serve those before it: more than a driver takes at once would
+/// wait for the device, and the device for the host.
 pub fn launch_token<E: From<CudaError>>(
     pass: &Pass<'_>,
     path: &TokenPath,

@@ -304,6 +304,9 @@ impl GpuSession {
         let store = on.gpu.store();
         let info = pass_info(&pass, false);
         let _turn = store.map(|store| store.begin_pass(info, cancel)).transpose()?;
+        if let (Some(moving), 1) = (on.gpu.moving(), pass.ids.len()) {
+            moving.decider().next_token();
+        }
         let mut meter = Meter::start(store);
         let mut companions = Companions { observer, cancel, meter: &mut meter, sent: Vec::new() };
         launch(&piece, &self.state.layers, pass.wanted, &mut |index, layer: &DeviceLayer| {
