@@ -1,7 +1,7 @@
 //! Which device computes, and why.
 
 use crate::{
-    cli::{BackendChoice, DeviceArgs, DeviceChoice, Switch},
+    cli::{BackendChoice, DeviceArgs, DeviceChoice, MissesArg, Switch},
     exit::Failure,
     output::bytes,
 };
@@ -125,6 +125,9 @@ impl Device {
             DeviceChoice::Cpu => "chosen by --device cpu".to_string(),
             DeviceChoice::Cuda { ordinal } => return Self::cuda(args, ordinal),
         };
+        for name in of_a_gpu(args) {
+            eprintln!("note: {name} has no effect: no GPU computes ({why})");
+        }
         Self::cpu(args.threads, &why)
     }
 
@@ -192,6 +195,16 @@ pub fn processor(threads: Option<usize>) -> Result<Cpu, Failure> {
     Cpu::new(CpuOptions { threads, isa: None }).map_err(|error| {
         Failure::Resources(format!("cannot start the threads that compute: {error}"))
     })
+}
+
+/// What was given and is about a GPU.
+fn of_a_gpu(args: &DeviceArgs) -> impl Iterator<Item = &'static str> {
+    let given = [
+        ("--vram", args.vram.is_some()),
+        ("--misses", args.misses != MissesArg::Auto),
+        ("--graphs", args.graphs == Switch::Off),
+    ];
+    given.into_iter().filter_map(|(name, is_given)| is_given.then_some(name))
 }
 
 /// Why the processor computes although nobody asked for it.

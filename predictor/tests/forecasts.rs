@@ -93,6 +93,31 @@ fn a_prompt_or_another_sequence_ends_what_was_said() {
     }
 }
 
+/// Distances are in MoE layers: a dense one between is none.
+#[test]
+fn dense_layers_are_no_distance() {
+    let moe = Some(LayerShape { experts: 8, top_k: 1, expert_bytes: 1, class: 0 });
+    let shape = Shape { layers: vec![moe, None, None, moe] };
+    for name in ["transition", "naive-bayes"] {
+        let mut forecaster = Forecaster::by_name(name, &shape, 1).unwrap();
+        let mut ledger = ledger_for(&shape, &forecaster);
+        for token in 0..80 {
+            // The last layer follows the first.
+            forecaster.begin_token(token);
+            let expert = token * 5 % 8;
+            forecaster.routed(0, &[expert], &[1.0], &mut ledger);
+            forecaster.forecast(Some(0), &|_| true);
+            forecaster.routed(3, &[(expert + 3) % 8], &[1.0], &mut ledger);
+        }
+        forecaster.begin_token(80);
+        forecaster.routed(0, &[2], &[1.0], &mut ledger);
+        forecaster.forecast(Some(0), &|_| true);
+        let said = forecaster.probabilities(3).unwrap();
+        let best = (0..8).max_by(|&a, &b| said[a].total_cmp(&said[b]));
+        assert_eq!(best, Some(5), "{name}: {said:?}");
+    }
+}
+
 /// However large the model is, the forecasts stay bounded.
 #[test]
 fn memory_is_bounded() {

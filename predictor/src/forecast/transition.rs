@@ -39,8 +39,8 @@ impl Ladder {
     fn new(shape: &Shape, horizon: usize, window: usize, limit_bytes: usize) -> Self {
         let layers = shape.layers.len();
         let targets = |layer: usize, reach: usize| {
-            let last = layer.saturating_add(reach).min(layers.saturating_sub(1));
-            (layer + 1..=last).filter_map(|l| Some((l, shape.layer(l)?.experts)))
+            let later = shape.moe().filter(move |(later, _)| *later > layer);
+            later.take(reach).map(|(later, shape)| (later, shape.experts))
         };
         let bytes = |reach: usize| {
             let of = |(l, layer): (usize, &LayerShape)| {
