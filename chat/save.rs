@@ -1,82 +1,39 @@
-//! Files that appear whole or not at all: written beside their place, then
-//! renamed. What is no regular file (a device, a pipe) is written as it is.
+//! Files that the user named for output.
 
 use crate::{
     engine::{Message, Role},
     exit::Failure,
 };
+use pregate_traces::export::Whole;
 use std::{
-    ffi::OsString,
-    fs::{self, OpenOptions},
+    fs,
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-/// Writes through `fill` to a temporary file in the folder of `path`, syncs
-/// it and renames it. On any error nothing is left behind and an existing
-/// file stays as it was. Of a link the target is replaced.
+/// Writes through `fill` to a file that appears whole or not at all
+/// ([`Whole`]).
 pub fn write_whole(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<(), Failure> {
-    let failed = |source| Failure::io(path.display().to_string(), source);
-    let Place::File { file, temporary } = place(path)? else {
-        return OpenOptions::new()
-            .write(true)
-            .open(path)
-            .and_then(|mut to| fill(&mut to))
-            .map_err(failed);
-    };
-    let written = (|| {
-        let mut to = create_new(&temporary)?;
-        let mut buffered = io::BufWriter::new(&mut to);
-        fill(&mut buffered)?;
-        buffered.flush()?;
-        drop(buffered);
-        to.sync_all()?;
-        fs::rename(&temporary, file)
-    })();
-    written.map_err(|error| {
-        let _ = fs::remove_file(&temporary);
-        failed(error)
-    })
+    let mut file = create(path)?;
+    fill(&mut file).map_err(|source| Failure::io(path.display().to_string(), source))?;
+    Ok(file.commit()?)
 }
 
 /// Whether [`write_whole`] could write there, as far as that is known before:
 /// to be asked ahead of long work.
 pub fn check_place(path: &Path) -> Result<(), Failure> {
-    let Place::File { temporary, .. } = place(path)? else { return Ok(()) };
-    create_new(&temporary)
-        .and_then(|_| fs::remove_file(&temporary))
-        .map_err(|source| Failure::io(path.display().to_string(), source))
+    create(path).map(drop)
 }
 
-enum Place {
-    /// A file that is there or not, and where it is written first.
-    File { file: PathBuf, temporary: PathBuf },
-    /// Renaming would put a file into its place.
-    Device,
-}
-
-fn place(path: &Path) -> Result<Place, Failure> {
-    let failed = |source| Failure::io(path.display().to_string(), source);
-    let file = match fs::metadata(path) {
-        Ok(found) if found.is_file() => path.canonicalize().map_err(failed)?,
-        Ok(found) if !found.is_dir() => return Ok(Place::Device),
-        Ok(_) => return Err(no_name(path)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_path_buf(),
-        Err(error) => return Err(failed(error)),
-    };
-    let temporary = temporary_path(&file).ok_or_else(|| no_name(path))?;
-    Ok(Place::File { file, temporary })
-}
-
-fn no_name(path: &Path) -> Failure {
-    Failure::Usage(format!("{}: a file name is needed, not a folder", path.display()))
-}
-
-fn create_new(path: &Path) -> io::Result<fs::File> {
-    OpenOptions::new().write(true).create_new(true).open(path)
+fn create(path: &Path) -> Result<Whole, Failure> {
+    if path.is_dir() {
+        let what = "a file name is needed, not a folder";
+        return Err(Failure::Usage(format!("{}: {what}", path.display())));
+    }
+    Ok(Whole::create(path)?)
 }
 
 /// Whether two names are of one file, which then is there.
@@ -113,13 +70,6 @@ pub fn refuse_same<'p>(
     }
 }
 
-fn temporary_path(path: &Path) -> Option<PathBuf> {
-    let mut name = OsString::from(".");
-    name.push(path.file_name()?);
-    name.push(format!(".{}.tmp", std::process::id()));
-    Some(path.with_file_name(name))
-}
-
 /// Saves a conversation as Markdown.
 pub fn conversation(path: &Path, replace: bool, messages: &[Message]) -> Result<(), Failure> {
     if !replace && path.symlink_metadata().is_ok() {
@@ -145,6 +95,7 @@ pub fn conversation(path: &Path, replace: bool, messages: &[Message]) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
 
     #[test]
     fn a_failed_write_leaves_the_old_file_and_no_temporary_one() {

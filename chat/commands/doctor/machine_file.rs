@@ -93,7 +93,8 @@ fn machine(
     let link = gpu.and_then(|gpu| gpu.speed.as_ref()).map(|speed| &speed.link);
     let at_once = format!("{MEASURED}: experts of {} beside copies to the GPU", USUAL.of);
     let alone = format!(
-        "{MEASURED}: experts of {}, {} at once, {:.0} % of a plain read",
+        "{MEASURED}: experts of {}, as their time grows with their number; {} at once take {:.0} % \
+         of a plain read",
         USUAL.of,
         speed.experts,
         speed.share * 100.0
