@@ -1,6 +1,6 @@
 //! `--record FILE`: what routers choose goes to a trace file meanwhile.
 
-use crate::{exit::Failure, model, save, streaming::Predictor};
+use crate::{exit::Failure, model, save, streaming::MemoryArgs};
 use pregate_predictor::{NoObserver, Observer, Shape};
 use pregate_runtime::{Model, store::layout::ModelLayout};
 use pregate_traces::{
@@ -22,12 +22,12 @@ pub struct Record {
 }
 
 impl Record {
-    /// Creates the file, if one was asked for. `predictor`: what else is read.
+    /// Creates the file, if one was asked for; over nothing that is read.
     pub fn start(
         path: Option<&Path>,
         model: &Model,
         file: &Path,
-        predictor: Option<&Predictor>,
+        memory: &MemoryArgs,
     ) -> Result<Option<Self>, Failure> {
         let Some(path) = path else { return Ok(None) };
         let header = Header {
@@ -38,7 +38,7 @@ impl Record {
         };
         let files = model.files().paths().iter().map(PathBuf::as_path);
         save::refuse_same(path, files, "a file of the model")?;
-        let predictor = predictor.map(|file| file.path.as_path());
+        let predictor = memory.streaming.predictor.iter().map(|file| file.path.as_path());
         save::refuse_same(path, predictor, "the file of --predictor")?;
         let recorder = Recorder::create(path, &header)?;
         let recorder = Arc::new(Mutex::new(Some(recorder)));

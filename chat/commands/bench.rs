@@ -102,12 +102,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     signals::cancel_on_interrupt(cancel.clone())?;
     let log = model.store().map(|_| AccessLog::default());
     let mut warned = session.warning();
-    let record = Record::start(
-        args.record.as_deref(),
-        &model,
-        &path,
-        args.memory.streaming.predictor.as_ref(),
-    )?;
+    let record = Record::start(args.record.as_deref(), &model, &path, &args.memory)?;
     let mut bench = Bench { session, cancel, log, record };
 
     let per_round = args.n_prompt + args.n_gen;

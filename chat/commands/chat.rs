@@ -14,12 +14,7 @@ pub fn run(args: &ChatArgs) -> Result<u8, Failure> {
     let needs = Needs::new(&args.memory, args.session.options());
     let model::Loaded { model, session, .. } = model::load(&path, &device, &needs)?;
     let mut engine = Local::new(session, &args.sampling, is_demo)?;
-    let record = Record::start(
-        args.record.as_deref(),
-        &model,
-        &path,
-        args.memory.streaming.predictor.as_ref(),
-    )?;
+    let record = Record::start(args.record.as_deref(), &model, &path, &args.memory)?;
     engine.record(record.clone());
     let examples = if is_demo { demo::EXAMPLES.map(str::to_string).to_vec() } else { Vec::new() };
     let about = engine.about(&device, &path, examples);

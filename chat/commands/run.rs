@@ -38,12 +38,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let needs = Needs::new(&args.memory, args.session.options());
     let Loaded { model, session, .. } = model::load(&path, &device, &needs)?;
     let mut engine = Local::new(session, &args.sampling, args.model.model.is_none())?;
-    let record = Record::start(
-        args.record.as_deref(),
-        &model,
-        &path,
-        args.memory.streaming.predictor.as_ref(),
-    )?;
+    let record = Record::start(args.record.as_deref(), &model, &path, &args.memory)?;
     engine.record(record.clone());
     if !args.raw {
         engine.notes().iter().for_each(|note| eprintln!("note: {note}"));

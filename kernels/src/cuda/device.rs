@@ -143,6 +143,9 @@ impl Device {
     /// memory, or loads kernels while others may be computing: models are loaded
     /// and dropped so, and sessions made, dropped, and computed with. Who is at
     /// the device already would wait for ever.
+    ///
+    /// A context of the caller's own that is current on this thread has to live
+    /// until what is answered here is dropped, which makes it current again.
     pub fn enter(&self) -> Entered {
         self.enter_unless(&|| false).unwrap_or_else(|| unreachable!("nothing ends the wait"))
     }

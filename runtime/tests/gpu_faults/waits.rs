@@ -115,7 +115,8 @@ impl Observer for Absent<'_> {
 /// Where each pass began, questions asked while the host was away, logits.
 type Conversed = (Vec<usize>, usize, Bits);
 
-/// Feeds the prompt and the expected answer. The host is away in `passes`; where each pass began, how often the device was asked meanwhile, and the
+/// Feeds the prompt and the expected answer. The host is away in `passes`;
+/// where each pass began, how often the device was asked meanwhile, and the
 /// logits.
 fn converse_absently(
     session: &mut Session,
