@@ -38,6 +38,11 @@ pub struct Experts<'a> {
     answers: Vec<f32>,
 }
 
+/// Measurements keep to a core, which takes a thread.
+pub fn no_thread(error: std::io::Error) -> Failure {
+    Failure::Resources(format!("cannot start a thread that measures: {error}"))
+}
+
 impl<'a> Experts<'a> {
     /// As many experts as `pool` holds, at least `most`, which is how many are
     /// asked for at once.

@@ -38,8 +38,6 @@ struct Measured {
 
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let cpu = device::processor(args.device.threads)?;
-    // Beside other programs, else, this thread may share a core with another.
-    cpu.pin_caller();
     let effort = fitting(Effort::full(args.repetitions))?;
     let shapes = expert_speed::shapes();
     let mut bar = Progress::new("measuring", "shapes", 2 * shapes.len());
@@ -47,8 +45,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     for pages in [Pages::Huge, Pages::Small] {
         let pool = Pool::new(pages, effort.pool_bytes)?;
         for &shape in &shapes {
-            let speeds =
-                AT_ONCE.map(|at_once| expert_speed::measure(&cpu, &pool, shape, at_once, effort));
+            let of = |at_once| expert_speed::measure(&cpu, &pool, shape, at_once, effort);
+            let speeds = cpu.pinned(|| AT_ONCE.map(of)).map_err(expert_speed::no_thread)?;
             let speeds = speeds.into_iter().collect::<Result<_, _>>()?;
             results.push(Measured { pages, shape, expert_bytes: shape.bytes(), speeds });
             bar.set(results.len());

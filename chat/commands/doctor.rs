@@ -165,9 +165,9 @@ fn processor() -> (Vec<Finding>, Option<(Measuring, CpuExperts)>) {
         }
     };
     let threads = threads(&cpu);
-    cpu.pin_caller();
     let measured = expert_speed::pool().and_then(|pool| {
-        let (line, speed) = expert_speed::line(&cpu, &pool, USUAL)?;
+        let line = cpu.pinned(|| expert_speed::line(&cpu, &pool, USUAL));
+        let (line, speed) = line.map_err(expert_speed::no_thread)??;
         Ok((Measuring { cpu, pool }, CpuExperts { line, speed }))
     });
     match measured {

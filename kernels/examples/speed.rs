@@ -48,8 +48,11 @@ fn main() {
     let threads = args.next().and_then(|a| a.parse().ok());
     let wanted: Vec<String> = args.collect();
     let cpu = Cpu::new(CpuOptions { threads, isa: None }).expect("threads");
-    cpu.pin_caller();
     println!("{}", cpu.describe());
+    cpu.pinned(|| measure(&cpu, &wanted)).expect("a thread");
+}
+
+fn measure(cpu: &Cpu, wanted: &[String]) {
     let mut random = Random::new(1);
     let cols = 2048;
     for format in Format::ALL {

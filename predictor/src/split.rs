@@ -307,3 +307,31 @@ impl Split {
         (sum(|class| class.explored_ns), sum(|class| class.wall_ns))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_learn_from_each_other_where_they_are_alike() {
+        let layer =
+            |experts, top_k| Some(LayerShape { experts, top_k, expert_bytes: 1000, class: 0 });
+        let layers = vec![layer(8, 2), None, layer(8, 4), layer(64, 2), layer(8, 2)];
+        let seed = Seed {
+            cpu_start_ns: 1.0,
+            cpu_ns_per_byte: 1.0,
+            link_start_ns: 1.0,
+            link_ns_per_byte: 1.0,
+            cpu_beside_link: 1.0,
+            link_beside_cpu: 1.0,
+        };
+        let split = Split::new(&Shape { layers }, &seed, Options::default());
+        let classes: Vec<_> = split
+            .layers
+            .iter()
+            .map(|given| given.as_ref().map(|one| (one.class, one.at)))
+            .collect();
+        let wanted = [Some((0, 0)), None, Some((1, 0)), Some((2, 0)), Some((0, 1))];
+        assert_eq!(classes, wanted);
+    }
+}

@@ -3,11 +3,14 @@
 #[path = "support/small.rs"]
 mod small;
 
-use pregate_predictor::{Shape, policy};
+use pregate_predictor::forecast::{self, Forecast, Forecaster, Known};
+use pregate_predictor::{Ahead, Shape, policy};
 use pregate_traces::replay::{
     Machine, MemoryTrace, Misses, Options, ReplayError, Report, Slots, Warm, Wire, replay,
+    replay_with,
 };
 use pregate_traces::{Row, Source};
+use std::sync::{Arc, Mutex};
 
 const CPU: &str = r#"
 name = "cpu"
@@ -265,15 +268,71 @@ fn reading_ahead_what_comes_saves_its_wait() {
 }
 
 /// A copy and the host's computation wait for the same read of the disk.
+/// Hears which tokens begin; says nothing.
+struct Heard(Arc<Mutex<Vec<u32>>>);
+
+impl Forecast for Heard {
+    fn name(&self) -> &'static str {
+        "heard"
+    }
+
+    fn scores(&mut self, _: usize, _: &Known<'_>, _: &mut [f32]) -> bool {
+        false
+    }
+
+    fn routed(&mut self, _: usize, _: &[u32], _: &[f32]) {}
+
+    fn begin_token(&mut self, token: u32) {
+        self.0.lock().unwrap().push(token);
+    }
+
+    fn new_sequence(&mut self) {}
+}
+
 #[test]
-fn below_memory_an_expert_is_read_once() {
+fn tokens_without_ids_are_tokens_that_nobody_knows() {
+    let mut trace = one_layer(&[0, 1, 2, 3, 0, 1, 2, 3]);
+    let heard = |trace: &mut MemoryTrace| {
+        let ids = Arc::new(Mutex::new(Vec::new()));
+        let forecasts: Vec<Box<dyn Forecast>> = vec![Box::new(Heard(ids.clone()))];
+        let shape = trace.header.shape.clone();
+        let forecaster = Forecaster::with(&shape, forecast::Options::default(), forecasts);
+        let rule = policy::by_name("lru").unwrap();
+        let (machine, options) = (cpu(), plain(2));
+        replay_with(trace, &machine, &options, rule, Some(forecaster), &mut |_| {}).unwrap();
+        ids.lock().unwrap().clone()
+    };
+    assert_eq!(heard(&mut trace), [0, 1, 2, 3, 4, 5, 6, 0]);
+    trace.rows.iter_mut().for_each(|row| row.token = None);
+    let mut ids = heard(&mut trace);
+    assert_eq!(ids.len(), 8);
+    // No vocabulary is so large, and none of them comes twice.
+    assert!(ids.iter().all(|&id| id > 1 << 31), "{ids:?}");
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 8);
+}
+
+#[test]
+fn beside_a_gpu_nothing_is_read_ahead_for_a_tokens_first_layer() {
     let mut trace = cut();
-    // A sixteenth of the experts: nearly every miss is on the disk.
-    let options = Options { ram_share: Some(0.0625), ..plain(8) };
-    let report = run(&mut trace, &gpu(), &options);
-    let misses = report.misses as f64 * 100_000.0 / report.decode.tokens as f64;
-    let disk = report.bound.busy_ns[Wire::Disk as usize];
-    assert!(disk > 0.5 * misses && disk <= misses * 1.0001, "{disk} ns for {misses} bytes");
+    let ahead = Ahead { threshold: 0.05, priced: false, ..Ahead::default() };
+    let options = Options {
+        forecast: "previous-token".to_string(),
+        ahead,
+        misses: Misses::Link,
+        ring: Some(16),
+        ..plain(8)
+    };
+    let mut came_ahead = |machine| {
+        let report = run(&mut trace, &machine, &options);
+        let counts = |layer: usize| report.layers[layer].counts;
+        [0, 1].map(|layer| counts(layer).early + counts(layer).in_flight)
+    };
+    let [first, second] = came_ahead(gpu());
+    assert!(first == 0 && second > 0, "{first} {second}");
+    let [first, second] = came_ahead(cpu());
+    assert!(first > 0 && second > 0, "{first} {second}");
 }
 
 #[test]

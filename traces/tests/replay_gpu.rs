@@ -5,7 +5,7 @@
 mod small;
 
 use pregate_traces::replay::{
-    MemoryTrace, Misses, Options, Report, Slots, models, presets, replay,
+    Counts, MemoryTrace, Misses, Options, Report, Slots, models, presets, replay,
 };
 
 fn cut() -> MemoryTrace {
@@ -58,6 +58,32 @@ fn layers_that_share_their_slots_get_them_back() {
         assert!(pool.hits * 100 > layers.hits * 99, "{share}: {} {}", pool.hits, layers.hits);
         let lru = pool.bracket.unwrap().lru_hits;
         assert!(pool.hits as f64 > 0.98 * lru as f64, "{share}: {} {lru}", pool.hits);
+    }
+}
+
+#[test]
+fn who_came_has_left_or_is_still_there() {
+    let mut trace = cut();
+    for policy in ["adaptive", "lru", "frequency-layer"] {
+        for forecast in ["none", "blend"] {
+            let report = run(&mut trace, "rtx4090", &options(policy, forecast, 0.25));
+            let [decode, prompts] = [report.decode, report.prompts].map(|phase| phase.counts);
+            let sum = |of: fn(&Counts) -> u64| of(&decode) + of(&prompts);
+            let size = models::by_name("gpt-oss-20b").unwrap().expert_bytes();
+            let came = report.bytes - sum(|one| one.bytes_wasted);
+            assert_eq!(came % size, 0, "{policy} {forecast}: half of an expert");
+            let stayed = came / size - sum(|one| one.bypassed);
+            let slots: u64 = report.layers.iter().map(|layer| layer.slots as u64).sum();
+            // What was brought for later and has not left by the end is in a
+            // slot, or in the ring.
+            let there = stayed.checked_sub(sum(|one| one.evictions));
+            let most = slots + 8;
+            assert!(there.is_some_and(|there| there <= most), "{policy} {forecast}: {there:?}");
+            assert!(
+                there.is_some_and(|there| there >= slots / 2),
+                "{policy} {forecast}: {there:?}"
+            );
+        }
     }
 }
 

@@ -307,6 +307,10 @@ impl Source for Sized {
         self.source.may_end_within_pass()
     }
 
+    fn verify(&self) -> Result<(), TraceError> {
+        self.source.verify()
+    }
+
     fn rewind(&mut self) -> Result<(), TraceError> {
         self.source.rewind()
     }

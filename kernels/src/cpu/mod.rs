@@ -87,9 +87,12 @@ impl Cpu {
         self.kernels.isa()
     }
 
-    /// See [`Pool::pin_caller`].
-    pub fn pin_caller(&self) {
-        self.pool.pin_caller();
+    /// See [`Pool::pinned`].
+    ///
+    /// # Errors
+    /// The operating system refused a thread.
+    pub fn pinned<T: Send>(&self, work: impl FnOnce() -> T + Send) -> std::io::Result<T> {
+        self.pool.pinned(work)
     }
 }
 

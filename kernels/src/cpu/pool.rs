@@ -179,13 +179,25 @@ impl Pool {
         });
     }
 
-    /// Pins the calling thread, which works as worker 0, to the first core,
-    /// so that the scheduler does not put it beside a pinned worker. Nothing
-    /// undoes this; it is for threads that do nothing but generate.
-    pub fn pin_caller(&self) {
-        if let Some(core) = core_affinity::get_core_ids().unwrap_or_default().first() {
-            core_affinity::set_for_current(*core);
-        }
+    /// Runs `work` on a thread of its own that keeps to the first core, so that
+    /// the scheduler does not put it, worker 0 of the regions that it calls,
+    /// beside a pinned worker. The calling thread waits, and stays as it is:
+    /// threads that it starts later would have its core alone.
+    ///
+    /// # Errors
+    /// The operating system refused a thread.
+    pub fn pinned<T: Send>(&self, work: impl FnOnce() -> T + Send) -> std::io::Result<T> {
+        let pinned = || {
+            if let Some(core) = core_affinity::get_core_ids().unwrap_or_default().first() {
+                core_affinity::set_for_current(*core);
+            }
+            work()
+        };
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("pregate-0".to_string());
+            let done = thread.spawn_scoped(scope, pinned)?.join();
+            Ok(done.unwrap_or_else(|panic| resume_unwind(panic)))
+        })
     }
 }
 
@@ -389,6 +401,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn who_has_work_pinned_may_run_where_it_could_before() {
+        let cores = || core_affinity::get_core_ids().unwrap_or_default().len();
+        let (pool, before) = (Pool::new(2).unwrap(), cores());
+        let mut items = vec![0u32; 8];
+        let pinned = pool.pinned(|| {
+            pool.each_mut(&mut items, |_, _, item| *item += 1);
+            cores()
+        });
+        assert_eq!((pinned.unwrap(), cores(), items), (before.min(1), before, vec![1; 8]));
+        let panics = catch_unwind(AssertUnwindSafe(|| pool.pinned(|| panic!("inside"))));
+        assert_eq!(panics.unwrap_err().downcast_ref(), Some(&"inside"));
     }
 
     #[test]

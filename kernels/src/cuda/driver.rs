@@ -108,7 +108,7 @@ impl Driver {
 
     fn make_current(&self, context: usize) -> Result<(), CudaError> {
         let context = context as sys::CUcontext;
-        // SAFETY: `self.context`, which is released only with `self`; or the one
+        // SAFETY: none; `self.context`, which is released only with `self`; or the one
         // that was current on this thread when its caller came here, which
         // outlives the call: contexts are destroyed by unsafe calls of the
         // driver, whose caller owes that none is in use ([`super::Device::enter`]
@@ -122,6 +122,16 @@ impl Driver {
         // SAFETY: pointer to a local.
         self.call("cuCtxGetCurrent", || unsafe { (self.functions.cuCtxGetCurrent)(&mut context) })?;
         Ok(context as usize)
+    }
+
+    /// Does anybody retain the device's primary context?
+    fn is_primary_active(&self) -> Result<bool, CudaError> {
+        let (mut flags, mut active) = (0, 0);
+        // SAFETY: pointers to locals.
+        self.call("cuDevicePrimaryCtxGetState", || unsafe {
+            (self.functions.cuDevicePrimaryCtxGetState)(self.device, &mut flags, &mut active)
+        })?;
+        Ok(active != 0)
     }
 
     /// The sticky error that came before, if one did.
@@ -207,6 +217,10 @@ impl Drop for Driver {
         let _ = self.call("cuDevicePrimaryCtxRelease", || unsafe {
             (self.functions.cuDevicePrimaryCtxRelease_v2)(self.device)
         });
+        if before == Ok(self.context) && self.is_primary_active() == Ok(false) {
+            // Nobody else retains it: what was current here is gone.
+            let _ = self.make_current(0);
+        }
     }
 }
 

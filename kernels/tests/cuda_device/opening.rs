@@ -93,6 +93,15 @@ fn a_thread_has_its_context_back() {
         other.join().unwrap()
     });
     assert!(!other, "after the last clone");
+    // The device's own was current on this thread: with one that retains it, it
+    // stays, and goes with the last.
+    let (first, last) = (open(0).unwrap(), open(0).unwrap());
+    first.compute().synchronize().unwrap();
+    drop(first);
+    assert!(is_current(), "another device retains it");
+    last.compute().synchronize().unwrap();
+    drop(last);
+    assert!(!is_current(), "nobody retains it");
     world.assert_nothing_alive();
 }
 

@@ -20,6 +20,8 @@ const WEIGHT_LIMIT: f32 = 16.0;
 /// What all slopes start with together, and how much of it strong sources get.
 const START: f32 = 1.5;
 const STRONG_SHARE: f32 = 0.8;
+/// What the bias starts with.
+const BIAS: f32 = -0.3;
 /// Step of AdaGrad, and how slowly its memory of past gradients fades.
 const STEP: f32 = 0.2;
 const FADE: f32 = 0.998;
@@ -124,7 +126,7 @@ impl Weights {
         };
         Self {
             situation,
-            bias: -0.3,
+            bias: BIAS,
             bias_energy: 0.1,
             weights: (0..sources * PER_SOURCE).map(|feature| start(feature / PER_SOURCE)).collect(),
             energy: vec![0.1; sources * PER_SOURCE],
@@ -160,6 +162,16 @@ impl Weights {
             let gradient = fast::dot(values, errors);
             step(&mut self.weights[feature], &mut self.energy[feature], gradient * norm);
         }
+    }
+}
+
+/// What a blend that does not learn answers where one source speaks, see
+/// [`Features::set`]: the same bits, in one go.
+pub fn alone(scores: &[f32], threshold: f32, scale: f32, probabilities: &mut [f32]) {
+    let inverse = 1.0 / scale.max(1e-6);
+    for (probability, &score) in probabilities.iter_mut().zip(scores) {
+        let x = ((score - threshold) * inverse).clamp(-CLAMP, CLAMP);
+        *probability = fast::sigmoid(BIAS + START * x);
     }
 }
 
@@ -212,5 +224,40 @@ impl Blend {
         }
         let index = self.weights(features.situation);
         self.known[index].learn(features, &self.errors, experts.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn situations_without_number_take_no_more_memory() {
+        let mut blend = Blend::new(12, 0, true);
+        let mut features = Features::new(12, 4);
+        for set in 1..4096u32 {
+            features.clear(1);
+            (0..12).filter(|source| set >> source & 1 == 1).for_each(|source| {
+                features.set(source, &[0.5, 0.1, 0.9, 0.2], 0.3, 1.0);
+            });
+            blend.predict(&mut features);
+            assert!(features.probabilities.iter().all(|p| (0.0..=1.0).contains(p)));
+            blend.learn(&features, &[2]);
+        }
+        assert_eq!(blend.known.len(), MAX_SITUATIONS);
+    }
+
+    #[test]
+    fn who_speaks_alone_needs_no_blend() {
+        let scores: Vec<f32> = (0..40).map(|at| (at * 7 % 40) as f32 * 0.31 - 5.0).collect();
+        for (threshold, scale) in [(0.2, 1.0), (-3.0, 0.01), (1.0, 0.0)] {
+            let mut features = Features::new(5, scores.len());
+            features.clear(2);
+            features.set(0, &scores, threshold, scale);
+            Blend::new(5, 0b11110, false).predict(&mut features);
+            let mut found = vec![0.0; scores.len()];
+            alone(&scores, threshold, scale, &mut found);
+            assert_eq!(found, features.probabilities);
+        }
     }
 }

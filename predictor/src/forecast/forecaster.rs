@@ -1,6 +1,6 @@
 //! Owns the forecasts, asks them, blends them, and lets the ledger judge them.
 
-use super::blend::{Blend, Features, MAX_SOURCES, Spread};
+use super::blend::{Blend, Features, MAX_SOURCES, Spread, alone};
 use super::guard::{Fault, Guarded};
 use super::learned::Trained;
 use super::{External, Forecast, Known, Source, catalogue, select};
@@ -232,8 +232,9 @@ impl Forecaster {
     }
 
     /// Layer `layer` asked for `experts` with `weights` (rank order). Judges
-    /// what was forecast, teaches the forecasts, and guesses what the next
-    /// token will ask for here. Ids that the layer has not are left out.
+    /// what was forecast, teaches the forecasts, and, where the answer is a
+    /// probability, guesses what the next token will ask for here. Ids that the
+    /// layer has not are left out.
     pub fn routed(&mut self, layer: usize, experts: &[u32], weights: &[f32], ledger: &mut Ledger) {
         let Some(Some(state)) = self.layers.get_mut(layer) else { return };
         let limit = state.shape.experts;
@@ -257,7 +258,10 @@ impl Forecaster {
         }
         self.path[layer].clear();
         self.path[layer].extend_from_slice(experts);
-        self.ask(layer, 0);
+        // Only eviction asks for it, and takes no scores ([`Outlook`] below).
+        if self.options.learns {
+            self.ask(layer, 0);
+        }
     }
 
     /// Teaches a whole token without judging or guessing, for a prompt: `path
@@ -355,6 +359,20 @@ impl Forecaster {
         let Pending { waits, features, guesses } = &mut layer.pending[ahead];
         features.clear(ahead as u8);
         let scores = &mut self.scratch[..layer.shape.experts];
+        let is_alone = !self.options.learns && layer.kept.iter().all(|kept| !kept.waits);
+        if let ([source], true) = (&mut self.sources[..], is_alone) {
+            *waits = source.scores(target, &known, scores);
+            if *waits {
+                let [guess, .., of_blend] = &mut guesses[..] else { return };
+                let threshold = threshold(scores, top_k, guess);
+                of_blend.clone_from(guess);
+                features.situation.sources = 1;
+                let scale = layer.spreads[0].after(scores);
+                alone(scores, threshold, scale, &mut layer.probabilities);
+                layer.answered = true;
+            }
+            return;
+        }
         for (index, source) in self.sources.iter_mut().enumerate() {
             guesses[index].clear();
             if source.scores(target, &known, scores) {

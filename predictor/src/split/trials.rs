@@ -222,3 +222,36 @@ impl Trials {
         Some(one)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn alone(cpu: usize, copies: usize, wall_ns: f64) -> Candidate {
+        let way = Way { copies, cpu, ..Way::default() };
+        let (free_ns, hopeful_ns) = (wall_ns, wall_ns);
+        Candidate { way, wall_ns, free_ns, hopeful_ns, reuse_ns: 0.0, saves: 0.0 }
+    }
+
+    #[test]
+    fn a_disaster_is_looked_at_again_before_long() {
+        let all = [alone(1, 0, 1e3), alone(0, 1, 1e5)];
+        let mut trials = Trials::new(1e12);
+        for worker in [CPU, LINK] {
+            (0..TRIALS).for_each(|_| trials.used(&all[worker].way, Pick::Trial(worker), 0));
+        }
+        let (mut last, mut longest, mut looks) = (0, 0, 0);
+        for token in 1..100_000 {
+            let one = trials.next(&all, &all[CPU], token, &Options::default());
+            let (way, pick) = one.map_or((all[CPU].way, Pick::Best), |one| (one.0.way, one.1));
+            trials.used(&way, pick, token);
+            if pick == Pick::Retry(LINK) {
+                (longest, last) = (longest.max(token - last), token);
+                looks += 1;
+            }
+        }
+        // Rarer each time, but not for ever.
+        assert_eq!(longest, LONGEST_PAUSE);
+        assert!((24..32).contains(&looks), "{looks}");
+    }
+}

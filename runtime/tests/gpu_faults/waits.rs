@@ -304,6 +304,27 @@ fn f15_a_process_that_was_stopped_does_not_blame_the_device() {
     }
 }
 
+/// `run` here, while `other` runs on a thread of its own, again and again: it
+/// hears how often it did.
+fn beside(other: impl Fn(usize) + Sync, run: impl FnOnce()) {
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Also where `run` fails: the other thread would go on for ever.
+        let over = Over(&is_over);
+        let goes_on = |_: &usize| !is_over.load(Ordering::Relaxed);
+        let others = scope.spawn(|| (0..).take_while(goes_on).map(&other).count());
+        run();
+        drop(over);
+        assert!(others.join().unwrap() > 0);
+    });
+}
+
 /// On two threads, each with a model of its own: what one captures or waits for
 /// meets no launch, allocation or load of the other.
 #[test]
@@ -314,28 +335,19 @@ fn models_come_and_go_on_a_device_while_another_computes() {
         world.reset(seed + 1);
         let device = world.device();
         let model = world.load(&device, seed).unwrap();
-        let is_over = AtomicBool::new(false);
-        thread::scope(|scope| {
-            let other = scope.spawn(|| {
-                let mut models = 0;
-                while !is_over.load(Ordering::Relaxed) {
-                    let model = world.load(&device, seed + 1).unwrap();
-                    if models % 4 == 0 {
-                        let bits = converse(&mut Session::new(&model, options()).unwrap());
-                        world.assert_bits(&bits.unwrap(), "the other model");
-                    }
-                    models += 1;
-                }
-                models
-            });
-            let rounds = (0..4).map(|_| {
-                let mut session = Session::new(&model, options())?;
-                converse_beside(&mut session, &mut Dawdler)
-            });
-            let found: Vec<_> = rounds.collect();
-            is_over.store(true, Ordering::Relaxed);
-            assert!(other.join().unwrap() > 0, "{at}");
-            found.into_iter().for_each(|bits| world.assert_bits(&bits.unwrap(), &at));
+        let other = |models| {
+            let model = world.load(&device, seed + 1).unwrap();
+            if models % 4 == 0 {
+                let bits = converse(&mut Session::new(&model, options()).unwrap());
+                world.assert_bits(&bits.unwrap(), "the other model");
+            }
+        };
+        beside(other, || {
+            for _ in 0..4 {
+                let mut session = Session::new(&model, options()).unwrap();
+                let bits = converse_beside(&mut session, &mut Dawdler);
+                world.assert_bits(&bits.unwrap(), &at);
+            }
         });
         world.assert_clean(&at);
     }
@@ -349,23 +361,15 @@ fn sessions_come_and_go_while_another_computes() {
         world.reset(seed + 1);
         let device = world.device();
         let model = world.load(&device, seed).unwrap();
-        let is_over = AtomicBool::new(false);
-        thread::scope(|scope| {
-            let other = scope.spawn(|| {
-                let mut sessions = 0;
-                while !is_over.load(Ordering::Relaxed) {
-                    let mut session = Session::new(&model, options()).unwrap();
-                    session.feed_quietly(&PROMPT[..1]).unwrap();
-                    sessions += 1;
-                }
-                sessions
-            });
+        let other = |_| {
+            let mut session = Session::new(&model, options()).unwrap();
+            session.feed_quietly(&PROMPT[..1]).unwrap();
+        };
+        beside(other, || {
             for round in 0..4 {
                 let mut session = Session::new(&model, options()).unwrap();
                 world.assert_bits(&converse(&mut session).unwrap(), &format!("{at}, {round}"));
             }
-            is_over.store(true, Ordering::Relaxed);
-            assert!(other.join().unwrap() > 0, "{at}");
         });
         world.assert_clean(&at);
     }

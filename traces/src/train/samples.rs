@@ -91,6 +91,7 @@ pub fn collect(
         wanted,
         input: Input::default(),
         samples: places.clone().map(|_| Samples::default()).collect(),
+        end: 0,
         places,
         moe: &moe,
     };
@@ -99,6 +100,7 @@ pub fn collect(
         // What a token's own sequence says about it is known from elsewhere, and
         // would not be there for a new one.
         let own = counts.own(corpus, sequence);
+        walk.end = corpus.range(sequence).end;
         for token in corpus.range(sequence) {
             walk.token(token, &own);
         }
@@ -112,6 +114,8 @@ struct Walk<'a> {
     counts: &'a TokenCounts,
     wanted: Wanted,
     input: Input,
+    /// The token behind the sequence that runs.
+    end: usize,
     places: Range<usize>,
     samples: Vec<Samples>,
     moe: &'a [usize],
@@ -152,8 +156,7 @@ impl Walk<'_> {
         let next = situation == Situation::NextToken;
         let asked = token + usize::from(next);
         let layer = self.moe[place];
-        let same_sequence = self.corpus.sequences.iter().all(|s| !next || s.start != asked as u64);
-        if !is_wanted || asked >= self.corpus.tokens() || !same_sequence {
+        if !is_wanted || asked >= self.end {
             return;
         }
         let truth = self.corpus.experts(asked, layer);

@@ -3,6 +3,7 @@
 use super::corpus::{Corpus, Rng};
 use super::evaluate::{NEXT_TOKEN, Score, evaluate};
 use super::network::{Scratch, backward, start};
+use super::tokens::TokenCounts;
 use super::{Options, train};
 use crate::{Header, Row, Sequence, Source, TraceError};
 use pregate_predictor::Shape;
@@ -74,6 +75,17 @@ fn options() -> Options {
 fn recall(scores: &[Score], forecast: &str, ahead: usize) -> f64 {
     let row = scores.iter().find(|score| score.forecast == forecast && score.ahead == ahead);
     row.unwrap_or_else(|| panic!("{forecast} {ahead}")).recalls()[0]
+}
+
+#[test]
+fn an_id_that_comes_all_the_time_says_nothing_beyond_its_layer() {
+    let mut corpus = corpus(300_000, true);
+    corpus.ids.fill(Some(7));
+    let all: Vec<usize> = (0..corpus.sequences.len()).collect();
+    let counts = TokenCounts::new(&corpus, &all, &[7]);
+    let mut odds = [9.0; EXPERTS as usize];
+    counts.fill(0, 7, None, &mut odds);
+    assert!(odds.iter().all(|odds| odds.abs() < 0.05), "{odds:?}");
 }
 
 #[test]

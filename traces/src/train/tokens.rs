@@ -78,6 +78,8 @@ impl TokenCounts {
                 true => Some(self.place(id)),
                 false => self.places.get(&id).copied(),
             });
+            // What the first say is enough, and counts fit 16 bits.
+            let place = place.filter(|&place| self.tokens[place] < u32::from(u16::MAX));
             place.into_iter().for_each(|place| self.tokens[place] += 1);
             tokens += 1.0;
             for (at, &layer) in self.layers.iter().enumerate() {
@@ -85,8 +87,7 @@ impl TokenCounts {
                     let at = at * self.experts + usize::from(expert);
                     self.shares[at] += 1.0;
                     if let Some(place) = place {
-                        let count = &mut self.counts[place * row + at];
-                        *count = count.saturating_add(1);
+                        self.counts[place * row + at] += 1;
                     }
                 }
             }
@@ -110,7 +111,8 @@ impl TokenCounts {
     pub fn fill(&self, layer: usize, id: u32, own: Option<&Own>, field: &mut [f32]) {
         let Some(&place) = self.places.get(&id) else { return field.fill(0.0) };
         let own = own.and_then(|own| Some((&own.0, *own.0.places.get(&id)?)));
-        let tokens = self.tokens[place] - own.map_or(0, |(own, place)| own.tokens[place]);
+        let own_tokens = own.map_or(0, |(own, place)| own.tokens[place]);
+        let tokens = self.tokens[place].saturating_sub(own_tokens);
         if tokens == 0 {
             return field.fill(0.0);
         }

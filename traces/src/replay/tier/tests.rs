@@ -50,3 +50,23 @@ fn the_wire_says_what_comes_before_a_demand() {
     tier.work(250);
     assert_eq!(tier.moved().busy_ns, 250);
 }
+
+#[test]
+fn a_copy_and_the_host_wait_for_the_same_read() {
+    let layer = LayerShape { experts: 8, top_k: 2, expert_bytes: 1000, class: 0 };
+    let shape = Shape { layers: vec![Some(layer)] };
+    let disk = Rate::new(&Figure::from(0.5), &Figure::from(0.5), &Figure::from(10.0));
+    let mut below = Below::new(disk, Lru::new(&shape, &[1]));
+    below.used(0, &[3]);
+    assert_eq!(below.read(id(3), 5, 1000), 5, "memory has it");
+    assert_eq!(below.read(id(0), 5, 1000), 2015);
+    assert_eq!(below.read(id(0), 5, 1000), 2015, "it is coming");
+    assert_eq!(below.read(id(0), 3000, 1000), 3000, "it is there");
+    assert_eq!(below.bytes, 1000);
+    // The layer ran: memory keeps what it used last.
+    below.used(0, &[0]);
+    assert_eq!(below.read(id(0), 3000, 1000), 3000);
+    below.used(0, &[3]);
+    assert_eq!(below.read(id(0), 3000, 1000), 5010, "it is gone");
+    assert_eq!(below.bytes, 2000);
+}
