@@ -80,6 +80,7 @@ functions! {
     fn cuDeviceGetAttribute(*mut c_int, sys::CUdevice_attribute, sys::CUdevice);
     fn cuDeviceGetCount(*mut c_int);
     fn cuDeviceGetName(*mut c_char, c_int, sys::CUdevice);
+    fn cuDevicePrimaryCtxGetState(sys::CUdevice, *mut c_uint, *mut c_int);
     fn cuDevicePrimaryCtxRelease_v2(sys::CUdevice);
     fn cuDevicePrimaryCtxRetain(*mut sys::CUcontext, sys::CUdevice);
     fn cuDeviceTotalMem_v2(*mut usize, sys::CUdevice);
