@@ -18,8 +18,9 @@ pub const HORIZON: usize = 2;
 pub struct Options {
     /// MoE layers ahead that are forecast after each layer, at most 16.
     pub horizon: usize,
-    /// `false`: the sources count as they are, all alike. For tests that want
-    /// a wrong forecast to stay wrong.
+    /// `false`: the sources count as they are, all alike, and nobody asks them
+    /// about the next token. For one that was chosen by its name, and for tests
+    /// that want a wrong forecast to stay wrong.
     pub learns: bool,
     /// Neighbouring layers that share the blend's weights.
     pub group: usize,
