@@ -68,7 +68,7 @@ fn measure(cpu: &Cpu, wanted: &[String]) {
         let part = |i: usize| &bytes[i % slices * slice..(i % slices + 1) * slice];
         let x = testing::inputs(Inputs::Normal, 512 * cols, &mut random);
         let mut out = vec![0.0; rows];
-        let plain = slice as f64 / seconds(3 * slices, |i| read(&cpu, part(i))) / 1e9;
+        let plain = slice as f64 / seconds(3 * slices, |i| read(cpu, part(i))) / 1e9;
         let time = seconds(3 * slices, |i| {
             let weight = Matrix::new(format, rows, cols, part(i)).expect("shape");
             cpu.linear(&x[..cols], 1, &mut [Linear { weight, bias: None, out: &mut out }]);

@@ -314,10 +314,10 @@ fn beside(other: impl Fn(usize) + Sync, run: impl FnOnce()) {
         }
     }
     let is_over = AtomicBool::new(false);
+    let goes_on = |_: &usize| !is_over.load(Ordering::Relaxed);
     thread::scope(|scope| {
         // Also where `run` fails: the other thread would go on for ever.
         let over = Over(&is_over);
-        let goes_on = |_: &usize| !is_over.load(Ordering::Relaxed);
         let others = scope.spawn(|| (0..).take_while(goes_on).map(&other).count());
         run();
         drop(over);
