@@ -108,6 +108,8 @@ fn dense_layers_are_no_distance() {
             forecaster.routed(0, &[expert], &[1.0], &mut ledger);
             forecaster.forecast(Some(0), &|_| true);
             forecaster.routed(3, &[(expert + 3) % 8], &[1.0], &mut ledger);
+            // That was this token's; the next one's nobody has asked for.
+            assert!(forecaster.probabilities(3).is_none(), "{name}");
         }
         forecaster.begin_token(80);
         forecaster.routed(0, &[2], &[1.0], &mut ledger);

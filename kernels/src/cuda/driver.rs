@@ -108,11 +108,11 @@ impl Driver {
 
     fn make_current(&self, context: usize) -> Result<(), CudaError> {
         let context = context as sys::CUcontext;
-        // SAFETY: none; `self.context`, which is released only with `self`; or the one
-        // that was current on this thread when its caller came here, which
-        // outlives the call: contexts are destroyed by unsafe calls of the
-        // driver, whose caller owes that none is in use ([`super::Device::enter`]
-        // says for how long).
+        // SAFETY: no context; `self.context`, which is released only with `self`;
+        // or the one that was current on this thread when its caller came here,
+        // which outlives the call: contexts are destroyed by unsafe calls of the
+        // driver, whose caller owes that none is in use
+        // ([`super::Device::enter`] says for how long).
         self.call("cuCtxSetCurrent", || unsafe { (self.functions.cuCtxSetCurrent)(context) })
     }
 

@@ -249,6 +249,8 @@ impl Forecaster {
         }
         let blend_column = self.sources.len() + Source::KINDS;
         let blend = &mut self.blends[layer / self.options.group];
+        // What was said of this token says nothing of the next one.
+        state.answered = false;
         state.judge(layer, experts, weights, self.sources.len(), blend_column, ledger);
         for pending in state.pending.iter_mut().filter(|pending| pending.waits) {
             blend.learn(&pending.features, experts);
