@@ -267,7 +267,6 @@ fn reading_ahead_what_comes_saves_its_wait() {
     assert!(with.bracket.unwrap().best_hits >= with.hits);
 }
 
-/// A copy and the host's computation wait for the same read of the disk.
 /// Hears which tokens begin; says nothing.
 struct Heard(Arc<Mutex<Vec<u32>>>);
 
