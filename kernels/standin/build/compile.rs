@@ -159,8 +159,9 @@ impl Compiler {
         std::thread::scope(|scope| {
             for _ in 0..jobs.clamp(1, 8) {
                 scope.spawn(|| {
-                    while let Some(unit) = waiting.lock().expect("no panic while held").pop_front()
-                    {
+                    // A function, so that the lock ends before the work begins.
+                    let next = || waiting.lock().expect("no panic while held").pop_front();
+                    while let Some(unit) = next() {
                         if let Err(text) = self.compile(unit) {
                             failures.lock().expect("no panic while held").push(text);
                         }
