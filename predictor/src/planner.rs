@@ -123,8 +123,10 @@ pub struct Planner {
     open: Open,
     /// Scratch: free frames per class.
     room: Vec<usize>,
-    /// Scratch: what forecasts ask for.
+    /// What forecasts ask for, best first.
     wanted: Vec<(f32, ExpertId)>,
+    /// `wanted` is what follows from all that is known of the running token.
+    has_looked: bool,
 }
 
 impl Planner {
@@ -148,6 +150,7 @@ impl Planner {
             ask: false,
             prompt: None,
             wanted: Vec::new(),
+            has_looked: false,
             ahead: Vec::new(),
             kept: Kept::default(),
             dropped: vec![0; shape.classes()],
@@ -215,6 +218,7 @@ impl Planner {
         self.cache.next_token();
         self.after = None;
         self.ask = false;
+        self.has_looked = false;
     }
 
     /// Teaches the forecasts the chunk that went through the layers.
@@ -227,6 +231,7 @@ impl Planner {
     /// What follows has nothing to do with what came before.
     pub fn new_sequence(&mut self) {
         self.end_of_prompt();
+        self.has_looked = false;
         self.cache.new_sequence();
         if let Some(forecaster) = &mut self.forecaster {
             forecaster.new_sequence();
@@ -246,6 +251,7 @@ impl Planner {
         }
         self.after = Some(layer);
         self.ask = true;
+        self.has_looked = false;
         self.shares.routed(layer, experts);
         if let Some(prompt) = &mut self.prompt {
             prompt.routed(layer, experts);
@@ -259,6 +265,7 @@ impl Planner {
         if let Some(forecaster) = &mut self.forecaster {
             forecaster.external(external);
             self.ask = true;
+            self.has_looked = false;
         }
     }
 

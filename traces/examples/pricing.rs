@@ -8,19 +8,22 @@
 //! percent with LRU's and Belady's behind, and for each forecast the speed as
 //! a share of that without, with its hits. Fails where one is more than 1 %
 //! slower. From the environment: `POLICY`, `FORECAST` and `SHARES` (lists with
-//! commas), `TOKENS` cuts the traces, `JOBS` replays at once. Bytes of experts
-//! and of what else is read are those of the model that the trace names;
-//! `EXPERT_BYTES` and `DENSE_BYTES` stand for them.
+//! commas), `TOKENS` cuts the traces, `JOBS` replays at once. `PREDICTOR`, a
+//! file of `pregate train-predictor`, stands for the usual forecasts: those in
+//! it, and the blend of all. Bytes of experts and of what else is read are
+//! those of the model that the trace names; `EXPERT_BYTES` and `DENSE_BYTES`
+//! stand for them.
 
-use pregate_predictor::forecast::{NAMES, USEFUL};
-use pregate_predictor::policy::DEFAULT;
+use pregate_predictor::forecast::learned::Trained;
+use pregate_predictor::forecast::{Forecaster, LEARNED, NAMES, USEFUL, learned_by_name};
+use pregate_predictor::policy::{DEFAULT, by_name};
 use pregate_traces::replay::{
-    Machine, MemoryTrace, Options, Report, Slots, models, presets, replay,
+    Machine, MemoryTrace, Options, Report, Slots, models, presets, replay, replay_with,
 };
 use std::error::Error;
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Of the experts that each layer has.
 const SHARES: &str = "0.125,0.25,0.5,0.75";
@@ -46,7 +49,11 @@ struct Row<'a> {
 }
 
 /// The words of a row, and its slowest forecast's share of the speed without.
-fn run(row: &Row<'_>, forecasts: &[String]) -> Result<(String, f64, String), String> {
+fn run(
+    row: &Row<'_>,
+    forecasts: &[String],
+    trained: Option<&Arc<Trained>>,
+) -> Result<(String, f64, String), String> {
     let (name, trace) = row.trace;
     let mut trace = MemoryTrace::new(trace.header.clone(), trace.rows.clone());
     let model = models::by_name(&trace.header.model);
@@ -63,7 +70,19 @@ fn run(row: &Row<'_>, forecasts: &[String]) -> Result<(String, f64, String), Str
             bracket,
             ..Options::default()
         };
-        replay(&mut trace, row.machine, &options, &mut |_| {}).map_err(|error| error.to_string())
+        let shape = &trace.header.shape;
+        let trained = trained.filter(|_| forecast != "none");
+        let forecaster = trained.and_then(|trained| {
+            Forecaster::by_name_with(forecast, shape, options.horizon, trained)
+        });
+        let report = match (trained, by_name(row.policy)) {
+            (Some(_), Some(policy)) if forecaster.is_some() => {
+                replay_with(&mut trace, row.machine, &options, policy, forecaster, &mut |_| {})
+            }
+            (Some(_), _) => return Err(format!("no forecast {forecast} in the file")),
+            (None, _) => replay(&mut trace, row.machine, &options, &mut |_| {}),
+        };
+        report.map_err(|error| error.to_string())
     };
     let none = of("none", true)?;
     let percent = |hits: u64| hits as f64 / none.accesses.max(1) as f64 * 100.0;
@@ -103,7 +122,22 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     let policies = list(&text("POLICY", DEFAULT));
-    let usual: Vec<&str> = ["blend"].into_iter().chain(NAMES[..USEFUL].iter().copied()).collect();
+    let trained = std::env::var("PREDICTOR").ok();
+    let trained = trained.map(|file| -> Result<_, Box<dyn Error>> {
+        let trained = Arc::new(Trained::parse(&std::fs::read(file)?)?);
+        for (_, trace) in &traces {
+            trained.check(&trace.header.shape, trace.header.fingerprint.as_ref())?;
+        }
+        Ok(trained)
+    });
+    let trained = trained.transpose()?;
+    let named = match &trained {
+        Some(trained) => {
+            LEARNED.into_iter().filter(|name| learned_by_name(name, trained).is_some()).collect()
+        }
+        None => NAMES[..USEFUL].to_vec(),
+    };
+    let usual: Vec<&str> = ["blend"].into_iter().chain(named).collect();
     let forecasts = list(&text("FORECAST", &usual.join(",")));
     let shares: Result<Vec<f64>, _> =
         list(&text("SHARES", SHARES)).iter().map(|s| s.parse()).collect();
@@ -119,7 +153,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (next, worst) = (AtomicUsize::new(0), Mutex::new((f64::INFINITY, String::new())));
     let work = || -> Result<(), String> {
         while let Some(row) = rows.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let (words, ratio, which) = run(row, &forecasts)?;
+            let (words, ratio, which) = run(row, &forecasts, trained.as_ref())?;
             println!("{words}");
             let mut worst = worst.lock().expect("nobody panics with it");
             if ratio < worst.0 {

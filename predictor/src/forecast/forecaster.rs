@@ -62,6 +62,9 @@ struct Layer {
     /// `[experts]`, the newest answer.
     probabilities: Vec<f32>,
     answered: bool,
+    /// How far ahead a forecast that is alone and steady was asked about the
+    /// running token: it need not be asked again.
+    said: Option<usize>,
 }
 
 /// Forecasts, blend and what they said about each layer. Answers [`Outlook`]:
@@ -184,6 +187,7 @@ impl Forecaster {
         for layer in self.layers.iter_mut().flatten() {
             layer.kept.iter_mut().for_each(|kept| kept.waits = false);
             layer.pending[1..].iter_mut().for_each(|pending| pending.waits = false);
+            layer.said = None;
         }
         self.sources.iter_mut().for_each(|source| source.begin_token(token));
         self.forecast(None, &|_| true);
@@ -359,10 +363,14 @@ impl Forecaster {
             token: self.token.filter(|_| ahead > 0),
             routed: if ahead > 0 { &self.path } else { &self.nothing },
         };
+        let is_alone = !self.options.learns && layer.kept.iter().all(|kept| !kept.waits);
+        if let Some(said) = layer.said.filter(|_| is_alone && ahead > 0) {
+            return layer.repeat(said, ahead);
+        }
+        layer.said = None;
         let Pending { waits, features, guesses } = &mut layer.pending[ahead];
         features.clear(ahead as u8);
         let scores = &mut self.scratch[..layer.shape.experts];
-        let is_alone = !self.options.learns && layer.kept.iter().all(|kept| !kept.waits);
         if let ([source], true) = (&mut self.sources[..], is_alone) {
             *waits = source.scores(target, &known, scores);
             if *waits {
@@ -373,6 +381,7 @@ impl Forecaster {
                 let scale = layer.spreads[0].after(scores);
                 alone(scores, threshold, scale, &mut layer.probabilities);
                 layer.answered = true;
+                layer.said = Some(ahead).filter(|&ahead| ahead > 0 && source.is_steady());
             }
             return;
         }
@@ -445,6 +454,17 @@ impl Layer {
             spreads: vec![Spread::default(); columns],
             probabilities: vec![0.0; shape.experts],
             answered: false,
+            said: None,
+        }
+    }
+
+    /// What was said `said` layers ahead is said again `ahead` layers ahead.
+    fn repeat(&mut self, said: usize, ahead: usize) {
+        if let Ok([from, to]) = self.pending.get_disjoint_mut([said, ahead]) {
+            to.guesses.clone_from(&from.guesses);
+            to.features.clear(ahead as u8);
+            to.features.situation.sources = 1;
+            to.waits = true;
         }
     }
 

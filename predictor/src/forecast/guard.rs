@@ -19,6 +19,7 @@ pub struct Fault {
 pub struct Guarded {
     forecast: Box<dyn Forecast>,
     name: &'static str,
+    is_steady: bool,
     panicked: bool,
     unclean_answers: u64,
 }
@@ -26,9 +27,11 @@ pub struct Guarded {
 impl Guarded {
     pub fn new(forecast: Box<dyn Forecast>) -> Self {
         let name = catch_unwind(AssertUnwindSafe(|| forecast.name()));
+        let is_steady = catch_unwind(AssertUnwindSafe(|| forecast.is_steady()));
         Self {
-            panicked: name.is_err(),
+            panicked: name.is_err() || is_steady.is_err(),
             name: name.unwrap_or("nameless"),
+            is_steady: is_steady.unwrap_or(false),
             forecast,
             unclean_answers: 0,
         }
@@ -36,6 +39,11 @@ impl Guarded {
 
     pub fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// See [`Forecast::is_steady`].
+    pub fn is_steady(&self) -> bool {
+        self.is_steady
     }
 
     /// Calls the forecast, `None` if it is disabled or panics now.

@@ -44,6 +44,12 @@ pub trait Forecast: Send {
     /// The next token has nothing to do with the last one.
     fn new_sequence(&mut self);
 
+    /// Whether what it says of a layer ahead stays the same until that layer
+    /// runs, or another token begins. Then it need not be asked twice.
+    fn is_steady(&self) -> bool {
+        false
+    }
+
     /// Bytes that it holds.
     fn memory_bytes(&self) -> usize {
         0

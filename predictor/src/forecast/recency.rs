@@ -47,6 +47,10 @@ impl Forecast for PreviousToken {
         self.last.iter_mut().for_each(Vec::clear);
     }
 
+    fn is_steady(&self) -> bool {
+        true
+    }
+
     fn memory_bytes(&self) -> usize {
         self.last.iter().map(|last| 4 * last.capacity()).sum()
     }
@@ -87,6 +91,10 @@ impl Forecast for Frequency {
     fn begin_token(&mut self, _: u32) {}
 
     fn new_sequence(&mut self) {}
+
+    fn is_steady(&self) -> bool {
+        true
+    }
 
     fn memory_bytes(&self) -> usize {
         self.layers.iter().flatten().map(Marginal::memory_bytes).sum()

@@ -198,6 +198,10 @@ impl Forecast for TokenMemory {
         self.layers.iter_mut().flatten().for_each(|layer| layer.last.clear());
     }
 
+    fn is_steady(&self) -> bool {
+        true
+    }
+
     fn memory_bytes(&self) -> usize {
         let pairs = |layer: &Layer| layer.pairs.as_ref().map_or(0, Pairs::memory_bytes);
         2 * self.experts.len()

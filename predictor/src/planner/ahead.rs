@@ -1,7 +1,7 @@
 //! What comes ahead of its layer, and what gives way again.
 
 use super::{Planner, Purpose, Retire, Room, State};
-use crate::vocabulary::{ExpertId, LayerShape};
+use crate::vocabulary::ExpertId;
 
 impl Planner {
     /// Gives up prefetches of `layer` that are not part of the open event.
@@ -80,39 +80,57 @@ impl Planner {
     /// so many tokens need an expert unless hardly any ever does.
     pub fn prefetch(&mut self, room: &dyn Fn(usize) -> usize, out: &mut Vec<ExpertId>) {
         out.clear();
-        let Some(forecaster) = &mut self.forecaster else { return };
-        let mut wanted = std::mem::take(&mut self.wanted);
-        wanted.clear();
-        let (ledger, priced) = (&self.ledger, self.limits.priced);
-        let pays = |layer: &usize| !priced || ledger.allows(*layer);
-        if let Some(prompt) = &self.prompt {
-            let (after, horizon) = (self.after, forecaster.horizon().max(1));
-            let later = self.shape.moe().filter(|&(layer, _)| after.is_none_or(|l| layer > l));
-            let is_full = |layer: &LayerShape| room(layer.class) == 0;
-            for (index, layer) in later.take(if prompt.len() > 0 { horizon } else { 0 }) {
-                if pays(&index) && !is_full(layer) {
-                    let likely =
-                        self.shares.needed((index, layer), prompt.len(), self.limits.threshold);
-                    wanted.extend(likely.into_iter().map(|(p, e)| (p, ExpertId::new(index, e))));
-                }
-            }
-        } else {
-            // Where no layer ahead pays, the guess is not worth its time.
-            let any_pays = forecaster.ahead(self.after).iter().any(pays);
-            if any_pays && std::mem::take(&mut self.ask) {
-                forecaster.forecast(self.after, &pays);
-            }
-            for &layer in forecaster.ahead(self.after).iter().filter(|layer| pays(layer)) {
-                let start = wanted.len();
-                let probabilities = forecaster.probabilities(layer).unwrap_or_default();
-                let likely = probabilities.iter().zip(0..);
-                let likely = likely.filter(|&(&p, _)| p >= self.limits.threshold);
-                wanted.extend(likely.map(|(&p, expert)| (p, ExpertId::new(layer, expert))));
-                wanted[start..].sort_by(|a, b| b.0.total_cmp(&a.0));
-            }
+        if self.forecaster.is_none() {
+            return;
         }
+        match &self.prompt {
+            Some(_) => self.look_ahead_of_prompt(room),
+            None => self.look_ahead(),
+        }
+        let wanted = std::mem::take(&mut self.wanted);
         self.fetch_ahead(wanted.iter().map(|&(_, id)| id), room, out);
         self.wanted = wanted;
+    }
+
+    /// Fills `wanted` for the chunk of a prompt that is under way.
+    fn look_ahead_of_prompt(&mut self, room: &dyn Fn(usize) -> usize) {
+        self.wanted.clear();
+        let (Some(forecaster), Some(prompt)) = (&self.forecaster, &self.prompt) else { return };
+        let (after, horizon) = (self.after, forecaster.horizon().max(1));
+        let later = self.shape.moe().filter(|&(layer, _)| after.is_none_or(|l| layer > l));
+        let pays = |layer: usize| !self.limits.priced || self.ledger.allows(layer);
+        for (index, layer) in later.take(if prompt.len() > 0 { horizon } else { 0 }) {
+            if pays(index) && room(layer.class) > 0 {
+                let likely =
+                    self.shares.needed((index, layer), prompt.len(), self.limits.threshold);
+                self.wanted.extend(likely.into_iter().map(|(p, e)| (p, ExpertId::new(index, e))));
+            }
+        }
+    }
+
+    /// Fills `wanted` for the token that is under way, unless no more is known
+    /// than when that was done. Which layers pay is settled between tokens.
+    fn look_ahead(&mut self) {
+        let Some(forecaster) = &mut self.forecaster else { return };
+        if std::mem::replace(&mut self.has_looked, true) {
+            return;
+        }
+        let (ledger, priced) = (&self.ledger, self.limits.priced);
+        let pays = |layer: &usize| !priced || ledger.allows(*layer);
+        // Where no layer ahead pays, the guess is not worth its time.
+        let any_pays = forecaster.ahead(self.after).iter().any(pays);
+        if any_pays && std::mem::take(&mut self.ask) {
+            forecaster.forecast(self.after, &pays);
+        }
+        self.wanted.clear();
+        for &layer in forecaster.ahead(self.after).iter().filter(|layer| pays(layer)) {
+            let start = self.wanted.len();
+            let probabilities = forecaster.probabilities(layer).unwrap_or_default();
+            let likely = probabilities.iter().zip(0..);
+            let likely = likely.filter(|&(&p, _)| p >= self.limits.threshold);
+            self.wanted.extend(likely.map(|(&p, expert)| (p, ExpertId::new(layer, expert))));
+            self.wanted[start..].sort_by(|a, b| b.0.total_cmp(&a.0));
+        }
     }
 
     /// Marks those of `wanted` (best first) that are nowhere as in flight, as
@@ -127,6 +145,9 @@ impl Planner {
         out.clear();
         self.room.clear();
         self.room.extend((0..self.shape.classes()).map(room));
+        if self.room.iter().all(|&room| room == 0) {
+            return;
+        }
         for id in wanted {
             let Some(layer) = self.shape.layer(id.layer()) else { continue };
             let is_free = id.expert() < layer.experts

@@ -106,6 +106,9 @@ pub struct VirtualTier {
     pub hidden_until_ns: u64,
     pub stall: Stall,
     flights: Vec<Flight>,
+    /// Whose chunk is next, as long as no flight comes, goes or is promoted;
+    /// `None`: to be found.
+    first: Option<usize>,
     current: Option<Chunk>,
     landed: VecDeque<Landed<Infallible>>,
     order: u64,
@@ -128,6 +131,7 @@ impl VirtualTier {
             hidden_until_ns: 0,
             stall: Stall::default(),
             flights: Vec::new(),
+            first: None,
             current: None,
             landed: VecDeque::new(),
             order: 0,
@@ -201,16 +205,25 @@ impl VirtualTier {
         self.current.as_ref().map(|chunk| chunk.ends_ns)
     }
 
+    /// Whose chunk is the first that can begin at `at` or later, and when.
+    fn find_first(&mut self, at: u64) -> Option<(usize, u64)> {
+        if let Some(first) = self.first {
+            return Some((first, at));
+        }
+        let soonest = self.flights.iter().map(|flight| flight.ready_ns).min()?;
+        let at = at.max(soonest);
+        let ready = self.flights.iter().enumerate().filter(|(_, flight)| flight.ready_ns <= at);
+        let first = ready.clone().min_by_key(|(_, flight)| (flight.urgency, flight.order));
+        let (first, _) = first?;
+        // One that is not ready may come before it when it is.
+        self.first = (ready.count() == self.flights.len()).then_some(first);
+        Some((first, at))
+    }
+
     /// `at`: when the wire became free.
     fn start_chunk(&mut self, at: u64, was_idle: bool) {
-        let soonest = self.flights.iter().map(|flight| flight.ready_ns).min();
-        let Some(soonest) = soonest else { return };
-        let at = at.max(soonest);
-        let is_ready = |flight: &&mut Flight| flight.ready_ns <= at;
-        let first = self.flights.iter_mut().filter(is_ready);
-        let Some(flight) = first.min_by_key(|flight| (flight.urgency, flight.order)) else {
-            return;
-        };
+        let Some((first, at)) = self.find_first(at) else { return };
+        let flight = &mut self.flights[first];
         let bytes = flight.left_bytes.min(CHUNK_BYTES);
         flight.left_bytes -= bytes;
         let start_ns = if was_idle { self.wire.start_ns } else { 0 };
@@ -226,7 +239,8 @@ impl VirtualTier {
     fn end_chunk(&mut self) {
         let Some(Chunk { id, bytes, ends_ns, .. }) = self.current.take() else { return };
         self.moved.bytes += bytes;
-        let index = self.flights.iter().position(|flight| flight.id == id);
+        let likely = self.first.filter(|&index| self.flights[index].id == id);
+        let index = likely.or_else(|| self.flights.iter().position(|flight| flight.id == id));
         let index = index.expect("a chunk belongs to a fill");
         self.flights[index].read_bytes += bytes;
         let flight = &self.flights[index];
@@ -238,6 +252,7 @@ impl VirtualTier {
 
     fn land(&mut self, index: usize, ended_ns: u64) {
         let flight = self.flights.remove(index);
+        self.first = None;
         let landing = match flight.left_bytes {
             0 => Landing::Ready,
             _ => Landing::Discarded,
@@ -282,6 +297,7 @@ impl Tier for VirtualTier {
         let (class, bytes) = (self.class(id), self.bytes_of(id));
         self.free[class] -= 1;
         let ready_ns = self.in_ram_ns(id);
+        self.first = None;
         self.flights.push(Flight {
             id,
             urgency,
@@ -301,6 +317,7 @@ impl Tier for VirtualTier {
         let order = self.order;
         if let Some(flight) = self.flights.iter_mut().find(|flight| flight.id == id) {
             (flight.urgency, flight.order) = (Urgency::Demand, order);
+            self.first = None;
         }
     }
 

@@ -5,7 +5,7 @@ use super::corpus::{Corpus, Rng};
 use super::network::dot;
 use super::tokens::{Own, TokenCounts};
 use pregate_predictor::forecast::learned::network::add_scaled;
-use pregate_predictor::forecast::learned::path::{Said, units};
+use pregate_predictor::forecast::learned::path::Said;
 use pregate_predictor::forecast::learned::{Dimensions, PLACES, Trained, matrix::Matrix};
 
 const EPOCHS: usize = 3;
@@ -127,7 +127,7 @@ impl Step {
         self.rows = [row, self.rows[0]];
         let embedding = row.map_or(&[][..], |row| &model.parts[0][row * width..(row + 1) * width]);
         self.said.begin(embedding.iter().copied());
-        units(&model.parts[1], &self.said.values, &mut self.units);
+        self.said.units(&model.parts[1], &mut self.units);
     }
 
     fn learn(

@@ -5,7 +5,7 @@
 
 use super::input::{Input, TOKEN_FIELD, USES};
 use super::matrix::Matrix;
-use super::network::{Sizes, add_scaled};
+use super::network::{Sizes, add_rows, add_scaled};
 use super::whole::{Times, Whole};
 use crate::forecast::fast;
 use std::ops::Range;
@@ -29,23 +29,6 @@ pub struct AtWork {
     /// Scratch: rows and what they count.
     times: Vec<Times>,
     rows: Vec<(u32, f32)>,
-}
-
-/// `to += value * row` for each of `rows`, four at a time, so that sums are
-/// read and written once for four rows.
-fn add_floats(to: &mut [f32], weights: &[f32], rows: &[(u32, f32)]) {
-    let columns = to.len();
-    let row = |(row, _): (u32, f32)| &weights[row as usize * columns..][..columns];
-    let (fours, rest) = rows.as_chunks::<4>();
-    for &four in fours {
-        let ([a, b, c, d], f) = (four.map(row), four.map(|(_, value)| value));
-        for (at, to) in to.iter_mut().enumerate() {
-            *to += (f[0] * a[at] + f[1] * b[at]) + (f[2] * c[at] + f[3] * d[at]);
-        }
-    }
-    for &one in rest {
-        add_scaled(to, one.1, row(one));
-    }
 }
 
 impl AtWork {
@@ -106,7 +89,7 @@ impl AtWork {
         self.units.floats(&self.sums, units);
         answer.copy_from_slice(&self.straight[self.straight.len() - experts..]);
         if self.sizes.is_direct {
-            add_floats(answer, &self.direct, &input.sparse);
+            add_rows(answer, &self.direct, &input.sparse);
         }
         let fields = self.straight.chunks_exact(experts.max(1));
         for (weights, values) in fields.zip(input.dense.chunks_exact(experts.max(1))) {
@@ -122,7 +105,7 @@ impl AtWork {
             self.rows[on] = (row, *unit);
             on += usize::from(*unit > 0.0);
         }
-        add_floats(answer, &self.out, &self.rows[..on]);
+        add_rows(answer, &self.out, &self.rows[..on]);
     }
 
     /// One step downhill at running time, of the weights that lead straight to

@@ -94,6 +94,23 @@ pub fn add_scaled(to: &mut [f32], factor: f32, from: &[f32]) {
     }
 }
 
+/// `to += value * row` for each of `rows`, four at a time, so that sums are
+/// read and written once for four rows.
+pub fn add_rows(to: &mut [f32], weights: &[f32], rows: &[(u32, f32)]) {
+    let columns = to.len();
+    let row = |(row, _): (u32, f32)| &weights[row as usize * columns..][..columns];
+    let (fours, rest) = rows.as_chunks::<4>();
+    for &four in fours {
+        let ([a, b, c, d], f) = (four.map(row), four.map(|(_, value)| value));
+        for (at, to) in to.iter_mut().enumerate() {
+            *to += (f[0] * a[at] + f[1] * b[at]) + (f[2] * c[at] + f[3] * d[at]);
+        }
+    }
+    for &one in rest {
+        add_scaled(to, one.1, row(one));
+    }
+}
+
 /// What decayed use (the first fields of `dense`) gives to `units [hidden]`.
 pub fn uses(sizes: &Sizes, weights: &[f32], dense: &[f32], units: &mut [f32]) {
     let start = sizes.parts()[1];

@@ -4,6 +4,7 @@
 //! decayed means of those earlier go through one hidden layer.
 
 use super::Trained;
+use super::network::add_rows;
 use super::sizes::PLACES;
 use super::tables::Places;
 use crate::forecast::{Forecast, Known};
@@ -16,11 +17,13 @@ pub const KEEPS: [f32; PLACES - 2] = [0.75, 0.97];
 pub struct Said {
     width: usize,
     pub values: Vec<f32>,
+    /// Scratch: rows of weights and what they count.
+    rows: Vec<(u32, f32)>,
 }
 
 impl Said {
     pub fn new(width: usize) -> Self {
-        Self { width, values: vec![0.0; PLACES * width] }
+        Self { width, values: vec![0.0; PLACES * width], rows: Vec::new() }
     }
 
     /// A token with this embedding begins (all zero: not known).
@@ -37,20 +40,19 @@ impl Said {
         newest.iter_mut().zip(embedding).for_each(|(to, value)| *to = value);
     }
 
+    /// `units [hidden]` of it: `weights [values + 1][hidden]`, the last row being
+    /// the bias; rectified.
+    pub fn units(&mut self, weights: &[f32], units: &mut [f32]) {
+        units.copy_from_slice(&weights[self.values.len() * units.len()..]);
+        self.rows.clear();
+        self.rows.extend((0..).zip(self.values.iter().copied()));
+        add_rows(units, weights, &self.rows);
+        units.iter_mut().for_each(|unit| *unit = unit.max(0.0));
+    }
+
     pub fn clear(&mut self) {
         self.values.fill(0.0);
     }
-}
-
-/// `units [hidden]` of `values [inputs]`: `weights [inputs + 1][hidden]`, the
-/// last row being the bias; rectified.
-pub fn units(weights: &[f32], values: &[f32], units: &mut [f32]) {
-    let hidden = units.len();
-    units.copy_from_slice(&weights[values.len() * hidden..]);
-    for (row, &value) in weights.chunks_exact(hidden).zip(values) {
-        super::network::add_scaled(units, value, row);
-    }
-    units.iter_mut().for_each(|unit| *unit = unit.max(0.0));
 }
 
 /// Token ids in, all layers out.
@@ -61,6 +63,8 @@ pub struct LearnedPath {
     path_out: Vec<f32>,
     said: Said,
     units: Vec<f32>,
+    /// Those that are on.
+    on: Vec<(u32, f32)>,
     row: Option<usize>,
 }
 
@@ -74,6 +78,7 @@ impl LearnedPath {
             path_out: trained.path_out.floats(),
             said: Said::new(dimensions.path_width),
             units: vec![0.0; dimensions.path_hidden],
+            on: Vec::new(),
             row: None,
             trained,
         })
@@ -102,11 +107,7 @@ impl Forecast for LearnedPath {
         for ((score, trust), bias) in scores.iter_mut().zip(trust).zip(bias) {
             *score = *score * trust + bias;
         }
-        for (&unit, row) in self.units.iter().zip(units.chunks_exact(experts)) {
-            if unit > 0.0 {
-                super::network::add_scaled(scores, unit, row);
-            }
-        }
+        add_rows(scores, units, &self.on);
         true
     }
 
@@ -118,12 +119,18 @@ impl Forecast for LearnedPath {
             Some(row) => self.said.begin(self.trained.embeddings.row(row)),
             None => self.said.begin(std::iter::empty()),
         }
-        units(&self.path_in, &self.said.values, &mut self.units);
+        self.said.units(&self.path_in, &mut self.units);
+        self.on.clear();
+        self.on.extend((0..).zip(self.units.iter().copied()).filter(|(_, unit)| *unit > 0.0));
     }
 
     fn new_sequence(&mut self) {
         self.row = None;
         self.said.clear();
+    }
+
+    fn is_steady(&self) -> bool {
+        true
     }
 
     fn memory_bytes(&self) -> usize {
