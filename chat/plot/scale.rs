@@ -35,9 +35,20 @@ pub fn number(value: f64, top: f64) -> String {
     }
 }
 
+/// A number that is in the data: with a tenth, if it is not whole.
+pub fn tenths(value: f64) -> String {
+    format!("{}", (10.0 * value).round() / 10.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_of_few_experts_are_not_rounded_away() {
+        let labels = [12.5, 25.0, 33.333, 49.99, 0.0].map(tenths);
+        assert_eq!(labels, ["12.5", "25", "33.3", "50", "0"]);
+    }
 
     #[test]
     fn axes_end_above_their_data_at_numbers_that_people_know() {

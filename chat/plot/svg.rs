@@ -4,17 +4,20 @@
 use super::{Chart, Role, Series, scale};
 use std::fmt::Write;
 
-const WIDTH: f64 = 760.0;
+const LEAST_WIDTH: f64 = 760.0;
 const PLOT_HEIGHT: f64 = 260.0;
 const LEFT: f64 = 62.0;
-/// Room for names at the ends of lines.
-const RIGHT: f64 = 190.0;
+/// Where lines end, and names begin.
+const RIGHT: f64 = 570.0;
+/// Of a letter of a name, and of what stands before the first one.
+const LETTER: f64 = 6.8;
+const NAME_INDENT: f64 = 24.0;
 const LINE: f64 = 17.0;
 /// Names at the ends of lines are so far apart at least.
 const NAME_GAP: f64 = 14.0;
 /// Longer text would leave the picture.
 const MOST_CHARS: usize = 108;
-const MOST_NAME_CHARS: usize = 27;
+const MOST_NAME_CHARS: usize = 100;
 /// Colours with a name `s0` to `s7` in [`STYLE`]. Lines of the same colour have
 /// other marks.
 const COLOURS: usize = 8;
@@ -44,7 +47,10 @@ pub fn draw(charts: &[Chart]) -> String {
         y = panel(&mut body, chart, y);
     }
     let title = charts.first().map_or("", |chart| &chart.title);
-    document(title, WIDTH, y, &body)
+    let names = charts.iter().flat_map(|chart| &chart.series);
+    let longest = names.map(|series| series.name.chars().count()).max().unwrap_or(0);
+    let letters = longest.min(MOST_NAME_CHARS) as f64;
+    document(title, LEAST_WIDTH.max(RIGHT + NAME_INDENT + LETTER * letters), y, &body)
 }
 
 /// A file with `body` on the ground.
@@ -116,7 +122,7 @@ impl Axes {
     fn x(&self, x: f64) -> f64 {
         let (low, high) = self.x;
         let share = if high > low { (x - low) / (high - low) } else { 0.5 };
-        self.left + share * (WIDTH - self.left - RIGHT)
+        self.left + share * (RIGHT - self.left)
     }
 
     fn y(&self, y: f64) -> f64 {
@@ -136,19 +142,18 @@ fn panel(out: &mut String, chart: &Chart, y: f64) -> f64 {
         return bottom;
     };
     let axes = Axes { left: LEFT, top, height, x, y_top: chart.y_top() };
-    let right = WIDTH - RIGHT;
     for mark in scale::ticks(axes.y_top, 5) {
         let at = axes.y(mark);
         let class = if mark == 0.0 { "axis" } else { "grid" };
-        let _ = writeln!(out, "<path class=\"{class}\" d=\"M{LEFT} {at:.1}H{right:.1}\"/>");
+        let _ = writeln!(out, "<path class=\"{class}\" d=\"M{LEFT} {at:.1}H{RIGHT:.1}\"/>");
         let label = scale::number(mark, axes.y_top);
         text(out, "quiet end", LEFT - 8.0, at + 4.0, &label, MOST_CHARS);
     }
     for mark in x_marks(chart) {
-        let label = scale::number(mark, x.1);
+        let label = scale::tenths(mark);
         text(out, "quiet middle", axes.x(mark), bottom + LINE, &label, MOST_CHARS);
     }
-    let middle = (LEFT + right) / 2.0;
+    let middle = (LEFT + RIGHT) / 2.0;
     text(out, "quiet middle", middle, bottom + 2.2 * LINE, &chart.x_label, MOST_CHARS);
     let mut names = Vec::new();
     for (index, series) in chart.series.iter().enumerate() {
@@ -217,7 +222,7 @@ fn end_names(out: &mut String, chart: &Chart, mut names: Vec<(f64, usize)>, top:
         most = *y - NAME_GAP;
     }
     // Where colours do not tell lines apart, marks do.
-    let (x, needs_marks) = (WIDTH - RIGHT + 10.0, chart.series.len() > COLOURS);
+    let (x, needs_marks) = (RIGHT + 10.0, chart.series.len() > COLOURS);
     for (y, index) in names {
         let colour = index % COLOURS;
         if needs_marks {
@@ -294,6 +299,26 @@ mod tests {
     fn names_of_lines_that_end_together_are_apart_and_inside() {
         names_are_apart_and_inside(&lines(8), 8);
         names_are_apart_and_inside(&lines(40), 40);
+    }
+
+    #[test]
+    fn pictures_are_as_wide_as_their_names() {
+        let named = |letters: usize| {
+            let name = "m".repeat(letters);
+            let series = vec![Series { name, role: Role::Main, points: vec![(0.0, 1.0)] }];
+            let words = String::new;
+            let (title, x_label, y_label) = (words(), words(), words());
+            let chart = Chart { title, notes: vec![], x_label, y_label, series, y_most: None };
+            let file = draw(&[chart]);
+            let width = file.split("width=\"").nth(1).unwrap().split('"').next().unwrap();
+            (width.parse::<f64>().unwrap(), file.contains(&"m".repeat(letters)))
+        };
+        assert_eq!(named(10), (LEAST_WIDTH, true));
+        let (width, is_whole) = named(60);
+        assert!(is_whole && width >= RIGHT + 60.0 * LETTER, "{width}");
+        // Whoever has a name of a megabyte gets a picture all the same.
+        let (width, is_whole) = named(1 << 20);
+        assert!(!is_whole && width < 1500.0, "{width}");
     }
 
     fn names_are_apart_and_inside(file: &str, count: usize) {

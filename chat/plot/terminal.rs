@@ -47,7 +47,7 @@ fn foot(chart: &Chart, (low, high): (f64, f64), columns: usize) -> String {
     xs.dedup();
     let mut line = String::new();
     for x in xs {
-        let label = scale::number(x, high);
+        let label = scale::tenths(x);
         let at = column(x, (low, high), columns).min(columns.saturating_sub(label.len()));
         if line.is_empty() || at > line.len() {
             line += &format!("{}{label}", " ".repeat(at - line.len()));
